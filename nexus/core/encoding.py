@@ -1,0 +1,110 @@
+"""One byte form per value: the subset of deterministic CBOR (RFC 8949, section 4.2.1) that everything signed or hashed uses.
+
+A value is an int in [-2**64, 2**64), bytes, text, or an array of values. There are no floats, maps, tags, booleans, nulls or
+indefinite lengths, so a value has exactly one encoding and `decode` accepts only that one. The decoder is our own because
+general CBOR decoders accept what must be refused here (tags, cycles, non-minimal integers, trailing bytes) and do work for it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from nexus.core.errors import MalformedError
+
+Value: TypeAlias = "int | bytes | str | Sequence[Value]"
+
+MAX_DEPTH = 12
+_UINT, _NINT, _BYTES, _TEXT, _ARRAY = range(5)
+
+
+def _head(major: int, argument: int) -> bytes:
+    if argument < 24:
+        return bytes((major << 5 | argument,))
+    for code, width in ((24, 1), (25, 2), (26, 4), (27, 8)):
+        if argument < 1 << (8 * width):
+            return bytes((major << 5 | code,)) + argument.to_bytes(width, "big")
+    raise ValueError(f"{argument} does not fit in 64 bits")
+
+
+def _encode_into(value: Value, out: list[bytes], depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} arrays")
+    match value:
+        case bool():
+            raise TypeError("bool has no encoding; use 0 or 1")
+        case int():
+            out.append(_head(_UINT, value) if value >= 0 else _head(_NINT, -1 - value))
+        case bytes() | bytearray() | memoryview():
+            out.append(_head(_BYTES, len(value)))
+            out.append(bytes(value))
+        case str():
+            raw = value.encode("utf-8")
+            out.append(_head(_TEXT, len(raw)))
+            out.append(raw)
+        case list() | tuple():
+            out.append(_head(_ARRAY, len(value)))
+            for item in value:
+                _encode_into(item, out, depth + 1)
+        case _:
+            raise TypeError(f"{type(value).__name__} has no encoding")
+
+
+def encode(value: Value) -> bytes:
+    """The only encoding of `value`. Raises TypeError or ValueError for what has none."""
+    out: list[bytes] = []
+    _encode_into(value, out, 0)
+    return b"".join(out)
+
+
+def _read(data: bytes, at: int, depth: int) -> tuple[Value, int]:
+    if depth > MAX_DEPTH:
+        raise MalformedError(f"nested deeper than {MAX_DEPTH} arrays")
+    if at >= len(data):
+        raise MalformedError("ends too early")
+    initial = data[at]
+    major, code = initial >> 5, initial & 31
+    at += 1
+    if major > _ARRAY:
+        raise MalformedError(f"major type {major} is not allowed")
+    if code < 24:
+        argument = code
+    elif code < 28:
+        width = 1 << (code - 24)
+        if at + width > len(data):
+            raise MalformedError("ends too early")
+        argument = int.from_bytes(data[at : at + width], "big")
+        at += width
+        if argument < (24 if width == 1 else 1 << (4 * width)):
+            raise MalformedError("a number is not in its shortest form")
+    else:
+        raise MalformedError("indefinite or reserved length")
+    if major == _UINT:
+        return argument, at
+    if major == _NINT:
+        return -1 - argument, at
+    # An item takes at least a byte, so this also bounds the work that an array can ask for.
+    if argument > len(data) - at:
+        raise MalformedError("a length runs past the end")
+    if major == _ARRAY:
+        items = []
+        for _ in range(argument):
+            item, at = _read(data, at, depth + 1)
+            items.append(item)
+        return tuple(items), at
+    raw = data[at : at + argument]
+    at += argument
+    if major == _BYTES:
+        return raw, at
+    try:
+        return raw.decode("utf-8"), at
+    except UnicodeDecodeError as error:
+        raise MalformedError("text is not UTF-8") from error
+
+
+def decode(data: bytes) -> Value:
+    """The value whose only encoding is `data`; arrays come back as tuples. Raises MalformedError."""
+    value, end = _read(data, 0, 0)
+    if end != len(data):
+        raise MalformedError("bytes left over after the value")
+    return value

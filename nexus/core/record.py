@@ -1,0 +1,130 @@
+"""Records: frozen dataclasses with one byte form, the array of their fields in order.
+
+    @dataclass(frozen=True, slots=True)
+    class Ping(Record):
+        nonce: bytes = raw(16)
+        hops: int = uint(255)
+
+`Ping.from_bytes` refuses anything but the one encoding of a Ping: count, type, range and length of every field are checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Self
+
+from nexus.core.encoding import Value, decode, encode
+from nexus.core.errors import MalformedError
+from nexus.core.hashing import HASH_BYTES
+
+UINT64_MAX = 2**64 - 1
+
+Pack = Callable[[Any], Value]
+Unpack = Callable[[Value], Any]
+
+
+def _field(pack: Pack, unpack: Unpack) -> Any:
+    return dataclasses.field(metadata={"pack": pack, "unpack": unpack})
+
+
+def _same(value: Any) -> Value:
+    return value  # type: ignore[no-any-return]
+
+
+def uint(most: int = UINT64_MAX) -> Any:
+    """An int in [0, most]."""
+
+    def unpack(value: Value) -> int:
+        if type(value) is not int or not 0 <= value <= most:
+            raise MalformedError(f"expected a number from 0 to {most}")
+        return value
+
+    return _field(_same, unpack)
+
+
+def raw(*lengths: int, most: int | None = None) -> Any:
+    """Bytes of one of the given lengths, or of at most `most`."""
+
+    def unpack(value: Value) -> bytes:
+        if type(value) is not bytes:
+            raise MalformedError("expected bytes")
+        if (most is not None and len(value) > most) or (lengths and len(value) not in lengths):
+            raise MalformedError(f"{len(value)} bytes where {lengths or most} are allowed")
+        return value
+
+    return _field(_same, unpack)
+
+
+def digest() -> Any:
+    """A 32-byte hash."""
+    return raw(HASH_BYTES)
+
+
+def optional_digest() -> Any:
+    """A 32-byte hash, or no bytes where there is none."""
+    return raw(0, HASH_BYTES)
+
+
+def text(most: int) -> Any:
+    """Text of at most `most` bytes in UTF-8."""
+
+    def unpack(value: Value) -> str:
+        if type(value) is not str or len(value.encode("utf-8")) > most:
+            raise MalformedError(f"expected text of at most {most} bytes")
+        return value
+
+    return _field(_same, unpack)
+
+
+def nested(record: type[Record]) -> Any:
+    """Another record."""
+    return _field(lambda value: value.to_value(), record.from_value)
+
+
+def many(item: Any, most: int) -> Any:
+    """A tuple of at most `most` items, each as the field `item` says."""
+    pack_item: Pack = item.metadata["pack"]
+    unpack_item: Unpack = item.metadata["unpack"]
+
+    def unpack(value: Value) -> tuple[Any, ...]:
+        if type(value) is not tuple or len(value) > most:
+            raise MalformedError(f"expected a list of at most {most}")
+        return tuple(unpack_item(entry) for entry in value)
+
+    return _field(lambda values: tuple(pack_item(entry) for entry in values), unpack)
+
+
+@cache
+def _fields(record: type[Record]) -> Sequence[tuple[str, Pack, Unpack]]:
+    return [(f.name, f.metadata["pack"], f.metadata["unpack"]) for f in dataclasses.fields(record)]  # type: ignore[arg-type]
+
+
+class Record:
+    """Base of all records. Subclasses are frozen dataclasses whose fields come from this module."""
+
+    __slots__ = ()
+
+    def to_value(self) -> Value:
+        return tuple(pack(getattr(self, name)) for name, pack, _ in _fields(type(self)))
+
+    def to_bytes(self) -> bytes:
+        return encode(self.to_value())
+
+    @classmethod
+    def from_value(cls, value: Value) -> Self:
+        fields = _fields(cls)
+        if type(value) is not tuple or len(value) != len(fields):
+            raise MalformedError(f"a {cls.__name__} is a list of {len(fields)}")
+        arguments = {}
+        for (name, _, unpack), entry in zip(fields, value, strict=True):
+            try:
+                arguments[name] = unpack(entry)
+            except MalformedError as error:
+                raise MalformedError(f"{cls.__name__}.{name}: {error.cause}") from None
+        return cls(**arguments)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        return cls.from_value(decode(data))

@@ -1,0 +1,202 @@
+"""What a node offers to whatever steers it: the control API, later the OpenAI-compatible gateway. Plain data in, plain data out.
+
+`nexus.node.node.Node` implements `NodeApi`; the gateway is written against this protocol alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from nexus.core.manifest import Manifest
+from nexus.proof.bundle import Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """`ready`: whether the node can serve a stage now, and `not_ready_because` if not. `memory_*_bytes`: for weights and KV caches."""
+
+    peer_id: str
+    name: str
+    version: str
+    addresses: tuple[str, ...]
+    uptime_s: float
+    ready: bool
+    not_ready_because: str
+    peers: int
+    models: int
+    sessions: int
+    sessions_served: int
+    steps_served: int
+    receipts_signed: int
+    memory_used_bytes: int
+    memory_limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """`rtt_s`: last measured round trip, or None. `models`: "name layers a-b" as the peer announces them."""
+
+    peer_id: str
+    name: str
+    agent: str
+    addresses: tuple[str, ...]
+    direction: str
+    rtt_s: float | None
+    memory_bytes: int
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """`held_layers`: ranges [start, end) whose pieces are all here. `providers`: peers known to hold some of it."""
+
+    name: str
+    manifest: Manifest
+    held_layers: tuple[tuple[int, int], ...]
+    held_bytes: int
+    providers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageView:
+    """One row of a plan, with the reason for its size."""
+
+    stage: int
+    peer_id: str
+    name: str
+    start: int
+    end: int
+    weight_bytes: int
+    memory_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanView:
+    model: str
+    model_root: bytes
+    plan_root: bytes
+    stages: tuple[StageView, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """`temperature` 0 is greedy. `seed` None: a fresh one is drawn. `stages` None: the node decides."""
+
+    model: str
+    prompt: str
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stages: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    texts: tuple[str, ...]
+    model: str = "minilm"
+    stages: int | None = None
+
+
+# What happens while a request runs, in order: Planned, any Progress, then Token or Embedding events, then one Finished.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    plan: PlanView
+    session: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` and `total` count bytes while fetching, 0 of 0 while only waiting. `peer_id`: the node that reports it."""
+
+    peer_id: str
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """`text`: what this token adds to the answer, possibly nothing until a character is whole."""
+
+    step: int
+    token: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    index: int
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSummary:
+    """Who did what: one row of the closing table. `compute_s`: time in the engine, as that node reports it."""
+
+    stage: int
+    peer_id: str
+    name: str
+    start: int
+    end: int
+    steps: int
+    receipts: int
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """`reason`: "stop" (end token or stop text), "length" (max_tokens or context). `receipts_verified` of `receipts` hold."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    total_s: float
+    receipts: int
+    receipts_verified: int
+    stages: tuple[StageSummary, ...]
+    bundle: Bundle
+
+
+Event = Planned | Progress | Token | Embedding | Finished
+
+
+class NodeApi(Protocol):
+    """Every method raises the errors of `nexus.core.errors`."""
+
+    def status(self) -> NodeStatus: ...
+
+    async def peers(self) -> list[PeerView]: ...
+
+    async def add_peer(self, address: str) -> PeerView:
+        """Dial a multiaddr, remember it in the address book, return what the peer says of itself."""
+        ...
+
+    async def ping(self, peer_id: str) -> float:
+        """Round-trip time in seconds; `peer_id` may be a unique prefix or a node's name."""
+        ...
+
+    def add_model(self, source: Path | str, name: str | None) -> AsyncIterator[Progress | ModelView]:
+        """Import a Hugging Face directory or a built-in ("nano", "minilm"); progress, then the model as the last item."""
+        ...
+
+    async def models(self) -> list[ModelView]: ...
+
+    async def model(self, name: str) -> ModelView:
+        """By name, or by a unique prefix of the hex root."""
+        ...
+
+    async def plan(self, model: str, stages: int | None) -> PlanView: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Closing the iterator early cancels the work everywhere."""
+        ...
+
+    def embed(self, request: EmbedRequest) -> AsyncIterator[Event]: ...

@@ -1,0 +1,181 @@
+"""Requests and receipts: who asked for which steps, who computed them, on what input, with what output.
+
+A *step* is one pass of a session through the model: step 0 reads the whole prompt, every later step one token (an encoder takes
+one text per step). Each stage commits to the inputs and outputs of a window of up to WINDOW steps and signs the receipt. Receipts
+chain twice: `parent` is the receipt of the stage before for the same steps, `prev` this stage's receipt for the steps before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nexus.core.errors import MalformedError, VerificationError
+from nexus.core.hashing import leaf_hash, merkle_root, tagged_hash
+from nexus.core.keys import Identity, verify_signature
+from nexus.core.record import Record, digest, many, nested, optional_digest, raw, text, uint
+
+SPEC = 1
+WINDOW = 16
+STEPS_MAX = 1 << 20
+FLOAT = "float"
+MICRO = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Terms(Record):
+    """What a session is about; its hash is the session id, so every receipt binds the sampling and the prompt as well.
+
+    `temperature` and `top_p` are in millionths; temperature 0 is greedy. `seed` makes sampling repeatable. `steps_max`: passes
+    through the model at most. `end_tokens`: ids that end the answer. `prompt`: leaf hash of the first step's input bytes.
+    """
+
+    spec: int = uint(SPEC)
+    nonce: bytes = raw(16)
+    coordinator: bytes = raw(32)
+    model_root: bytes = digest()
+    plan_root: bytes = digest()
+    prompt: bytes = digest()
+    steps_max: int = uint(STEPS_MAX)
+    temperature: int = uint(100 * MICRO)
+    top_p: int = uint(MICRO)
+    seed: int = uint()
+    end_tokens: tuple[int, ...] = many(uint(2**32 - 1), 64)
+
+    @property
+    def session(self) -> bytes:
+        return tagged_hash("session", self.to_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Record):
+    """The coordinator asks one stage for steps [step0, step0 + n). `in_root` and `parent` are given to the first stage only;
+    every later stage takes its input from its parent's receipt."""
+
+    spec: int = uint(SPEC)
+    coordinator: bytes = raw(32)
+    session: bytes = digest()
+    model_root: bytes = digest()
+    plan_root: bytes = digest()
+    stage: int = uint(4095)
+    step0: int = uint(STEPS_MAX)
+    n: int = uint(STEPS_MAX)
+    in_root: bytes = optional_digest()
+    parent: bytes = optional_digest()
+
+    @property
+    def id(self) -> bytes:
+        return tagged_hash("request", self.to_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRequest(Record):
+    request: Request = nested(Request)
+    signature: bytes = raw(64)
+
+    @classmethod
+    def sign(cls, request: Request, coordinator: Identity) -> SignedRequest:
+        return cls(request, coordinator.sign("request", request.to_bytes()))
+
+    def verify(self) -> Request:
+        verify_signature(self.request.coordinator, "request", self.request.to_bytes(), self.signature)
+        return self.request
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(Record):
+    """A stage's statement about steps [step0, step0 + n).
+
+    `in_root`, `out_root`: Merkle roots over the step payloads, n leaves each. `kv_len`: tokens in the KV cache afterwards.
+    `kv_root` and `trace_root` are empty in the float profile, whose arithmetic cannot be repeated bit for bit elsewhere.
+    Neither a time nor a free nonce is in it, so there is nothing to grind.
+    """
+
+    spec: int = uint(SPEC)
+    profile: str = text(16)
+    model_root: bytes = digest()
+    session: bytes = digest()
+    node: bytes = raw(32)
+    stage: int = uint(4095)
+    step0: int = uint(STEPS_MAX)
+    n: int = uint(WINDOW)
+    kv_len: int = uint(2**32)
+    request: bytes = digest()
+    parent: bytes = optional_digest()
+    prev: bytes = optional_digest()
+    in_root: bytes = digest()
+    out_root: bytes = digest()
+    kv_root: bytes = optional_digest()
+    trace_root: bytes = optional_digest()
+
+    @property
+    def id(self) -> bytes:
+        """Leaves the signature out: one statement has one id."""
+        return tagged_hash("receipt", self.to_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class SignedReceipt(Record):
+    receipt: Receipt = nested(Receipt)
+    signature: bytes = raw(64)
+
+    @classmethod
+    def sign(cls, receipt: Receipt, node: Identity) -> SignedReceipt:
+        return cls(receipt, node.sign("receipt", receipt.to_bytes()))
+
+    def verify(self) -> Receipt:
+        verify_signature(self.receipt.node, "receipt", self.receipt.to_bytes(), self.signature)
+        return self.receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Record):
+    """A stage declines, or cannot go on. `code` is one of the error codes of `nexus.core.errors`."""
+
+    session: bytes = digest()
+    node: bytes = raw(32)
+    stage: int = uint(4095)
+    step: int = uint(STEPS_MAX)
+    code: str = text(32)
+    cause: str = text(1024)
+    fix: str = text(1024)
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRefusal(Record):
+    refusal: Refusal = nested(Refusal)
+    signature: bytes = raw(64)
+
+    @classmethod
+    def sign(cls, refusal: Refusal, node: Identity) -> SignedRefusal:
+        return cls(refusal, node.sign("refusal", refusal.to_bytes()))
+
+    def verify(self) -> Refusal:
+        verify_signature(self.refusal.node, "refusal", self.refusal.to_bytes(), self.signature)
+        return self.refusal
+
+
+def payload_root(payloads: Iterable[bytes]) -> bytes:
+    """in_root or out_root over the payloads of a window, in step order."""
+    return merkle_root(leaf_hash(payload) for payload in payloads)
+
+
+def tokens_to_bytes(tokens: Iterable[int]) -> bytes:
+    """Token ids as they are hashed and sent: unsigned 32-bit little-endian each."""
+    return b"".join(token.to_bytes(4, "little") for token in tokens)
+
+
+def tokens_from_bytes(payload: bytes) -> list[int]:
+    if len(payload) % 4:
+        raise MalformedError("token ids take four bytes each")
+    return [int.from_bytes(payload[at : at + 4], "little") for at in range(0, len(payload), 4)]
+
+
+def check_parent(receipt: Receipt, parent: Receipt | None) -> None:
+    """The chain rule between a receipt and the one it names as parent. Raises VerificationError."""
+    if parent is None:
+        if receipt.parent:
+            raise VerificationError("a receipt names a parent that is not there")
+        return
+    if receipt.parent != parent.id:
+        raise VerificationError(f"stage {receipt.stage} does not chain to the receipt of stage {parent.stage}")
