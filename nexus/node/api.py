@@ -16,7 +16,7 @@ from nexus.proof.bundle import Bundle
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """`ready`: whether the node can serve a stage now, and `not_ready_because` if not. `memory_*_bytes`: for weights and KV caches."""
+    """`ready`: whether the node can serve a stage now; `not_ready_because` if not. `memory_*_bytes`: weights and KV caches."""
 
     peer_id: str
     name: str
@@ -200,3 +200,7 @@ class NodeApi(Protocol):
         ...
 
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]: ...
+
+    async def drain(self) -> None:
+        """Take no new session, neither here nor from a peer; return when the running ones are finished. The caller sets the deadline."""
+        ...

@@ -1,0 +1,32 @@
+"""What a node is told when it is opened: already validated, no defaults (those live in `nexus_config/default.toml` alone)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """Everything that `open_node` needs to know.
+
+    `home`: the data directory (mode 0700, see `nexus.storage.home`), already locked by the caller.
+    `listen`: multiaddrs without /p2p; `bootstrap`: multiaddrs that end in /p2p/<peer id>.
+    `dht`: "server", "client" or "off". `serve`: whether this node takes stages for others.
+    `memory_max_bytes`: weights and KV caches together. `disk_max_bytes`: everything under `models/`; never 0, already resolved.
+    `sessions_max`: sessions at once, own and served. `auto_fetch`: fetch fragments that a plan asks of this node.
+    `threads`: of the engine; at least 1, already resolved.
+    """
+
+    home: Path
+    name: str
+    listen: tuple[str, ...]
+    bootstrap: tuple[str, ...]
+    mdns: bool
+    dht: str
+    serve: bool
+    memory_max_bytes: int
+    disk_max_bytes: int
+    sessions_max: int
+    auto_fetch: bool
+    threads: int
