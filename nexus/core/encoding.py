@@ -2,7 +2,7 @@
 
 A value is an int in [-2**64, 2**64), bytes, text, or an array of values. There are no floats, maps, tags, booleans, nulls or
 indefinite lengths, so a value has exactly one encoding and `decode` accepts only that one. The decoder is our own because
-general CBOR decoders accept what must be refused here (tags, cycles, non-minimal integers, trailing bytes) and do work for it first.
+general CBOR decoders accept what must be refused here (tags, cycles, non-minimal integers, trailing bytes) and work on it first.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from nexus.core.encoding import Value, decode, encode
 from nexus.core.errors import MalformedError
@@ -97,7 +97,7 @@ def many(item: Any, most: int) -> Any:
 
 
 @cache
-def _fields(record: type[Record]) -> Sequence[tuple[str, Pack, Unpack]]:
+def _fields(record: Hashable) -> Sequence[tuple[str, Pack, Unpack]]:
     return [(f.name, f.metadata["pack"], f.metadata["unpack"]) for f in dataclasses.fields(record)]  # type: ignore[arg-type]
 
 
@@ -107,14 +107,14 @@ class Record:
     __slots__ = ()
 
     def to_value(self) -> Value:
-        return tuple(pack(getattr(self, name)) for name, pack, _ in _fields(type(self)))
+        return tuple(pack(getattr(self, name)) for name, pack, _ in _fields(cast(Hashable, type(self))))
 
     def to_bytes(self) -> bytes:
         return encode(self.to_value())
 
     @classmethod
     def from_value(cls, value: Value) -> Self:
-        fields = _fields(cls)
+        fields = _fields(cast(Hashable, cls))
         if type(value) is not tuple or len(value) != len(fields):
             raise MalformedError(f"a {cls.__name__} is a list of {len(fields)}")
         arguments = {}

@@ -1,0 +1,378 @@
+"""One inference session as state machines without I/O: events in, actions out. `nexus.node.infer` carries the actions out.
+
+A session runs round a ring of stages. The coordinator feeds the first stage; every stage pushes its output straight to the next;
+the last stage shows each result to the coordinator and, for a causal model, feeds the token back to the first stage:
+
+    coordinator --Feed--> stage 0 --Step--> stage 1 --Step--> ... last stage --Output--> coordinator
+                             ^------------------- Step (the new token) ---------'
+
+Every WINDOW steps each stage signs a receipt, which rides with the step that completes the window. A stage checks the receipt of
+the stage before against the bytes that it received itself, before it uses the last of them. `Finish` runs round the same way, so
+that the steps of the last, shorter window are receipted too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+from nexus.core.errors import MalformedError, VerificationError
+from nexus.core.hashing import leaf_hash, merkle_root
+from nexus.core.keys import Identity
+from nexus.core.manifest import CAUSAL, ENCODER, Manifest
+from nexus.core.plan import Plan
+from nexus.proof.bundle import (
+    Bundle,
+    ChainVerifier,
+    check_input,
+    check_place,
+    check_request,
+    first_stage_inputs,
+    make_requests,
+    request_for,
+)
+from nexus.proof.receipts import WINDOW, Receipt, SignedReceipt, SignedRequest, Terms, check_parent, tokens_from_bytes
+
+
+# What a session wants done.
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run the stage on `payload`, then call `computed` with what comes out."""
+
+    step: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SendStep:
+    """Push to the next stage of the ring; from the last stage, back to the first."""
+
+    step: int
+    payload: bytes
+    receipts: tuple[SignedReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendOutput:
+    """Show a result to the coordinator."""
+
+    step: int
+    payload: bytes
+    receipts: tuple[SignedReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendFinish:
+    """Tell the next stage of the ring that no more steps come."""
+
+    receipts: tuple[SignedReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendDone:
+    """Tell the coordinator that every step is receipted."""
+
+    receipts: tuple[SignedReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """This stage has no further part in the session."""
+
+
+StageAction: TypeAlias = Compute | SendStep | SendOutput | SendFinish | SendDone | Close
+
+
+class StageSession:
+    """One stage's part in one session.
+
+    Raises VerificationError or MalformedError when whoever feeds it breaks the rules; the session is then over, and the driver
+    answers with a signed refusal.
+    """
+
+    def __init__(
+        self, identity: Identity, manifest: Manifest, plan: Plan, terms: Terms, request: SignedRequest, stage: int
+    ) -> None:
+        if not 0 <= stage < len(plan.stages) or plan.stages[stage].node != identity.public_key:
+            raise VerificationError(f"the plan does not name this node for stage {stage}")
+        self._identity = identity
+        self._manifest = manifest
+        self._plan = plan
+        self._terms = terms
+        self._request_id = check_request(request, terms, plan, stage).id
+        self.stage = stage
+        self._request_before = request_for(terms, self.before).id
+        self._first = stage == 0
+        self._last = stage == len(plan.stages) - 1
+        self._feeds_back = manifest.kind == CAUSAL
+        self._step = 0  # the step that is due next
+        self._window = 0  # the first step of the open window
+        self._kv_len = 0
+        self._inputs: list[bytes] = []  # leaf hashes of the open window
+        self._outputs: list[bytes] = []
+        self._fed_back: list[bytes] = []  # first stage: leaf hashes of the tokens that came back, the last stage's outputs
+        self._prev: Receipt | None = None
+        self._parent: Receipt | None = None  # the newest receipt of the stage before this one in the ring
+        self._passing: tuple[SignedReceipt, ...] = ()  # receipts of earlier stages for the open window
+        self._closed = False
+        self.receipts_signed = 0
+
+    @property
+    def before(self) -> int:
+        """The stage before this one in the ring."""
+        return (self.stage - 1) % len(self._plan.stages)
+
+    def feed(self, step: int, payload: bytes) -> list[StageAction]:
+        """First stage only: the coordinator's input, the prompt or a text."""
+        if not self._first or (self._feeds_back and step > 0):
+            raise VerificationError("the coordinator feeds the first stage, and a causal model only its prompt")
+        if step == 0 and leaf_hash(payload) != self._terms.prompt:
+            raise VerificationError("the input is not the one that the session's terms name")
+        return self._take(step, payload)
+
+    def push(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
+        """A step from the stage before."""
+        if self._closed:
+            return []
+        if self._first:
+            self._take_back(step, payload, receipts)
+            return self._take(step, payload)
+        actions = self._take(step, payload)
+        self._take_receipts(receipts, len(self._inputs) if self._step % WINDOW == 0 else 0)
+        return actions
+
+    def computed(self, step: int, output: bytes) -> list[StageAction]:
+        """What the stage made of the step that it was told to compute."""
+        self._outputs.append(leaf_hash(output))
+        receipts = self._sign_window() if (step + 1) % WINDOW == 0 else ()
+        if not self._last:
+            return [SendStep(step, output, receipts)]
+        actions: list[StageAction] = [SendOutput(step, output, receipts)]
+        if self._feeds_back:
+            if self._ends(step, output):
+                actions.append(SendFinish(()))
+            else:
+                actions.append(SendStep(step + 1, output, receipts[-1:]))
+        return actions
+
+    def finish(self, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
+        """No more steps come: from the coordinator or the last stage to the first, from stage to stage after that."""
+        if self._closed:
+            return []
+        self._closed = True
+        if not self._first:
+            self._take_receipts(receipts, len(self._inputs))
+        elif receipts:
+            raise MalformedError("the first stage is told to finish with receipts that it did not ask for")
+        signed = self._sign_window() if self._inputs else ()
+        return [SendDone(signed) if self._last else SendFinish(signed), Close()]
+
+    def _check_step(self, step: int) -> None:
+        if self._closed or step != self._step or step >= self._terms.steps_max:
+            raise VerificationError(f"step {step} came where step {self._step} of {self._terms.steps_max} is due")
+
+    def _tokens_after(self, payload: bytes) -> int:
+        """Tokens in the cache once `payload` is in."""
+        if self._manifest.kind == ENCODER:
+            return 0
+        width = 4 if self._first else 4 * self._manifest.hidden_size
+        return self._kv_len + len(payload) // width
+
+    def _take(self, step: int, payload: bytes) -> list[StageAction]:
+        self._check_step(step)
+        self._kv_len = self._tokens_after(payload)
+        self._inputs.append(leaf_hash(payload))
+        self._step = step + 1
+        return [Compute(step, payload)]
+
+    def _take_back(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> None:
+        """The token that came round, and at the start of a window the last stage's receipt for the window before."""
+        if not self._feeds_back or step == 0 or len(payload) != 4:
+            raise MalformedError("what came back to the first stage is not one token")
+        self._check_step(step)
+        self._fed_back.append(leaf_hash(payload))
+        if step % WINDOW:
+            if receipts:
+                raise MalformedError("a receipt came in the middle of a window")
+            return
+        if len(receipts) != 1:
+            raise VerificationError("the last stage did not sign the window that it completed")
+        receipt = self._check_before(receipts[0])
+        if receipt.n != WINDOW or receipt.out_root != merkle_root(self._fed_back):
+            raise VerificationError("the last stage signed for other tokens than those that it sent")
+        self._fed_back.clear()
+        self._parent = receipt
+
+    def _take_receipts(self, receipts: Sequence[SignedReceipt], steps: int) -> None:
+        """Receipts of all earlier stages, due when a window of `steps` steps is complete. Ours must build on the last of them."""
+        if len(receipts) != (self.stage if steps else 0):
+            raise VerificationError(f"{len(receipts)} receipts came where {self.stage if steps else 0} are due")
+        if not steps:
+            return
+        receipt = self._check_before(receipts[-1])
+        for earlier, later in pairwise(receipts):
+            check_parent(later.receipt, earlier.receipt)
+        if (receipt.n, receipt.kv_len) != (steps, self._kv_len) or receipt.out_root != merkle_root(self._inputs):
+            raise VerificationError(f"stage {self.before} signed for other bytes than those that it sent")
+        self._parent = receipt
+        self._passing = tuple(receipts)
+
+    def _check_before(self, signed: SignedReceipt) -> Receipt:
+        """A receipt of the stage before this one: signed by it, in this session, next after its previous one."""
+        receipt = signed.verify()
+        previous = self._parent
+        check_place(receipt, self._plan, self._terms, self.before, self._request_before, previous)
+        return receipt
+
+    def _sign_window(self) -> tuple[SignedReceipt, ...]:
+        """Sign for the open window and start the next: the receipts of all stages up to this one."""
+        if len(self._outputs) != len(self._inputs):
+            raise RuntimeError("a window is signed only after all of it is computed")
+        parent = None if self._first and not self._feeds_back else self._parent
+        receipt = Receipt(
+            spec=1,
+            profile=self._plan.profile,
+            model_root=self._terms.model_root,
+            session=self._terms.session,
+            node=self._identity.public_key,
+            stage=self.stage,
+            step0=self._window,
+            n=len(self._inputs),
+            kv_len=self._kv_len,
+            request=self._request_id,
+            parent=parent.id if parent else b"",
+            prev=self._prev.id if self._prev else b"",
+            in_root=merkle_root(self._inputs),
+            out_root=merkle_root(self._outputs),
+            kv_root=b"",
+            trace_root=b"",
+        )
+        if parent and not self._first:
+            check_input(receipt, parent)  # sign only what holds
+        signed = (*self._passing, SignedReceipt.sign(receipt, self._identity))
+        self._passing = ()
+        self._prev = receipt
+        self._window += receipt.n
+        self._inputs, self._outputs = [], []
+        self.receipts_signed += 1
+        return signed
+
+    def _ends(self, step: int, output: bytes) -> bool:
+        return step + 1 >= self._terms.steps_max or tokens_from_bytes(output)[0] in self._terms.end_tokens
+
+
+# What the coordinator wants done.
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Send an input to the first stage."""
+
+    step: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Step `step` gave `payload`. Signed for by the end of its window; verified when `Verified` comes."""
+
+    step: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AskFinish:
+    """Tell the first stage that no more steps are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The session is over and every step is receipted, chained and signed."""
+
+    bundle: Bundle
+
+
+CoordinatorAction: TypeAlias = Feed | Result | AskFinish | Verified
+
+
+class CoordinatorSession:
+    """The asker's part: it feeds the inputs, takes the results in order and accepts nothing that the receipts do not bear out."""
+
+    def __init__(
+        self, identity: Identity, name: str, manifest: Manifest, plan: Plan, terms: Terms, inputs: Sequence[bytes]
+    ) -> None:
+        if terms.coordinator != identity.public_key or not inputs or leaf_hash(inputs[0]) != terms.prompt:
+            raise ValueError("the terms are not this coordinator's")
+        self.requests = make_requests(identity, terms, plan)
+        self._name = name
+        self._manifest = manifest
+        self._plan = plan
+        self._terms = terms
+        self._inputs = list(inputs)
+        self._outputs: list[bytes] = []
+        self._receipts: list[SignedReceipt] = []
+        self._waiting = set(range(len(plan.stages)))
+        self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
+        self._asked_to_finish = False
+
+    def accepted(self, stage: int) -> list[CoordinatorAction]:
+        """Stage `stage` is ready. When all are, the inputs go out."""
+        if stage not in self._waiting:
+            raise MalformedError(f"stage {stage} accepted twice")
+        self._waiting.remove(stage)
+        if self._waiting:
+            return []
+        actions: list[CoordinatorAction] = [Feed(step, payload) for step, payload in enumerate(self._inputs)]
+        if self._manifest.kind == ENCODER:
+            actions += self.stop()
+        return actions
+
+    def output(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
+        """The last stage shows a result."""
+        if self._waiting or step != len(self._outputs) or step >= self._terms.steps_max:
+            raise VerificationError(f"a result for step {step} came where step {len(self._outputs)} is due")
+        expected = 4 if self._manifest.kind == CAUSAL else 4 * self._manifest.hidden_size
+        if len(payload) != expected:
+            raise MalformedError(f"a result of {len(payload)} bytes where {expected} are due")
+        if len(receipts) != (len(self._plan.stages) if (step + 1) % WINDOW == 0 else 0):
+            raise VerificationError(f"{len(receipts)} receipts came with step {step}")
+        self._outputs.append(payload)
+        self._accept(receipts)
+        return [Result(step, payload)]
+
+    def stop(self) -> list[CoordinatorAction]:
+        """No more steps are wanted. What is under way still arrives and is receipted."""
+        if self._asked_to_finish:
+            return []
+        self._asked_to_finish = True
+        return [AskFinish()]
+
+    def done(self, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
+        """The last stage has signed for the last window."""
+        self._accept(receipts)
+        if not self._asked_to_finish and (not self._outputs or self.ends_with(len(self._outputs) - 1, self._outputs[-1]) is None):
+            raise VerificationError("the stages ended the session before the answer was over")
+        self._chain.finish(first_stage_inputs(self._manifest, self._inputs, self._outputs), self._outputs)
+        bundle = Bundle(
+            spec=1,
+            model_name=self._name,
+            manifest=self._manifest,
+            plan=self._plan,
+            terms=self._terms,
+            requests=self.requests,
+            inputs=tuple(self._inputs),
+            outputs=tuple(self._outputs),
+            receipts=tuple(self._receipts),
+        )
+        return [Verified(bundle)]
+
+    def _accept(self, receipts: Sequence[SignedReceipt]) -> None:
+        for signed in receipts:
+            self._chain.accept(signed)
+            self._receipts.append(signed)
+
+    def ends_with(self, step: int, payload: bytes) -> str | None:
+        """Why the answer is over after this result: "stop", "length", or None while it goes on."""
+        if self._manifest.kind == CAUSAL and tokens_from_bytes(payload)[0] in self._terms.end_tokens:
+            return "stop"
+        return "length" if step + 1 == self._terms.steps_max else None
