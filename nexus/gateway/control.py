@@ -1,0 +1,268 @@
+"""The control API: what the CLI asks a running daemon, as HTTP over a Unix socket that only its owner can open.
+
+Answers are JSON, errors problem details (RFC 9457). Long work streams one JSON object per line (NDJSON); when it fails half way
+the last line is {"event": "error", "problem": {...}}. A client that goes away cancels its work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import cast
+
+import structlog
+import trio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from nexus.core.errors import CapacityError, NexusError, UsageError
+from nexus.core.keys import public_key_of
+from nexus.gateway import problems, requests
+from nexus.gateway.wire import ERROR_EVENT, Json, event_to_json, to_json
+from nexus.node.api import Event, ModelView, NodeApi
+
+API_VERSION = "v0"
+BODY_TIMEOUT_S = 30.0
+
+log = structlog.get_logger(__name__)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Json) -> bytes:
+        return _dump(content)
+
+
+class ProblemResponse(JsonResponse):
+    media_type = problems.CONTENT_TYPE
+
+    def __init__(self, problem: Mapping[str, Json]) -> None:
+        status = problem["status"]
+        super().__init__(problem, status_code=status if isinstance(status, int) else 500)
+
+
+class EventStream(Response):
+    """Events as NDJSON, as they come. What fails before the first event is an HTTP error, what fails later the last line."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, events: AsyncIterator[Event | ModelView]) -> None:
+        super().__init__()
+        # NodeApi promises that its iterators can be closed, which is what makes them generators.
+        self._events = cast("AsyncGenerator[Event | ModelView, None]", events)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+            problem = await self._send_events(scope, receive, send)
+            if problem is not None:
+                await ProblemResponse(problem)(scope, receive, send)
+            nursery.cancel_scope.cancel()
+
+    async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> dict[str, Json] | None:
+        """Send everything; the problem if there was one before anything was sent."""
+        started = False
+        problem: dict[str, Json] | None = None
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    if not started:
+                        await self._send_start(send)
+                        started = True
+                    await _send_line(send, event_to_json(event))
+        except NexusError as error:
+            problem = problems.problem_of(error)
+        except Exception:  # the one boundary of a stream: the daemon outlives any one request
+            log.exception("request failed", path=scope["path"])
+            problem = problems.internal_problem()
+        if not started and problem is not None:
+            return problem
+        if not started:
+            await self._send_start(send)
+        if problem is not None:
+            await _send_line(send, {"event": ERROR_EVENT, "problem": problem})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return None
+
+    async def _send_start(self, send: Send) -> None:
+        headers = [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+async def _send_line(send: Send, line: Json) -> None:
+    await send({"type": "http.response.body", "body": _dump(line) + b"\n", "more_body": True})
+
+
+def _dump(value: Json) -> bytes:
+    # allow_nan: a NaN or infinity would not be JSON, and a client could not read it.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+
+
+def _guarded(endpoint: Endpoint) -> Endpoint:
+    """The boundary of a request: whatever goes wrong becomes a problem response, and the daemon stays up."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except NexusError as error:
+            log.debug("request refused", path=request.url.path, code=error.code, cause=error.cause)
+            return ProblemResponse(problems.problem_of(error))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        except Exception:  # the one boundary of a request: the daemon outlives any one of them
+            log.exception("request failed", path=request.url.path)
+            return ProblemResponse(problems.internal_problem())
+
+    return guarded
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    cause = {404: "there is no such path", 405: "this path does not take this method"}.get(status, "the request is not valid")
+    return ProblemResponse(
+        problems.http_problem(status, f"{request.method} {request.url.path}: {cause}", "docs/cli.md lists the paths")
+    )
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body, bounded in size and time."""
+    body = bytearray()
+    with trio.move_on_after(BODY_TIMEOUT_S) as waiting:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > requests.BODY_BYTES_MAX:
+                raise UsageError(f"the request body is larger than {requests.BODY_BYTES_MAX} bytes", "Send less at a time")
+    if waiting.cancelled_caught:
+        raise UsageError(f"the request body did not arrive within {BODY_TIMEOUT_S:g} s", "Send it at once")
+    return bytes(body)
+
+
+def _stages(request: Request) -> int | None:
+    given = request.query_params.get("stages")
+    if given is None:
+        return None
+    if re.fullmatch("[0-9]{1,4}", given) is None or not 1 <= int(given) <= requests.STAGES_MAX:
+        raise UsageError(f"stages must be a whole number from 1 to {requests.STAGES_MAX}", "")
+    return int(given)
+
+
+class Control:
+    """One method per route. `stopping` refuses new work while what runs may finish."""
+
+    def __init__(self, node: NodeApi, request_stop: Callable[[], None]) -> None:
+        self.node = node
+        self.request_stop = request_stop
+        self.stopping = False
+
+    def _check_accepting(self) -> None:
+        if self.stopping:
+            raise CapacityError("the daemon is stopping and takes no new work", "Start it again, then repeat the command")
+
+    async def status(self, request: Request) -> Response:
+        return JsonResponse(to_json(self.node.status()))
+
+    async def id(self, request: Request) -> Response:
+        status = self.node.status()
+        return JsonResponse(
+            {
+                "peer_id": status.peer_id,
+                "public_key": public_key_of(status.peer_id).hex(),
+                "name": status.name,
+                "addresses": list(status.addresses),
+            }
+        )
+
+    async def peers(self, request: Request) -> Response:
+        return JsonResponse({"peers": to_json(await self.node.peers())})
+
+    async def add_peer(self, request: Request) -> Response:
+        address = requests.parse_address(await _body(request))
+        return JsonResponse(to_json(await self.node.add_peer(address)), status_code=201)
+
+    async def ping(self, request: Request) -> Response:
+        peer = requests.parse_ping(await _body(request))
+        return JsonResponse({"peer": peer, "rtt_s": await self.node.ping(peer)})
+
+    async def models(self, request: Request) -> Response:
+        return JsonResponse({"models": to_json(await self.node.models())})
+
+    async def add_model(self, request: Request) -> Response:
+        wanted = requests.parse_add_model(await _body(request))
+        self._check_accepting()
+        return EventStream(self.node.add_model(wanted.source, wanted.name))
+
+    async def model(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.model(request.path_params["name"])))
+
+    async def plan(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.plan(request.path_params["name"], _stages(request))))
+
+    async def run(self, request: Request) -> Response:
+        wanted = requests.parse_generate(await _body(request))
+        self._check_accepting()
+        return EventStream(self.node.generate(wanted))
+
+    async def embed(self, request: Request) -> Response:
+        wanted = requests.parse_embed(await _body(request))
+        self._check_accepting()
+        return EventStream(self.node.embed(wanted))
+
+    async def stop(self, request: Request) -> Response:
+        self.request_stop()
+        return JsonResponse({"stopping": True}, status_code=202)
+
+    async def livez(self, request: Request) -> Response:
+        return JsonResponse({"live": True})
+
+    async def readyz(self, request: Request) -> Response:
+        self._check_accepting()
+        status = self.node.status()
+        if not status.ready:
+            raise CapacityError(f"not ready: {status.not_ready_because}", "See: nexus doctor")
+        return JsonResponse({"ready": True})
+
+    async def version(self, request: Request) -> Response:
+        return JsonResponse({"name": "nexus", "version": self.node.status().version, "api": API_VERSION})
+
+
+_ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]], ...] = (
+    ("GET", "/v0/status", Control.status),
+    ("GET", "/v0/id", Control.id),
+    ("GET", "/v0/peers", Control.peers),
+    ("POST", "/v0/peers", Control.add_peer),
+    ("POST", "/v0/ping", Control.ping),
+    ("GET", "/v0/models", Control.models),
+    ("POST", "/v0/models", Control.add_model),
+    ("GET", "/v0/models/{name}", Control.model),
+    ("GET", "/v0/models/{name}/plan", Control.plan),
+    ("POST", "/v0/run", Control.run),
+    ("POST", "/v0/embed", Control.embed),
+    ("POST", "/v0/stop", Control.stop),
+    ("GET", "/livez", Control.livez),
+    ("GET", "/readyz", Control.readyz),
+    ("GET", "/version", Control.version),
+)
+
+
+def control_app(control: Control) -> Starlette:
+    """The ASGI application of the control API."""
+    return Starlette(
+        routes=[Route(path, _guarded(partial(method, control)), methods=[verb]) for verb, path, method in _ROUTES],
+        exception_handlers={HTTPException: _http_error},
+    )
