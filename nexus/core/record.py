@@ -128,3 +128,22 @@ class Record:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         return cls.from_value(decode(data))
+
+
+class MessageSet:
+    """The messages of one wire protocol. A frame is the array [kind, fields...], `kind` being the record's place in the set."""
+
+    def __init__(self, *records: type[Record]) -> None:
+        self._records = records
+        self._kinds = {record: kind for kind, record in enumerate(records)}
+
+    def pack(self, message: Record) -> bytes:
+        fields = cast(Sequence[Value], message.to_value())
+        return encode((self._kinds[type(message)], *fields))
+
+    def unpack(self, frame: bytes) -> Record:
+        """Raises MalformedError for anything that is not one of the messages."""
+        value = decode(frame)
+        if type(value) is not tuple or not value or type(value[0]) is not int or not 0 <= value[0] < len(self._records):
+            raise MalformedError("not a message of this protocol")
+        return self._records[value[0]].from_value(value[1:])

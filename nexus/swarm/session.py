@@ -109,14 +109,14 @@ class StageSession:
         self._feeds_back = manifest.kind == CAUSAL
         self._step = 0  # the step that is due next
         self._window = 0  # the first step of the open window
-        self._kv_len = 0
+        self.kv_len = 0
         self._inputs: list[bytes] = []  # leaf hashes of the open window
         self._outputs: list[bytes] = []
         self._fed_back: list[bytes] = []  # first stage: leaf hashes of the tokens that came back, the last stage's outputs
         self._prev: Receipt | None = None
         self._parent: Receipt | None = None  # the newest receipt of the stage before this one in the ring
         self._passing: tuple[SignedReceipt, ...] = ()  # receipts of earlier stages for the open window
-        self._closed = False
+        self.closed = False
         self.receipts_signed = 0
 
     @property
@@ -134,7 +134,7 @@ class StageSession:
 
     def push(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
         """A step from the stage before."""
-        if self._closed:
+        if self.closed:
             return []
         if self._first:
             self._take_back(step, payload, receipts)
@@ -149,19 +149,19 @@ class StageSession:
         receipts = self._sign_window() if (step + 1) % WINDOW == 0 else ()
         if not self._last:
             return [SendStep(step, output, receipts)]
-        actions: list[StageAction] = [SendOutput(step, output, receipts)]
-        if self._feeds_back:
-            if self._ends(step, output):
-                actions.append(SendFinish(()))
-            else:
-                actions.append(SendStep(step + 1, output, receipts[-1:]))
-        return actions
+        shown = SendOutput(step, output, receipts)
+        if not self._feeds_back:
+            return [shown]
+        if self._ends(step, output):
+            return [shown, SendFinish(())]
+        # The token goes round first: the ring waits for it, the user's eyes do not.
+        return [SendStep(step + 1, output, receipts[-1:]), shown]
 
     def finish(self, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
         """No more steps come: from the coordinator or the last stage to the first, from stage to stage after that."""
-        if self._closed:
+        if self.closed:
             return []
-        self._closed = True
+        self.closed = True
         if not self._first:
             self._take_receipts(receipts, len(self._inputs))
         elif receipts:
@@ -170,7 +170,7 @@ class StageSession:
         return [SendDone(signed) if self._last else SendFinish(signed), Close()]
 
     def _check_step(self, step: int) -> None:
-        if self._closed or step != self._step or step >= self._terms.steps_max:
+        if self.closed or step != self._step or step >= self._terms.steps_max:
             raise VerificationError(f"step {step} came where step {self._step} of {self._terms.steps_max} is due")
 
     def _tokens_after(self, payload: bytes) -> int:
@@ -178,11 +178,11 @@ class StageSession:
         if self._manifest.kind == ENCODER:
             return 0
         width = 4 if self._first else 4 * self._manifest.hidden_size
-        return self._kv_len + len(payload) // width
+        return self.kv_len + len(payload) // width
 
     def _take(self, step: int, payload: bytes) -> list[StageAction]:
         self._check_step(step)
-        self._kv_len = self._tokens_after(payload)
+        self.kv_len = self._tokens_after(payload)
         self._inputs.append(leaf_hash(payload))
         self._step = step + 1
         return [Compute(step, payload)]
@@ -214,7 +214,7 @@ class StageSession:
         receipt = self._check_before(receipts[-1])
         for earlier, later in pairwise(receipts):
             check_parent(later.receipt, earlier.receipt)
-        if (receipt.n, receipt.kv_len) != (steps, self._kv_len) or receipt.out_root != merkle_root(self._inputs):
+        if (receipt.n, receipt.kv_len) != (steps, self.kv_len) or receipt.out_root != merkle_root(self._inputs):
             raise VerificationError(f"stage {self.before} signed for other bytes than those that it sent")
         self._parent = receipt
         self._passing = tuple(receipts)
@@ -240,7 +240,7 @@ class StageSession:
             stage=self.stage,
             step0=self._window,
             n=len(self._inputs),
-            kv_len=self._kv_len,
+            kv_len=self.kv_len,
             request=self._request_id,
             parent=parent.id if parent else b"",
             prev=self._prev.id if self._prev else b"",

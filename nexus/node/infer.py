@@ -1,0 +1,747 @@
+"""The inference protocols, both ends of each.
+
+`/nexus/infer/1`, coordinator to stage, one stream per session and stage: Open, then Progress* and Accepted, then Feed and Finish
+one way and Output and Done the other (first and last stage), at the end a Report from every stage. A Failed may come at any time.
+Closing the stream ends the session on that stage.
+
+`/nexus/link/1`, stage to the next stage of the ring, one stream per session: Hello, then Push* and Finish.
+
+What may follow what, and what is checked before it is used, is decided by the state machines in `nexus.swarm.session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+import trio
+
+from nexus.core.errors import (
+    CapacityError,
+    LocalError,
+    MalformedError,
+    NexusError,
+    NotAllowedError,
+    NotFoundError,
+    PeerError,
+    RefusedError,
+    TimedOutError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
+from nexus.core.keys import Identity, peer_id_of
+from nexus.core.manifest import CAUSAL, Manifest
+from nexus.core.plan import Plan
+from nexus.core.record import MessageSet, Record, digest, many, nested, raw, text, uint
+from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.proof.bundle import Bundle, check_request
+from nexus.proof.receipts import MICRO, STEPS_MAX, Refusal, SignedReceipt, SignedRefusal, SignedRequest, Terms
+from nexus.swarm.session import (
+    AskFinish,
+    Close,
+    Compute,
+    CoordinatorSession,
+    Feed,
+    Result,
+    SendDone,
+    SendFinish,
+    SendOutput,
+    SendStep,
+    StageAction,
+    StageSession,
+    Verified,
+)
+
+if TYPE_CHECKING:
+    from nexus.engine.stage import Stage
+
+log = structlog.get_logger("nexus.infer")
+
+OPEN_TIMEOUT_S = 30.0
+LINK_TIMEOUT_S = 15.0
+STEP_TIMEOUT_S = 60.0
+SESSION_IDLE_S = 300.0
+REPORT_TIMEOUT_S = 2.0
+FINISH_TIMEOUT_S = 10.0
+PAYLOAD_MAX = FRAME_MAX - 64 * 1024
+ADDRESSES_MAX = 16
+
+INFER = ProtocolSpec("/nexus/infer/1", frame_max=FRAME_MAX, read_timeout_s=None, streams_per_peer_max=64)
+LINK = ProtocolSpec("/nexus/link/1", frame_max=FRAME_MAX, read_timeout_s=None, streams_per_peer_max=64)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPeer(Record):
+    """Where a node of the plan was last seen."""
+
+    node: bytes = raw(32)
+    addresses: tuple[str, ...] = many(text(256), ADDRESSES_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Record):
+    """The coordinator asks for a stage. `next`: the following stage of the ring. `sources`: who may have the weights."""
+
+    stage: int = uint(4095)
+    model_name: str = text(64)
+    plan: Plan = nested(Plan)
+    terms: Terms = nested(Terms)
+    request: SignedRequest = nested(SignedRequest)
+    next: KnownPeer = nested(KnownPeer)
+    sources: tuple[KnownPeer, ...] = many(nested(KnownPeer), 32)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenProgress(Record):
+    phase: str = text(64)
+    done: int = uint()
+    total: int = uint()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted(Record):
+    """The stage is loaded, the session is registered, the next stage is connected."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedInput(Record):
+    step: int = uint(STEPS_MAX)
+    payload: bytes = raw(most=PAYLOAD_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(Record):
+    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Record):
+    step: int = uint(STEPS_MAX)
+    payload: bytes = raw(most=PAYLOAD_MAX)
+    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Record):
+    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Record):
+    """What the stage says it did; for the user's eyes, nothing rests on it."""
+
+    steps: int = uint(STEPS_MAX)
+    receipts: int = uint(STEPS_MAX)
+    compute_us: int = uint()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Record):
+    refusal: SignedRefusal = nested(SignedRefusal)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Record):
+    session: bytes = digest()
+    stage: int = uint(4095)
+
+
+@dataclass(frozen=True, slots=True)
+class Push(Record):
+    step: int = uint(STEPS_MAX)
+    payload: bytes = raw(most=PAYLOAD_MAX)
+    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+
+
+INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, Done, Report, Failed)
+LINK_MESSAGES = MessageSet(Hello, Push, Finish)
+
+
+# What a stage's refusal is here; by its code, so that the exit code still says what kind of failure it was.
+REFUSALS: dict[str, type[NexusError]] = {
+    error.code: error for error in (CapacityError, NotAllowedError, NotFoundError, TimedOutError, UsageError, VerificationError)
+}
+
+
+# --- a stage's end ----------------------------------------------------------------------------------------------------------
+
+ProgressSink = Callable[[str, int, int], Awaitable[None]]
+
+
+class StageSource(Protocol):
+    """Where sessions get the loaded layers from: fetched if need be, shared between sessions, held while in use."""
+
+    async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest: ...
+
+    def stage(
+        self, manifest: Manifest, start: int, end: int, dtype: str, sources: Sequence[PeerAddress], progress: ProgressSink
+    ) -> AbstractAsyncContextManager[Stage]: ...
+
+    def reserve_kv(self, session: bytes, n_bytes: int) -> None:
+        """Count `n_bytes` of KV cache to `session`; 0 gives all back. Raises CapacityError when the node has no room."""
+
+
+@dataclass
+class ServedTotals:
+    """Since this node started."""
+
+    sessions: int = 0
+    steps: int = 0
+    receipts: int = 0
+
+
+class InferService:
+    """Serves stages: answers both protocols, one `_Served` per live session."""
+
+    def __init__(self, transport: Transport, identity: Identity, source: StageSource, *, serve: bool, sessions_max: int) -> None:
+        self._transport = transport
+        self._identity = identity
+        self._source = source
+        self._serve = serve
+        self._sessions_max = sessions_max
+        self._live: dict[tuple[bytes, int], _Served] = {}
+        # Sessions wait in line here, one step each, so a long prompt delays the others by one step and no more. Two threads,
+        # so that it does not delay them at all while there is a second core.
+        self._compute = trio.CapacityLimiter(2)
+        self.totals = ServedTotals()
+        self.draining = False
+
+    @property
+    def live(self) -> int:
+        return len(self._live)
+
+    def start(self) -> None:
+        self._transport.serve(INFER, self._answer_open)
+        self._transport.serve(LINK, self._answer_link)
+
+    async def _answer_open(self, control: Stream) -> None:
+        with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+            first = await control.receive()
+        if scope.cancelled_caught:
+            raise TimedOutError("the coordinator opened a stream and sent nothing")
+        message = INFER_MESSAGES.unpack(first)
+        if not isinstance(message, Open):
+            raise MalformedError("a session begins with Open")
+        step = 0
+        served: _Served | None = None
+        try:
+            manifest = await self._admit(control, message)
+            async with self._hold_stage(control, message, manifest) as stage:
+                served = _Served(self, control, message, manifest, stage)
+                step = await served.run()
+        except NexusError as error:
+            step = served.step if served else 0
+            log.warning(
+                "session_failed", session=message.terms.session.hex()[:16], stage=message.stage, step=step, error=str(error)
+            )
+            await self._refuse(control, message, step, error)
+
+    async def _admit(self, control: Stream, message: Open) -> Manifest:
+        """Everything that can be checked before any work is done for the session."""
+        session, stage = message.terms.session, message.stage
+        if not self._serve or self.draining:
+            raise NotAllowedError(
+                "this node is shutting down" if self.draining else "this node does not serve stages", "Plan without it"
+            )
+        if peer_id_of(message.terms.coordinator) != control.peer_id:
+            raise VerificationError("the session's terms name another coordinator than the peer that sent them")
+        if (session, stage) in self._live:
+            raise MalformedError("this session is already open here")
+        if len(self._live) >= self._sessions_max:
+            raise CapacityError(
+                f"this node runs {self._sessions_max} sessions, its limit", "Try again later, or raise serve.sessions_max there"
+            )
+        stages = message.plan.stages
+        if not 0 <= stage < len(stages) or stages[stage].node != self._identity.public_key:
+            raise VerificationError(f"the plan does not name this node for stage {stage}")
+        following = stages[(stage + 1) % len(stages)].node
+        if message.next.node != following:
+            raise VerificationError("the next peer named is not the plan's next stage")
+        check_request(message.request, message.terms, message.plan, stage)
+        manifest = await self._source.manifest(message.plan.model_root, [_address(peer) for peer in message.sources])
+        message.plan.check(manifest)
+        return manifest
+
+    @asynccontextmanager
+    async def _hold_stage(self, control: Stream, message: Open, manifest: Manifest) -> AsyncIterator[Stage]:
+        layers = message.plan.stages[message.stage]
+
+        async def tell(phase: str, done: int, total: int) -> None:
+            await control.send(INFER_MESSAGES.pack(OpenProgress(phase, done, total)))
+
+        async def watch() -> None:
+            """The coordinator has nothing to say while it waits; if it goes away, so does the reason to load."""
+            try:
+                await control.receive()
+            except trio.EndOfChannel:
+                raise UnreachableError("the coordinator ended the session before it began") from None
+            raise MalformedError("the coordinator spoke before its session was accepted")
+
+        sources = [_address(peer) for peer in message.sources]
+        async with AsyncExitStack() as stack:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch)
+                stage = await stack.enter_async_context(
+                    self._source.stage(manifest, layers.start, layers.end, message.plan.dtype, sources, tell)
+                )
+                nursery.cancel_scope.cancel()
+            yield stage
+
+    async def _refuse(self, control: Stream, message: Open, step: int, error: NexusError) -> None:
+        refusal = Refusal(
+            message.terms.session,
+            self._identity.public_key,
+            message.stage,
+            step,
+            error.code,
+            error.cause[:500],
+            error.fix[:500],
+        )
+        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+            scope.shield = True
+            try:
+                await control.send(INFER_MESSAGES.pack(Failed(SignedRefusal.sign(refusal, self._identity))))
+                await control.close()
+            except NexusError:
+                await control.reset()  # the coordinator is gone: nobody is left to tell
+
+    async def _answer_link(self, link: Stream) -> None:
+        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+            first = await link.receive()
+        if scope.cancelled_caught:
+            raise TimedOutError("a link was opened and nothing said on it")
+        hello = LINK_MESSAGES.unpack(first)
+        if not isinstance(hello, Hello):
+            raise MalformedError("a link begins with Hello")
+        served = self._live.get((hello.session, hello.stage))
+        if served is None:
+            raise NotAllowedError("no such session here")
+        await served.take_link(link)
+
+    async def compute(self, stage: Stage, session: bytes, payload: bytes) -> tuple[bytes, float]:
+        """One step, off the trio thread: what came out, and the seconds that it took without the waiting."""
+
+        def step() -> tuple[bytes, float]:
+            began = perf_counter()
+            return stage.step(session, payload), perf_counter() - began
+
+        return await trio.to_thread.run_sync(step, limiter=self._compute)
+
+
+class _Served:
+    """One session on this node. Every event is handled to the end, under a lock, before the next one is looked at."""
+
+    def __init__(self, service: InferService, control: Stream, opened: Open, manifest: Manifest, stage: Stage) -> None:
+        self._service = service
+        self._control = control
+        self._opened = opened
+        self._manifest = manifest
+        self._stage = stage
+        self._session = opened.terms.session
+        self._machine = StageSession(service._identity, manifest, opened.plan, opened.terms, opened.request, opened.stage)
+        self._lock = trio.Lock()
+        self._link_out: Stream | None = None
+        self._link_in_taken = False
+        self._over = trio.Event()
+        self._failure: NexusError | None = None
+        self._link_scope = trio.CancelScope()
+        self._heard = trio.current_time()
+        self._compute_s = 0.0
+        self._token_kv_bytes = stage_kv_bytes(manifest, opened.plan, opened.stage)
+        self.step = 0
+
+    async def run(self) -> int:
+        """Until the session is over. Raises what made it fail."""
+        from nexus.engine.sampling import Sampling
+
+        service, terms, plan = self._service, self._opened.terms, self._opened.plan
+        key = (self._session, self._opened.stage)
+        last = self._opened.stage == len(plan.stages) - 1
+        if not last or self._feeds_back:
+            await self._reach_next()
+        sampling = Sampling(terms.temperature / MICRO, terms.top_p / MICRO, terms.seed) if last and self._feeds_back else None
+        self._stage.open(self._session, sampling)
+        service._live[key] = self
+        service.totals.sessions += 1
+        try:
+            await self._control.send(INFER_MESSAGES.pack(Accepted()))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_control)
+                nursery.start_soon(self._watch)
+                await self._over.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            del service._live[key]
+            self._link_scope.cancel()
+            self._stage.close(self._session)
+            service._source.reserve_kv(self._session, 0)
+            with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+                scope.shield = True
+                if self._link_out:
+                    await (self._link_out.reset() if self._failure else self._link_out.close())
+        if self._failure:
+            raise self._failure
+        return self.step
+
+    @property
+    def _feeds_back(self) -> bool:
+        return self._manifest.kind == CAUSAL
+
+    async def _reach_next(self) -> None:
+        """A stage that cannot reach its successor says so now, not in the middle of an answer."""
+        following = _address(self._opened.next)
+        transport = self._service._transport
+        if following.peer_id == transport.peer_id:
+            return
+        transport.learn(following)
+        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+            await transport.ping(following.peer_id)
+        if scope.cancelled_caught:
+            raise UnreachableError(f"the next stage ({following.peer_id}) does not answer", peer=following.peer_id)
+
+    async def _watch(self) -> None:
+        """A session in which nothing happens any more gives its memory back."""
+        while (rest := self._heard + SESSION_IDLE_S - trio.current_time()) > 0:
+            await trio.sleep(rest)
+        self._fail(TimedOutError(f"nothing came for {SESSION_IDLE_S:.0f} s, so the session's cache was evicted", "Run it again"))
+
+    def _fail(self, error: NexusError) -> None:
+        if not self._over.is_set():
+            self._failure = error
+            self._over.set()
+
+    async def _read_control(self) -> None:
+        """The coordinator's side. Its going away ends the session."""
+        try:
+            while True:
+                message = INFER_MESSAGES.unpack(await self._control.receive())
+                match message:
+                    case FeedInput(step, payload):
+                        await self._handle(partial(self._machine.feed, step, payload))
+                    case Finish(receipts):
+                        await self._handle(partial(self._machine.finish, receipts))
+                    case _:
+                        raise MalformedError(f"{type(message).__name__} is not for a stage")
+        except trio.EndOfChannel:
+            self._fail(UnreachableError("the coordinator ended the session"))
+        except NexusError as error:
+            self._fail(error)
+
+    async def take_link(self, link: Stream) -> None:
+        """The stage before pushes its steps."""
+        before = self._opened.plan.stages[self._machine.before]
+        if link.peer_id != peer_id_of(before.node) or self._link_in_taken:
+            raise NotAllowedError("the link is not from the stage before, or it is the second one")
+        self._link_in_taken = True
+        with self._link_scope:
+            await self._read_link(link)
+
+    async def _read_link(self, link: Stream) -> None:
+        try:
+            while not self._over.is_set():
+                message = LINK_MESSAGES.unpack(await link.receive())
+                match message:
+                    case Push(step, payload, receipts):
+                        await self._handle(partial(self._machine.push, step, payload, receipts))
+                    case Finish(receipts):
+                        await self._handle(partial(self._machine.finish, receipts))
+                    case _:
+                        raise MalformedError(f"{type(message).__name__} does not belong on a link")
+        except trio.EndOfChannel:
+            if not self._machine.closed:  # in order only after Finish
+                self._fail(UnreachableError(f"stage {self._machine.before} closed its link", peer=link.peer_id))
+        except NexusError as error:
+            self._fail(_blame(error, link.peer_id))
+
+    async def _handle(self, event: Callable[[], list[StageAction]]) -> None:
+        self._heard = trio.current_time()
+        async with self._lock:
+            if self._over.is_set():
+                return
+            try:
+                await self._perform(event())
+            except NexusError:
+                raise
+            except Exception as error:  # the boundary: a defect of ours in one session must not end the others
+                log.exception("session_broke", session=self._session.hex()[:16])
+                raise LocalError(
+                    f"the node failed inside: {type(error).__name__}", "Its log has the details; please report it"
+                ) from error
+
+    async def _perform(self, actions: list[StageAction]) -> None:
+        for action in actions:
+            match action:
+                case Compute(step, payload):
+                    await self._compute(step, payload)
+                case SendStep(step, payload, receipts):
+                    await self._send_link(Push(step, payload, receipts))
+                case SendFinish(receipts):
+                    await self._send_link(Finish(receipts))
+                case SendOutput(step, payload, receipts):
+                    await self._send_control(Output(step, payload, receipts))
+                case SendDone(receipts):
+                    await self._send_control(Done(receipts))
+                case Close():
+                    self._service.totals.receipts += self._machine.receipts_signed
+                    await self._send_control(Report(self.step, self._machine.receipts_signed, int(self._compute_s * 1e6)))
+                    await self._control.close()
+                    self._over.set()
+
+    async def _compute(self, step: int, payload: bytes) -> None:
+        service = self._service
+        service._source.reserve_kv(self._session, self._token_kv_bytes * self._machine.kv_len)
+        output, compute_s = await service.compute(self._stage, self._session, payload)
+        self._compute_s += compute_s
+        self.step = step + 1
+        service.totals.steps += 1
+        await self._perform(self._machine.computed(step, output))
+
+    async def _send_link(self, message: Push | Finish) -> None:
+        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+            if self._link_out is None:
+                following = _address(self._opened.next)
+                self._link_out = await self._service._transport.open_stream(following.peer_id, LINK)
+                stage = (self._opened.stage + 1) % len(self._opened.plan.stages)
+                await self._link_out.send(LINK_MESSAGES.pack(Hello(self._session, stage)))
+            await self._link_out.send(LINK_MESSAGES.pack(message))
+        if scope.cancelled_caught:
+            raise TimedOutError(f"the next stage took nothing for {LINK_TIMEOUT_S:.0f} s", "It may be overloaded or gone")
+
+    async def _send_control(self, message: Record) -> None:
+        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+            await self._control.send(INFER_MESSAGES.pack(message))
+        if scope.cancelled_caught:
+            raise TimedOutError(f"the coordinator took nothing for {LINK_TIMEOUT_S:.0f} s")
+
+
+# --- the coordinator's end --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    steps: int
+    receipts: int
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    stage: int
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The session is over and `bundle` verifies. `reports`: what each stage says it did, where it said so in time."""
+
+    bundle: Bundle
+    reports: tuple[StageReport | None, ...]
+
+
+SessionEvent = StageProgress | Result | Ended
+
+
+class Coordinator:
+    """Runs one session over the stages of a plan and hands its events on as they come."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        model_name: str,
+        manifest: Manifest,
+        plan: Plan,
+        terms: Terms,
+        inputs: Sequence[bytes],
+        known: dict[bytes, PeerAddress],
+    ) -> None:
+        """`inputs`: the prompt's token ids, or those of every text. `known`: by public key, where nodes were last seen."""
+        self._transport = transport
+        self._plan = plan
+        self._terms = terms
+        self._model_name = model_name
+        self._manifest = manifest
+        self._known = known
+        self._machine = CoordinatorSession(identity, model_name, manifest, plan, terms, inputs)
+        self._streams: list[Stream | None] = [None] * len(plan.stages)
+        self._reports: list[StageReport | None] = [None] * len(plan.stages)
+        self._bundle: Bundle | None = None
+        self._stop_wanted = False
+        self._heard = 0.0
+        self._reported = trio.Event()
+
+    async def run(self, emit: Callable[[SessionEvent], Awaitable[None]]) -> None:
+        """To the end. Raises the error of the stage that failed, by its name, or TimedOutError when none is heard of any more."""
+        self._emit = emit
+        self._heard = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                for stage in range(len(self._plan.stages)):
+                    nursery.start_soon(self._run_stage, stage)
+                nursery.start_soon(self._watch)
+                await self._reported.wait()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _first_cause(group) from None
+        finally:
+            with trio.move_on_after(REPORT_TIMEOUT_S) as scope:
+                scope.shield = True
+                for stream in self._streams:
+                    if stream:
+                        await (stream.close() if self._bundle else stream.reset())
+        assert self._bundle is not None
+        await emit(Ended(self._bundle, tuple(self._reports)))
+
+    async def stop(self) -> None:
+        """No more steps are wanted; `run` still collects the receipts for what was computed."""
+        for action in self._machine.stop():
+            if isinstance(action, AskFinish):
+                await self._send(0, Finish(()))
+
+    def ends_with(self, result: Result) -> str | None:
+        return self._machine.ends_with(result.step, result.payload)
+
+    async def _watch(self) -> None:
+        """The deadline of the whole: something must be heard every STEP_TIMEOUT_S, and reports end the wait soon after Done."""
+        while True:
+            limit = REPORT_TIMEOUT_S if self._bundle else STEP_TIMEOUT_S
+            await trio.sleep_until(self._heard + limit)
+            if trio.current_time() - self._heard < limit:
+                continue
+            if self._bundle:
+                self._reported.set()
+                return
+            raise TimedOutError(
+                f"no stage was heard of for {limit:.0f} s", "See `nexus peers` and `nexus status`; then run it again"
+            )
+
+    async def _run_stage(self, stage: int) -> None:
+        peer_id = peer_id_of(self._plan.stages[stage].node)
+        try:
+            with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+                address = self._known.get(self._plan.stages[stage].node)
+                if address:
+                    self._transport.learn(address)
+                stream = self._streams[stage] = await self._transport.open_stream(peer_id, INFER)
+                await stream.send(INFER_MESSAGES.pack(self._open(stage)))
+            if scope.cancelled_caught:
+                raise TimedOutError(f"stage {stage} ({peer_id}) did not take the session within {OPEN_TIMEOUT_S:.0f} s")
+            while True:
+                await self._take(stage, INFER_MESSAGES.unpack(await stream.receive()))
+        except trio.EndOfChannel:
+            if self._reports[stage] is None and not self._reported.is_set():
+                raise UnreachableError(f"stage {stage} ({peer_id}) closed the session", "Run it again", peer_id) from None
+        except NexusError as error:
+            if self._bundle:
+                return  # the answer is in and verified: a stage may go
+            raise _at_stage(error, stage, peer_id) from error
+
+    def _open(self, stage: int) -> Open:
+        stages = self._plan.stages
+        following = stages[(stage + 1) % len(stages)].node
+        return Open(
+            stage=stage,
+            model_name=self._model_name,
+            plan=self._plan,
+            terms=self._terms,
+            request=self._machine.requests[stage],
+            next=self._known_peer(following),
+            sources=tuple(self._known_peer(node) for node in sorted(self._known))[:32],
+        )
+
+    def _known_peer(self, node: bytes) -> KnownPeer:
+        address = self._known.get(node)
+        return KnownPeer(node, address.addresses[:ADDRESSES_MAX] if address else ())
+
+    async def _take(self, stage: int, message: Record) -> None:
+        self._heard = trio.current_time()
+        last = stage == len(self._plan.stages) - 1
+        match message:
+            case OpenProgress(phase, done, total):
+                await self._emit(StageProgress(stage, phase, done, total))
+            case Accepted():
+                for action in self._machine.accepted(stage):
+                    match action:
+                        case Feed(step, payload):
+                            await self._send(0, FeedInput(step, payload))
+                        case AskFinish():
+                            await self._send(0, Finish(()))
+            case Output(step, payload, receipts) if last:
+                for action in self._machine.output(step, payload, receipts):
+                    if isinstance(action, Result):
+                        await self._emit(action)
+            case Done(receipts) if last:
+                for action in self._machine.done(receipts):
+                    if isinstance(action, Verified):
+                        self._bundle = action.bundle
+            case Report(steps, receipts_signed, compute_us):
+                self._reports[stage] = StageReport(steps, receipts_signed, compute_us / 1e6)
+            case Failed(signed):
+                refusal = signed.verify()
+                if refusal.node != self._plan.stages[stage].node or refusal.session != self._terms.session:
+                    raise VerificationError("a refusal came that is not this stage's")
+                raise REFUSALS.get(refusal.code, RefusedError)(refusal.cause, refusal.fix)
+            case _:
+                raise MalformedError(f"{type(message).__name__} is not for the coordinator")
+        if self._bundle and all(self._reports):
+            self._reported.set()
+
+    async def _send(self, stage: int, message: Record) -> None:
+        stream = self._streams[stage]
+        assert stream is not None
+        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
+            await stream.send(INFER_MESSAGES.pack(message))
+        if scope.cancelled_caught:
+            raise TimedOutError(f"stage {stage} took nothing for {LINK_TIMEOUT_S:.0f} s")
+
+
+def stage_kv_bytes(manifest: Manifest, plan: Plan, stage: int) -> int:
+    """KV cache of one token on one stage, in bytes."""
+    layers = plan.stages[stage]
+    return manifest.kv_bytes * (layers.end - layers.start)
+
+
+def _address(peer: KnownPeer) -> PeerAddress:
+    return PeerAddress(peer_id_of(peer.node), peer.addresses)
+
+
+def _blame(error: NexusError, peer_id: str) -> NexusError:
+    if isinstance(error, PeerError) and not error.peer:
+        error.peer = peer_id
+    return error
+
+
+def _at_stage(error: NexusError, stage: int, peer_id: str) -> NexusError:
+    """The same kind of error, with the stage named."""
+    cause = f"stage {stage} ({peer_id}): {error.cause}"
+    fix = error.fix or "Run it again; `nexus model plan` shows who is in the chain"
+    return type(error)(cause, fix)
+
+
+def _first_cause(group: BaseExceptionGroup) -> BaseException:
+    """The error to show of those that ended a session: a stage's own words before the silence that they caused elsewhere."""
+    causes: list[BaseException] = []
+
+    def collect(error: BaseException) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            for inner in error.exceptions:
+                collect(inner)
+        else:
+            causes.append(error)
+
+    collect(group)
+    ours = [error for error in causes if not isinstance(error, NexusError)]
+    if ours:
+        return ours[0]
+    return min(causes, key=lambda error: isinstance(error, UnreachableError | TimedOutError))
