@@ -354,7 +354,7 @@ class _Served:
         self._over = trio.Event()
         self._failure: NexusError | None = None
         self._link_scope = trio.CancelScope()
-        self._heard = trio.current_time()
+        self._idle = trio.move_on_after(SESSION_IDLE_S)
         self._compute_s = 0.0
         self._token_kv_bytes = stage_kv_bytes(manifest, opened.plan, opened.stage)
         self.step = 0
@@ -410,8 +410,8 @@ class _Served:
 
     async def _watch(self) -> None:
         """A session in which nothing happens any more gives its memory back."""
-        while (rest := self._heard + SESSION_IDLE_S - trio.current_time()) > 0:
-            await trio.sleep(rest)
+        with self._idle:
+            await trio.sleep_forever()
         self._fail(TimedOutError(f"nothing came for {SESSION_IDLE_S:.0f} s, so the session's cache was evicted", "Run it again"))
 
     def _fail(self, error: NexusError) -> None:
@@ -463,7 +463,7 @@ class _Served:
             self._fail(_blame(error, link.peer_id))
 
     async def _handle(self, event: Callable[[], list[StageAction]]) -> None:
-        self._heard = trio.current_time()
+        self._idle.deadline = trio.current_time() + SESSION_IDLE_S
         async with self._lock:
             if self._over.is_set():
                 return
@@ -578,13 +578,14 @@ class Coordinator:
         self._reports: list[StageReport | None] = [None] * len(plan.stages)
         self._bundle: Bundle | None = None
         self._stop_wanted = False
-        self._heard = 0.0
+        self._quiet = trio.CancelScope()
+        self.failed_stage: int | None = None
         self._reported = trio.Event()
 
     async def run(self, emit: Callable[[SessionEvent], Awaitable[None]]) -> None:
         """To the end. Raises the error of the stage that failed, by its name, or TimedOutError when none is heard of any more."""
         self._emit = emit
-        self._heard = trio.current_time()
+        self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
         try:
             async with trio.open_nursery() as nursery:
                 for stage in range(len(self._plan.stages)):
@@ -614,17 +615,12 @@ class Coordinator:
 
     async def _watch(self) -> None:
         """The deadline of the whole: something must be heard every STEP_TIMEOUT_S, and reports end the wait soon after Done."""
-        while True:
-            limit = REPORT_TIMEOUT_S if self._bundle else STEP_TIMEOUT_S
-            await trio.sleep_until(self._heard + limit)
-            if trio.current_time() - self._heard < limit:
-                continue
-            if self._bundle:
-                self._reported.set()
-                return
-            raise TimedOutError(
-                f"no stage was heard of for {limit:.0f} s", "See `nexus peers` and `nexus status`; then run it again"
-            )
+        with self._quiet:
+            await trio.sleep_forever()
+        if self._bundle:
+            self._reported.set()
+            return
+        raise TimedOutError(f"no stage was heard of for {STEP_TIMEOUT_S:.0f} s", "See `nexus peers`; then run it again")
 
     async def _run_stage(self, stage: int) -> None:
         peer_id = peer_id_of(self._plan.stages[stage].node)
@@ -645,6 +641,8 @@ class Coordinator:
         except NexusError as error:
             if self._bundle:
                 return  # the answer is in and verified: a stage may go
+            if self.failed_stage is None:
+                self.failed_stage = stage
             raise _at_stage(error, stage, peer_id) from error
 
     def _open(self, stage: int) -> Open:
@@ -665,7 +663,6 @@ class Coordinator:
         return KnownPeer(node, address.addresses[:ADDRESSES_MAX] if address else ())
 
     async def _take(self, stage: int, message: Record) -> None:
-        self._heard = trio.current_time()
         last = stage == len(self._plan.stages) - 1
         match message:
             case OpenProgress(phase, done, total):
@@ -694,6 +691,7 @@ class Coordinator:
                 raise REFUSALS.get(refusal.code, RefusedError)(refusal.cause, refusal.fix)
             case _:
                 raise MalformedError(f"{type(message).__name__} is not for the coordinator")
+        self._quiet.deadline = trio.current_time() + (REPORT_TIMEOUT_S if self._bundle else STEP_TIMEOUT_S)
         if self._bundle and all(self._reports):
             self._reported.set()
 
