@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import trio
 
 FRAME_MAX = 64 * 1024 * 1024
+GOSSIP_BYTES_MAX = 1024
+PROVIDER_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Message:
 
 
 Handler = Callable[[Stream], Awaitable[None]]
+Subscription: TypeAlias = "AbstractAsyncContextManager[trio.MemoryReceiveChannel[Message]]"
 
 
 class Transport(Protocol):
@@ -96,17 +99,24 @@ class Transport(Protocol):
         ...
 
     def serve(self, protocol: ProtocolSpec, handler: Handler) -> None:
-        """Answer inbound streams of `protocol`. Each runs in a task of its own; an exception ends that stream and no more."""
+        """Answer inbound streams of `protocol`. Each runs in a task of its own; an exception ends that stream and no more.
+
+        A stream is closed when its handler returns, and reset when it raises. Raises ValueError for a protocol served already.
+        """
 
     async def connect(self, address: str) -> str:
-        """Dial a multiaddr that ends in /p2p/<peer id>; the peer id. Raises UsageError for a malformed address."""
+        """Dial a multiaddr that ends in /p2p/<peer id>; the peer id. Raises UsageError for a malformed address, and
+        UnreachableError with the address and the reason when nobody answers there, or another peer than the one named."""
         ...
 
     def learn(self, peer: PeerAddress) -> None:
         """Remember where a peer may be dialled. Bounded; the newest addresses win."""
 
     async def open_stream(self, peer_id: str, protocol: ProtocolSpec) -> Stream:
-        """Open a stream, dialling a known address first if need be. To this node itself it is a pipe in memory."""
+        """Open a stream, dialling known addresses first if need be. To this node itself it is a pipe in memory.
+
+        Raises UnreachableError, PeerError when the peer does not speak the protocol, and CapacityError at a bound of this node.
+        """
         ...
 
     def connections(self) -> list[Connection]:
@@ -127,8 +137,13 @@ class Transport(Protocol):
         ...
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Gossip a message of at most 1 KiB; delivery is likely, not certain."""
+        """Gossip a message of at most GOSSIP_BYTES_MAX; delivery is likely, not certain. Keep below 5 per second and node."""
 
-    def subscribe(self, topic: str) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Message]]:
-        """Messages of a topic while the context is open. Bounded: the oldest are dropped when nobody reads."""
+    def subscribe(self, topic: str) -> Subscription:
+        """What other peers publish on a topic while the context is open. Bounded: the oldest are dropped when nobody reads."""
         ...
+
+
+def check_key(key: bytes) -> None:
+    if len(key) != PROVIDER_KEY_BYTES:
+        raise ValueError(f"a provider key has {PROVIDER_KEY_BYTES} bytes, not {len(key)}")

@@ -1,0 +1,434 @@
+"""A network in memory, seeded: the same port, with delay, loss, partitions and crashes, under trio's MockClock in no time.
+
+Streams are what TCP makes of a lossy path: in order and reliable, or broken. A lost frame costs retransmission time-outs; a path
+that stays cut breaks its streams. Gossip may be lost. A partition stalls what crosses it, and breaks it after `break_after_s`.
+Every link draws from a generator of its own, so what one pair of nodes does never shifts what befalls another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from nexus.core.errors import UnreachableError, UsageError
+from nexus.core.keys import Identity, parse_peer_id
+from nexus.network.addresses import AddressBook, Endpoint, no_address, parse_peer_address
+from nexus.network.gossip import Subscribers, check_message
+from nexus.network.pipe import Link, PipeStream, pipe
+from nexus.network.serving import Serving, background_nursery, not_served
+from nexus.network.transport import Connection, Handler, Message, PeerAddress, ProtocolSpec, Stream, Subscription, check_key
+
+RETRANSMISSION_S = 0.2
+RETRANSMISSIONS_MAX = 6
+CONNECT_TIMEOUT_S = 10.0
+LOOKUP_HOPS = 3
+
+
+class _Link(Link):
+    """One direction of a stream between two nodes."""
+
+    def __init__(self, network: SimulatedNetwork, source: str, target: str) -> None:
+        self._network = network
+        self._ends = (source, target)
+        self._rng = network.rng_of("link", source, target, network.count(source, target))
+        self._last_s = -math.inf
+        self._free_s = -math.inf
+
+    def arrival_s(self, size: int) -> float:
+        network = self._network
+        if not network.alive(*self._ends):
+            return math.inf
+        delay_s = network.delay_s(self._rng)
+        if network.bytes_per_s is not None:
+            # Frames leave one after the other.
+            self._free_s = max(self._free_s, trio.current_time()) + size / network.bytes_per_s
+            delay_s += self._free_s - trio.current_time()
+        for attempt in range(RETRANSMISSIONS_MAX + 1):
+            if self._rng.random() >= network.loss:
+                break
+            delay_s += RETRANSMISSION_S * 2**attempt
+        else:
+            return math.inf
+        self._last_s = max(self._last_s, trio.current_time() + delay_s)
+        network.record("frame", *self._ends, size, self._last_s)
+        return self._last_s
+
+    async def passable(self) -> None:
+        await self._network.wait_passable(*self._ends)
+
+
+@dataclass(slots=True)
+class _Connection:
+    """Between two live nodes; `source` dialled."""
+
+    source: str
+    target: str
+    opened_s: float
+    streams: dict[PipeStream, None] = field(default_factory=dict)
+
+    def broken(self, reason: str) -> None:
+        for stream in self.streams:
+            stream.wreck(reason)
+        self.streams.clear()
+
+    def tidy(self) -> None:
+        for stream in [stream for stream in self.streams if stream.finished]:
+            del self.streams[stream]
+
+
+class SimulatedNetwork:
+    """The world that simulated nodes live in. One per trio run."""
+
+    def __init__(
+        self,
+        seed: int | random.Random = 0,
+        *,
+        delay_s: tuple[float, float] = (0.001, 0.005),
+        loss: float = 0.0,
+        bytes_per_s: float | None = None,
+        break_after_s: float = 30.0,
+        provider_lifetime_s: float = 3600.0,
+    ) -> None:
+        """`seed`: a number, or a generator that one is drawn from. `delay_s`: one-way delay of a frame, drawn evenly from this
+        range. `loss`: of a frame, in [0, 1). `bytes_per_s`: of each direction of a stream, None: no limit. `break_after_s`:
+        a cut path breaks its connections after so long. `provider_lifetime_s`: of a record on the DHT."""
+        self._seed = seed.getrandbits(64) if isinstance(seed, random.Random) else seed
+        self.delay_range_s = delay_s
+        self.loss = loss
+        self.bytes_per_s = bytes_per_s
+        self.break_after_s = break_after_s
+        self.provider_lifetime_s = provider_lifetime_s
+        self._nodes: dict[str, SimulatedTransport] = {}
+        self._endpoints: dict[str, str] = {}
+        self._connections: dict[tuple[str, str], _Connection] = {}
+        self._groups: dict[str, int] = {}
+        self._healed = trio.lowlevel.ParkingLot()
+        self._epoch = 0
+        self._providers: dict[bytes, dict[str, tuple[float, tuple[str, ...]]]] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._hosts = 0
+        self._trace = hashlib.blake2b(digest_size=16)
+        self.events = 0
+
+    @property
+    def trace(self) -> str:
+        """A hash over all that happened so far, in order. The same seed and scheduling give the same trace."""
+        return self._trace.hexdigest()
+
+    def record(self, *event: object) -> None:
+        self.events += 1
+        self._trace.update(repr((round(trio.current_time(), 9), *event)).encode())
+
+    def rng_of(self, *names: object) -> random.Random:
+        return random.Random(repr((self._seed, *names)))  # noqa: S311 - a simulation wants a seeded generator
+
+    def count(self, *names: str) -> int:
+        self._counts[names] = self._counts.get(names, 0) + 1
+        return self._counts[names]
+
+    @asynccontextmanager
+    async def open(self, identity: Identity) -> AsyncIterator[SimulatedTransport]:
+        """A node on this network while the context is open. Leaving it in order says goodbye; `crash` does not."""
+        peer_id = identity.peer_id
+        if peer_id in self._nodes:
+            raise UsageError(f"peer {peer_id} is on the network already")
+        self._hosts += 1
+        endpoint = str(Endpoint("ip4", f"10.{self._hosts >> 16 & 255}.{self._hosts >> 8 & 255}.{self._hosts & 255}", 4001))
+        async with background_nursery() as nursery:
+            node = SimulatedTransport(self, peer_id, endpoint, nursery)
+            self._nodes[peer_id] = node
+            self._endpoints[endpoint] = peer_id
+            self.record("open", peer_id)
+            try:
+                yield node
+            finally:
+                if self._nodes.get(peer_id) is node:
+                    self._remove(node, "the peer left")
+
+    def crash(self, peer_id: str) -> None:
+        """Power off: every connection breaks, nothing is answered any more. The node's own calls raise UnreachableError."""
+        self._remove(self._node(peer_id), "the peer crashed")
+        self.record("crash", peer_id)
+
+    def partition(self, groups: Iterable[Iterable[str]]) -> None:
+        """Only peers of one group reach one another; peers in none form one more group."""
+        self._groups = {peer_id: number for number, group in enumerate(groups, 1) for peer_id in group}
+        self._epoch += 1
+        self.record("partition", sorted(self._groups.items()))
+        cut = [connection for key, connection in self._connections.items() if not self.reaches(*key)]
+        if cut:
+            trio.lowlevel.spawn_system_task(self._break_later, cut, self._epoch)
+        self._healed.unpark_all()
+
+    def heal(self) -> None:
+        """Everyone reaches everyone."""
+        self.partition(())
+
+    async def _break_later(self, cut: Sequence[_Connection], epoch: int) -> None:
+        await trio.sleep(self.break_after_s)
+        for connection in cut:
+            # A later change of the partition watches over what it cut itself.
+            if epoch == self._epoch and not self.reaches(connection.source, connection.target):
+                self._disconnect(connection, "the path has been cut for too long")
+
+    def endpoint_of(self, peer_id: str) -> str:
+        return self._node(peer_id).endpoint
+
+    def reaches(self, one: str, other: str) -> bool:
+        return self._groups.get(one, 0) == self._groups.get(other, 0)
+
+    def alive(self, *peer_ids: str) -> bool:
+        return all(peer_id in self._nodes for peer_id in peer_ids)
+
+    async def wait_passable(self, one: str, other: str) -> None:
+        while not self.reaches(one, other) and self.alive(one, other):
+            await self._healed.park()
+
+    # What the transports call.
+
+    def delay_s(self, rng: random.Random) -> float:
+        return rng.uniform(*self.delay_range_s)
+
+    def connection(self, one: str, other: str) -> _Connection | None:
+        return self._connections.get((one, other)) or self._connections.get((other, one))
+
+    def connections_of(self, peer_id: str) -> list[_Connection]:
+        return [connection for key, connection in self._connections.items() if peer_id in key]
+
+    async def dial(self, source: SimulatedTransport, endpoint: str, expected: str) -> _Connection:
+        found = self.connection(source.peer_id, expected)
+        if found is not None:
+            return found
+        target = self._endpoints.get(endpoint)
+        if target is not None and not self.reaches(source.peer_id, target):
+            with trio.move_on_after(CONNECT_TIMEOUT_S):
+                await self.wait_passable(source.peer_id, target)
+            if not self.reaches(source.peer_id, target):
+                raise UnreachableError(f"cannot reach {endpoint}: no answer in {CONNECT_TIMEOUT_S:g} s", peer=expected)
+        await trio.sleep(2 * self.delay_s(source.rng))
+        target = self._endpoints.get(endpoint)
+        if target is None:
+            raise UnreachableError(f"cannot reach {endpoint}: connection refused", peer=expected)
+        if target != expected:
+            raise UnreachableError(f"cannot reach {expected} at {endpoint}: {target} answers there", peer=expected)
+        if not self.alive(source.peer_id):
+            raise UnreachableError("this node is not on the network")
+        found = self.connection(source.peer_id, target)
+        if found is None:
+            found = self._connections[source.peer_id, target] = _Connection(source.peer_id, target, trio.current_time())
+            self.record("connect", source.peer_id, target)
+        return found
+
+    def stream(self, connection: _Connection, near: SimulatedTransport, protocol: ProtocolSpec) -> PipeStream:
+        far = self._node(connection.target if near.peer_id == connection.source else connection.source)
+        found = far.serving.find(protocol.id)
+        if found is None:
+            raise not_served(far.peer_id, protocol)
+        served, handler = found
+        here, there = pipe(
+            (near.peer_id, protocol, near.serving.limits, _Link(self, near.peer_id, far.peer_id)),
+            (far.peer_id, served, far.serving.limits, _Link(self, far.peer_id, near.peer_id)),
+        )
+        connection.tidy()
+        connection.streams[here] = None
+        connection.streams[there] = None
+        self.record("stream", near.peer_id, far.peer_id, protocol.id)
+        far.serving.start(there, served, handler)
+        return here
+
+    def drop(self, one: str, other: str) -> None:
+        connection = self.connection(one, other)
+        if connection is not None:
+            self._disconnect(connection, "the peer disconnected")
+
+    def provide(self, peer: PeerAddress, key: bytes) -> None:
+        expires_s = trio.current_time() + self.provider_lifetime_s
+        self._providers.setdefault(key, {})[peer.peer_id] = (expires_s, peer.addresses)
+        self.record("provide", peer.peer_id, key)
+
+    def providers(self, asker: str, key: bytes) -> list[PeerAddress]:
+        """Of a record's holders only those on the asker's side answer; we take its provider's side for theirs."""
+        now_s = trio.current_time()
+        records = self._providers.get(key, {})
+        for peer_id in [peer_id for peer_id, (expires_s, _) in records.items() if expires_s <= now_s]:
+            del records[peer_id]
+        return [
+            PeerAddress(peer_id, addresses)
+            for peer_id, (_, addresses) in sorted(records.items())
+            if peer_id != asker and self.reaches(asker, peer_id)
+        ]
+
+    def gossip(self, publisher: SimulatedTransport, topic: str, data: bytes) -> None:
+        """Reach every node that a chain of live connections leads to, each after a delay and with a chance of its own."""
+        hops = {publisher.peer_id: 0}
+        frontier = [publisher.peer_id]
+        while frontier:
+            one = frontier.pop(0)
+            for connection in self.connections_of(one):
+                other = connection.target if one == connection.source else connection.source
+                if other not in hops and self.reaches(one, other):
+                    hops[other] = hops[one] + 1
+                    frontier.append(other)
+        for peer_id in sorted(hops):
+            if hops[peer_id] and publisher.rng.random() >= self.loss:
+                delay_s = sum(self.delay_s(publisher.rng) for _ in range(hops[peer_id]))
+                trio.lowlevel.spawn_system_task(self._deliver, delay_s, peer_id, topic, Message(publisher.peer_id, data))
+
+    async def _deliver(self, delay_s: float, peer_id: str, topic: str, message: Message) -> None:
+        await trio.sleep(delay_s)
+        node = self._nodes.get(peer_id)
+        if node is not None:
+            self.record("gossip", message.peer_id, peer_id, topic, len(message.data))
+            node.subscribers.deliver(topic, message)
+
+    def _node(self, peer_id: str) -> SimulatedTransport:
+        try:
+            return self._nodes[peer_id]
+        except KeyError:
+            raise UnreachableError(f"peer {peer_id} is not on the network", peer=peer_id) from None
+
+    def _remove(self, node: SimulatedTransport, reason: str) -> None:
+        del self._nodes[node.peer_id]
+        del self._endpoints[node.endpoint]
+        for connection in self.connections_of(node.peer_id):
+            self._disconnect(connection, reason)
+        self._healed.unpark_all()
+
+    def _disconnect(self, connection: _Connection, reason: str) -> None:
+        if self._connections.pop((connection.source, connection.target), None) is not None:
+            connection.broken(reason)
+            self.record("disconnect", connection.source, connection.target, reason)
+
+
+class SimulatedTransport:
+    """One node's view of a simulated network; a `nexus.network.transport.Transport`."""
+
+    def __init__(self, network: SimulatedNetwork, peer_id: str, endpoint: str, nursery: trio.Nursery) -> None:
+        self._network = network
+        self._peer_id = peer_id
+        self.endpoint = endpoint
+        self.rng = network.rng_of("node", peer_id, network.count(peer_id))
+        self.serving = Serving(peer_id, nursery, self._drop)
+        self.subscribers = Subscribers()
+        self._book = AddressBook()
+
+    @property
+    def peer_id(self) -> str:
+        return self._peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return (f"{self.endpoint}/p2p/{self._peer_id}",)
+
+    def serve(self, protocol: ProtocolSpec, handler: Handler) -> None:
+        self.serving.serve(protocol, handler)
+
+    async def connect(self, address: str) -> str:
+        peer_id, endpoint = parse_peer_address(address)
+        if peer_id == self._peer_id:
+            raise UsageError(f"{address} is this node itself")
+        await self._dial(peer_id, str(endpoint))
+        return peer_id
+
+    def learn(self, peer: PeerAddress) -> None:
+        if peer.peer_id != self._peer_id:
+            self._book.learn(peer)
+
+    async def open_stream(self, peer_id: str, protocol: ProtocolSpec) -> Stream:
+        if peer_id == self._peer_id:
+            await trio.lowlevel.checkpoint()
+            return self.serving.open_to_self(protocol)
+        connection = await self._connection(parse_peer_id(peer_id))
+        await self._round_trip(peer_id)
+        if self._network.connection(self._peer_id, peer_id) is not connection:
+            raise UnreachableError(f"the connection to peer {peer_id} broke off", peer=peer_id)
+        return self._network.stream(connection, self, protocol)
+
+    def connections(self) -> list[Connection]:
+        found = []
+        for connection in self._network.connections_of(self._peer_id):
+            outbound = connection.source == self._peer_id
+            other = connection.target if outbound else connection.source
+            address = self._network.endpoint_of(other)
+            found.append(Connection(other, address, "out" if outbound else "in", connection.opened_s))
+        return sorted(found, key=lambda entry: entry.peer_id)
+
+    async def disconnect(self, peer_id: str) -> None:
+        self._drop(peer_id)
+        await trio.lowlevel.checkpoint()
+
+    async def ping(self, peer_id: str) -> float:
+        if peer_id == self._peer_id:
+            await trio.lowlevel.checkpoint()
+            return 0.0
+        await self._connection(parse_peer_id(peer_id))
+        begin_s = trio.current_time()
+        await self._round_trip(peer_id)
+        return trio.current_time() - begin_s
+
+    async def provide(self, key: bytes) -> None:
+        check_key(key)
+        await self._lookup()
+        self._network.provide(PeerAddress(self._peer_id, (self.endpoint,)), key)
+
+    async def find_providers(self, key: bytes, limit: int = 20) -> list[PeerAddress]:
+        check_key(key)
+        await self._lookup()
+        found = self._network.providers(self._peer_id, key)[:limit]
+        for peer in found:
+            self.learn(peer)
+        return found
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        check_message(data)
+        await trio.lowlevel.checkpoint()
+        self._check_alive()
+        self._network.gossip(self, topic, data)
+
+    def subscribe(self, topic: str) -> Subscription:
+        return self.subscribers.subscribe(topic)
+
+    async def _connection(self, peer_id: str) -> _Connection:
+        found = self._network.connection(self._peer_id, peer_id)
+        if found is not None:
+            return found
+        addresses = self._book.addresses(peer_id)
+        if not addresses:
+            raise no_address(peer_id)
+        reasons = []
+        for address in addresses:
+            try:
+                return await self._dial(peer_id, address)
+            except UnreachableError as error:
+                self._book.failed(peer_id, address)
+                reasons.append(error.cause)
+        raise UnreachableError("; ".join(reasons), peer=peer_id)
+
+    async def _dial(self, peer_id: str, endpoint: str) -> _Connection:
+        self._check_alive()
+        connection = await self._network.dial(self, endpoint, peer_id)
+        self._book.succeeded(peer_id, endpoint)
+        return connection
+
+    async def _round_trip(self, peer_id: str) -> None:
+        await self._network.wait_passable(self._peer_id, peer_id)
+        await trio.sleep(self._network.delay_s(self.rng) + self._network.delay_s(self.rng))
+        if not self._network.alive(self._peer_id, peer_id):
+            raise UnreachableError(f"peer {peer_id} is not on the network", peer=peer_id)
+
+    async def _lookup(self) -> None:
+        self._check_alive()
+        await trio.sleep(sum(2 * self._network.delay_s(self.rng) for _ in range(LOOKUP_HOPS)))
+
+    def _check_alive(self) -> None:
+        if not self._network.alive(self._peer_id):
+            raise UnreachableError("this node is not on the network")
+
+    def _drop(self, peer_id: str) -> None:
+        self._network.drop(self._peer_id, peer_id)
