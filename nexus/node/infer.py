@@ -68,7 +68,7 @@ LINK_TIMEOUT_S = 15.0
 STEP_TIMEOUT_S = 60.0
 SESSION_IDLE_S = 300.0
 REPORT_TIMEOUT_S = 2.0
-FINISH_TIMEOUT_S = 10.0
+SECOND_HAND_WAIT_S = 0.5
 PAYLOAD_MAX = FRAME_MAX - 64 * 1024
 ADDRESSES_MAX = 16
 
@@ -168,7 +168,8 @@ LINK_MESSAGES = MessageSet(Hello, Push, Finish)
 
 # What a stage's refusal is here; by its code, so that the exit code still says what kind of failure it was.
 REFUSALS: dict[str, type[NexusError]] = {
-    error.code: error for error in (CapacityError, NotAllowedError, NotFoundError, TimedOutError, UsageError, VerificationError)
+    error.code: error
+    for error in (CapacityError, NotAllowedError, NotFoundError, TimedOutError, UnreachableError, UsageError, VerificationError)
 }
 
 
@@ -546,6 +547,7 @@ class Ended:
     """The session is over and `bundle` verifies. `reports`: what each stage says it did, where it said so in time."""
 
     bundle: Bundle
+    receipts_verified: int
     reports: tuple[StageReport | None, ...]
 
 
@@ -579,6 +581,7 @@ class Coordinator:
         self._bundle: Bundle | None = None
         self._stop_wanted = False
         self._quiet = trio.CancelScope()
+        self.session = terms.session
         self.failed_stage: int | None = None
         self._reported = trio.Event()
 
@@ -602,7 +605,7 @@ class Coordinator:
                     if stream:
                         await (stream.close() if self._bundle else stream.reset())
         assert self._bundle is not None
-        await emit(Ended(self._bundle, tuple(self._reports)))
+        await emit(Ended(self._bundle, self._machine.receipts_verified, tuple(self._reports)))
 
     async def stop(self) -> None:
         """No more steps are wanted; `run` still collects the receipts for what was computed."""
@@ -688,6 +691,9 @@ class Coordinator:
                 refusal = signed.verify()
                 if refusal.node != self._plan.stages[stage].node or refusal.session != self._terms.session:
                     raise VerificationError("a refusal came that is not this stage's")
+                if refusal.code == UnreachableError.code:
+                    # Second-hand: the neighbour that broke off may be about to say why.
+                    await trio.sleep(SECOND_HAND_WAIT_S)
                 raise REFUSALS.get(refusal.code, RefusedError)(refusal.cause, refusal.fix)
             case _:
                 raise MalformedError(f"{type(message).__name__} is not for the coordinator")

@@ -14,7 +14,7 @@ import trio
 
 from nexus.core.errors import CapacityError, NotFoundError
 from nexus.core.manifest import Manifest, stage_pieces
-from nexus.network.transport import PeerAddress, Transport
+from nexus.network.transport import PeerAddress
 from nexus.node.blobs import Fetcher
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog

@@ -315,6 +315,11 @@ class CoordinatorSession:
         self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
         self._asked_to_finish = False
 
+    @property
+    def receipts_verified(self) -> int:
+        """Receipts whose signature, place, parent and predecessor hold; their roots are checked by `done`."""
+        return self._chain.accepted
+
     def accepted(self, stage: int) -> list[CoordinatorAction]:
         """Stage `stage` is ready. When all are, the inputs go out."""
         if stage not in self._waiting:

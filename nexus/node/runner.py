@@ -1,0 +1,441 @@
+"""Runs a user's request: finds the model, plans it over the nodes in reach, runs the session, turns tokens into text."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from secrets import randbits, token_bytes
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from nexus.core.errors import (
+    CapacityError,
+    NexusError,
+    NotFoundError,
+    PeerError,
+    TimedOutError,
+    UsageError,
+)
+from nexus.core.hashing import leaf_hash
+from nexus.core.keys import Identity, peer_id_of
+from nexus.core.manifest import CAUSAL, ENCODER, Manifest, stage_pieces
+from nexus.network.transport import PeerAddress, Transport
+from nexus.node.api import (
+    Embedding,
+    EmbedRequest,
+    Event,
+    Finished,
+    GenerateRequest,
+    Planned,
+    PlanView,
+    Progress,
+    StageSummary,
+    StageView,
+    Token,
+)
+from nexus.node.infer import PAYLOAD_MAX, Coordinator, Ended, SessionEvent, StageProgress
+from nexus.node.models import Models
+from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, Terms, tokens_from_bytes, tokens_to_bytes
+from nexus.swarm.membership import NodeRecord
+from nexus.swarm.placement import Candidate, Placement, place
+from nexus.swarm.session import Result
+
+if TYPE_CHECKING:
+    from nexus.engine.tokenizer import Tokenizer
+
+log = structlog.get_logger("nexus.runner")
+
+ATTEMPTS_MAX = 3
+EVENTS_MAX = 64
+DTYPE = "float32"
+# What a session may grow to is planned for; a longer answer is refused by the stage whose memory it would not fit.
+PLANNED_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one session is to do, whoever runs it."""
+
+    name: str
+    manifest: Manifest
+    inputs: tuple[bytes, ...]
+    steps_max: int
+    temperature: int
+    top_p: int
+    seed: int
+    end_tokens: tuple[int, ...]
+    stages: int | None
+
+
+@dataclass
+class _Clock:
+    began_s: float = field(default_factory=trio.current_time)
+    first_s: float | None = None
+
+    def first(self) -> None:
+        if self.first_s is None:
+            self.first_s = trio.current_time() - self.began_s
+
+    @property
+    def total_s(self) -> float:
+        return trio.current_time() - self.began_s
+
+
+class Runner:
+    """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        models: Models,
+        records: Callable[[], Sequence[NodeRecord]],
+        own: Callable[[], NodeRecord],
+        nursery: trio.Nursery,
+        sessions_max: int,
+    ) -> None:
+        self._transport = transport
+        self._identity = identity
+        self._models = models
+        self._records = records
+        self._own = own
+        self._nursery = nursery
+        self._sessions_max = sessions_max
+        self.running = 0
+
+    def resolve(self, name: str) -> tuple[str, bytes]:
+        """The model that `name` stands for: a local name or root, else what a peer announces. Raises NotFoundError, UsageError."""
+        try:
+            root = self._models.catalog.find(name)
+            return self._models.catalog.name_of(root), root
+        except NotFoundError:
+            announced = {
+                holding.model_root: holding.name
+                for record in self._records()
+                for holding in record.models
+                if holding.name == name or (len(name) >= 8 and holding.model_root.hex().startswith(name.lower()))
+            }
+        if not announced:
+            raise NotFoundError(f"no model {name!r} here, and no peer announces one", "`nexus model list`; `nexus model add PATH`")
+        if len(announced) > 1:
+            roots = ", ".join(sorted(root.hex()[:16] for root in announced))
+            raise UsageError(f"peers announce different models as {name!r}", f"Say which by its root: {roots}")
+        (root,) = announced
+        return announced[root] or root.hex()[:16], root
+
+    def sources(self, model_root: bytes) -> list[PeerAddress]:
+        """Peers that announce pieces of a model."""
+        return [
+            PeerAddress(record.peer_id, record.addresses)
+            for record in self._records()
+            if any(holding.model_root == model_root for holding in record.models)
+        ]
+
+    async def manifest(self, name: str) -> tuple[str, Manifest]:
+        found, root = self.resolve(name)
+        return found, await self._models.manifest(root, self.sources(root))
+
+    def place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset()) -> Placement:
+        """Who computes what, over the nodes known now."""
+        own = self._own()
+        records = [own, *(record for record in self._records() if record.node != own.node and record.node not in without)]
+        candidates = [
+            Candidate(
+                node=record.node,
+                name=record.name,
+                memory_bytes=record.memory_bytes,
+                speed=record.speed,
+                rtt_ms=None,
+                held=_held(record, manifest.root),
+                serves=bool(record.serves),
+            )
+            for record in records
+        ]
+        tokens = min(manifest.context, PLANNED_TOKENS)
+        return place(manifest, candidates, coordinator=own.node, stages=stages, dtype=DTYPE, context=tokens)
+
+    def plan_view(self, name: str, manifest: Manifest, placement: Placement) -> PlanView:
+        names = {record.node: record.name for record in (self._own(), *self._records())}
+        return PlanView(
+            model=name,
+            model_root=manifest.root,
+            plan_root=placement.plan.root,
+            stages=tuple(
+                StageView(
+                    stage=number,
+                    peer_id=peer_id_of(stage.node),
+                    name=names.get(stage.node, ""),
+                    start=stage.start,
+                    end=stage.end,
+                    weight_bytes=sum(piece.size for piece in stage_pieces(manifest, stage.start, stage.end)),
+                    memory_bytes=memory,
+                    reason=reason,
+                )
+                for number, (stage, memory, reason) in enumerate(
+                    zip(placement.plan.stages, placement.memory_bytes, placement.reasons, strict=True)
+                )
+            ),
+            reason=placement.reason,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Events of one generation. Closing the generator cancels the work on every stage."""
+        name, manifest, tokenizer = await self._open_model(request.model, CAUSAL)
+        prompt = tokenizer.encode(request.prompt)
+        _check_prompt(prompt, request.max_tokens, manifest)
+        job = _Job(
+            name=name,
+            manifest=manifest,
+            inputs=(tokens_to_bytes(prompt),),
+            steps_max=min(request.max_tokens, manifest.context - len(prompt), STEPS_MAX),
+            temperature=round(request.temperature * MICRO),
+            top_p=round(request.top_p * MICRO),
+            seed=randbits(64) if request.seed is None else request.seed,
+            end_tokens=tuple(tokenizer.end_tokens),
+            stages=request.stages,
+        )
+        answer = _Answer(tokenizer, request.stop)
+        clock = _Clock()
+        async with aclosing(self._run(job)) as events:
+            async for event, coordinator in events:
+                match event:
+                    case Result(step, payload):
+                        clock.first()
+                        (token,) = tokens_from_bytes(payload)
+                        text = answer.push(token, is_end=token in job.end_tokens)
+                        if answer.stopped:
+                            await coordinator.stop()
+                        if text is not None:
+                            yield Token(step, token, text)
+                    case Ended():
+                        rest = answer.finish()
+                        if rest:
+                            yield Token(answer.steps - 1, answer.last_token, rest)
+                        reason = "stop" if answer.stopped or answer.ended else "length"
+                        yield self._finished(event, reason, len(prompt), answer.steps, clock)
+                    case _:
+                        yield event
+
+    async def embed(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
+        """One vector per text, in order. Texts longer than the model's context are refused, not cut."""
+        name, manifest, tokenizer = await self._open_model(request.model, ENCODER)
+        texts = [tokenizer.encode(text) for text in request.texts]
+        for number, tokens in enumerate(texts):
+            if len(tokens) > manifest.context:
+                raise UsageError(
+                    f"text {number + 1} has {len(tokens)} tokens; {name} reads {manifest.context}", "Split it into shorter texts"
+                )
+        job = _Job(name, manifest, tuple(tokens_to_bytes(tokens) for tokens in texts), len(texts), 0, MICRO, 0, (), request.stages)
+        clock = _Clock()
+        async with aclosing(self._run(job)) as events:
+            async for event, _ in events:
+                match event:
+                    case Result(step, payload):
+                        clock.first()
+                        yield Embedding(step, _vector(payload))
+                    case Ended():
+                        yield self._finished(event, "stop", sum(map(len, texts)), 0, clock)
+                    case _:
+                        yield event
+
+    async def _open_model(self, name: str, kind: str) -> tuple[str, Manifest, Tokenizer]:
+        from nexus.engine.tokenizer import Tokenizer
+
+        found, manifest = await self.manifest(name)
+        if manifest.kind != kind:
+            right = "`nexus embed --model`" if manifest.kind == ENCODER else "`nexus run`"
+            raise UsageError(f"{found} is a model of kind {manifest.kind!r}", f"Use it with {right}")
+        files = await self._models.files(manifest, self.sources(manifest.root), _ignore_progress)
+        return found, manifest, await trio.to_thread.run_sync(Tokenizer, files)
+
+    async def _run(self, job: _Job) -> AsyncGenerator[tuple[Event | SessionEvent, Coordinator], None]:
+        """One job to its end. A plan that fails before anything came out is made again without the node that failed."""
+        if self.running >= self._sessions_max:
+            raise CapacityError(f"{self.running} requests are running here, the limit", "Wait, or raise serve.sessions_max")
+        without: frozenset[bytes] = frozenset()
+        self.running += 1
+        try:
+            for attempt in range(1, ATTEMPTS_MAX + 1):
+                placement = self.place(job.manifest, job.stages, without)
+                coordinator = self._coordinator(job, placement)
+                yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
+                started = False
+                try:
+                    async with aclosing(self._drive(coordinator)) as events:
+                        async for event in events:
+                            started = started or isinstance(event, Result)
+                            yield self._named(event, placement), coordinator
+                    return
+                except (PeerError, TimedOutError, CapacityError, NotFoundError) as error:
+                    stage = coordinator.failed_stage
+                    failed = placement.plan.stages[stage].node if stage is not None else self._identity.public_key
+                    if started or attempt == ATTEMPTS_MAX or failed == self._identity.public_key:
+                        raise
+                    log.warning("replanned", without=peer_id_of(failed), error=str(error))
+                    without |= {failed}
+        finally:
+            self.running -= 1
+
+    def _coordinator(self, job: _Job, placement: Placement) -> Coordinator:
+        terms = Terms(
+            spec=SPEC,
+            nonce=token_bytes(16),
+            coordinator=self._identity.public_key,
+            model_root=job.manifest.root,
+            plan_root=placement.plan.root,
+            prompt=leaf_hash(job.inputs[0]),
+            steps_max=job.steps_max,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            seed=job.seed,
+            end_tokens=job.end_tokens,
+        )
+        known = {record.node: PeerAddress(record.peer_id, record.addresses) for record in (self._own(), *self._records())}
+        wanted = {stage.node for stage in placement.plan.stages} | {
+            record.node for record in (self._own(), *self._records()) if _held(record, job.manifest.root)
+        }
+        return Coordinator(
+            self._transport,
+            self._identity,
+            job.name,
+            job.manifest,
+            placement.plan,
+            terms,
+            job.inputs,
+            {node: address for node, address in known.items() if node in wanted},
+        )
+
+    async def _drive(self, coordinator: Coordinator) -> AsyncGenerator[SessionEvent, None]:
+        """The coordinator runs in a task of the node; this hands its events on, and cancels it when nobody wants them."""
+        send, receive = trio.open_memory_channel[SessionEvent](EVENTS_MAX)
+        scope = trio.CancelScope()
+        failure: list[NexusError] = []
+
+        async def work() -> None:
+            with scope, send:
+                try:
+                    await coordinator.run(send.send)
+                except NexusError as error:
+                    failure.append(error)
+
+        self._nursery.start_soon(work)
+        try:
+            async with receive:
+                async for event in receive:
+                    yield event
+        finally:
+            scope.cancel()
+        if failure:
+            raise failure[0]
+
+    def _named(self, event: SessionEvent, placement: Placement) -> Event | SessionEvent:
+        if isinstance(event, StageProgress):
+            return Progress(peer_id_of(placement.plan.stages[event.stage].node), event.phase, event.done, event.total)
+        return event
+
+    def _finished(self, ended: Ended, reason: str, prompt_tokens: int, completion_tokens: int, clock: _Clock) -> Finished:
+        names = {record.node: record.name for record in (self._own(), *self._records())}
+        bundle = ended.bundle
+        signed = [sum(r.receipt.stage == i for r in bundle.receipts) for i in range(len(bundle.plan.stages))]
+        return Finished(
+            reason=reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            first_token_s=clock.first_s or clock.total_s,
+            total_s=clock.total_s,
+            receipts=len(bundle.receipts),
+            receipts_verified=ended.receipts_verified,
+            stages=tuple(
+                StageSummary(
+                    stage=number,
+                    peer_id=peer_id_of(stage.node),
+                    name=names.get(stage.node, ""),
+                    start=stage.start,
+                    end=stage.end,
+                    steps=len(bundle.outputs),
+                    receipts=signed[number],
+                    compute_s=report.compute_s if report else 0.0,
+                )
+                for number, (stage, report) in enumerate(zip(bundle.plan.stages, ended.reports, strict=True))
+            ),
+            bundle=bundle,
+        )
+
+
+class _Answer:
+    """Text as it grows: end tokens are not shown, and nothing of a stop text is shown, not even its beginning."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._stream = tokenizer.stream()
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.steps = 0
+        self.last_token = 0
+        self.stopped = False
+        self.ended = False
+
+    def push(self, token: int, *, is_end: bool) -> str | None:
+        """What may be shown now; None once the answer is over, whatever is still on its way."""
+        if self.stopped or self.ended:
+            return None
+        self.steps += 1
+        self.last_token = token
+        if is_end:
+            self.ended = True
+            return None
+        return self._show(self._stream.push(token))
+
+    def finish(self) -> str:
+        """What was held back in case it became a stop text, or an incomplete character."""
+        if self.stopped:
+            return ""
+        text = self._show(self._stream.finish()) + self._held
+        self._held = ""
+        return text
+
+    def _show(self, text: str) -> str:
+        self._held += text
+        cut = min((at for at in (self._held.find(stop) for stop in self._stop) if at >= 0), default=None)
+        if cut is not None:
+            self.stopped = True
+            shown, self._held = self._held[:cut], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) -> None:
+    if not prompt:
+        raise UsageError("the prompt is empty", "Give it at least one character")
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}", "Ask for at least one token")
+    if len(prompt) >= manifest.context:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens; the model's context is {manifest.context}, the answer included",
+            "Shorten the prompt",
+        )
+    if len(prompt) * manifest.hidden_size * 4 > PAYLOAD_MAX:
+        most = PAYLOAD_MAX // (4 * manifest.hidden_size)
+        raise UsageError(f"the prompt has {len(prompt)} tokens; at most {most} travel at once", "Shorten the prompt")
+
+
+def _held(record: NodeRecord, model_root: bytes) -> tuple[tuple[int, int], ...]:
+    return tuple((held.start, held.end) for holding in record.models if holding.model_root == model_root for held in holding.held)
+
+
+def _vector(payload: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(payload) // 4}f", payload)
+
+
+async def _ignore_progress(phase: str, done: int, total: int) -> None:
+    """Config and tokenizer are small: nobody waits for them."""

@@ -1,0 +1,331 @@
+"""Sessions over a network in memory, with arithmetic that needs no model: the protocol, its refusals and its failures."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+import trio
+
+from nexus.core.errors import CapacityError, NexusError, NotAllowedError, TimedOutError, UnreachableError, VerificationError
+from nexus.core.hashing import leaf_hash
+from nexus.core.keys import peer_id_of
+from nexus.core.manifest import CAUSAL, ENCODER, Manifest
+from nexus.core.plan import Plan
+from nexus.network.simulated import SimulatedNetwork
+from nexus.network.transport import PeerAddress, Transport
+from nexus.node.infer import (
+    INFER,
+    INFER_MESSAGES,
+    LINK,
+    LINK_MESSAGES,
+    Coordinator,
+    Ended,
+    Failed,
+    Hello,
+    InferService,
+    SessionEvent,
+)
+from nexus.proof.bundle import verify_bundle
+from nexus.proof.receipts import Terms, tokens_to_bytes
+from nexus.swarm.session import Result
+from tests.swarm.ring import identity, manifest, plan_for, terms_for, toy_compute
+
+
+class ToyStage:
+    """Bytes of the right length, and whatever a test wants to happen before them."""
+
+    def __init__(self, model: Manifest, plan: Plan, stage: int, before: Callable[[int], None]) -> None:
+        self._compute = lambda payload: toy_compute(model, plan, stage, 0, payload)
+        self._before = before
+        self.sessions: dict[bytes, int] = {}
+        self.weight_bytes = 0
+
+    def open(self, session: bytes, sampling: object) -> None:
+        self.sessions[session] = 0
+
+    def close(self, session: bytes) -> None:
+        del self.sessions[session]
+
+    def step(self, session: bytes, payload: bytes) -> bytes:
+        self._before(self.sessions[session])
+        self.sessions[session] += 1
+        return self._compute(payload)
+
+
+@dataclass
+class ToySource:
+    model: Manifest
+    plan: Plan
+    stage_number: int
+    before: Callable[[int], None] = lambda _: None
+    kv_limit: int = 1 << 30
+    kv: dict[bytes, int] = field(default_factory=dict)
+    loaded: ToyStage | None = None
+
+    async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest:
+        assert model_root == self.model.root
+        return self.model
+
+    @asynccontextmanager
+    async def stage(self, manifest, start, end, dtype, sources, progress) -> AsyncIterator[ToyStage]:  # type: ignore[no-untyped-def]
+        await progress("loading", 0, 0)
+        self.loaded = self.loaded or ToyStage(self.model, self.plan, self.stage_number, self.before)
+        yield self.loaded
+
+    def reserve_kv(self, session: bytes, n_bytes: int) -> None:
+        if n_bytes > self.kv_limit:
+            raise CapacityError("the KV cache is full", "Wait")
+        self.kv[session] = n_bytes
+        if not n_bytes:
+            del self.kv[session]
+
+
+@dataclass
+class Swarm:
+    """`stages` nodes and a coordinator of its own on a simulated network."""
+
+    network: SimulatedNetwork
+    model: Manifest
+    plan: Plan
+    transport: Transport
+    transports: list[Transport]
+    services: list[InferService]
+    sources: list[ToySource]
+
+    def coordinator(self, inputs: Sequence[bytes], terms: Terms) -> Coordinator:
+        known = {
+            stage.node: PeerAddress(transport.peer_id, transport.addresses)
+            for stage, transport in zip(self.plan.stages, self.transports, strict=True)
+        }
+        return Coordinator(self.transport, identity(0), "toy", self.model, self.plan, terms, inputs, known)
+
+    async def run(self, steps_max: int, prompt: Sequence[int] = (5, 6, 7)) -> tuple[list[SessionEvent], Ended]:
+        inputs = [tokens_to_bytes(prompt)]
+        return await self.collect(self.coordinator(inputs, terms_for(self.model, self.plan, inputs, steps_max)))
+
+    async def collect(self, coordinator: Coordinator) -> tuple[list[SessionEvent], Ended]:
+        events: list[SessionEvent] = []
+
+        async def emit(event: SessionEvent) -> None:
+            events.append(event)
+
+        with trio.fail_after(30):
+            await coordinator.run(emit)
+        assert isinstance(events[-1], Ended)
+        return events, events[-1]
+
+
+@asynccontextmanager
+async def swarm(
+    stages: int, kind: str = CAUSAL, sessions_max: int = 8, before: Callable[[int, int], None] | None = None
+) -> AsyncIterator[Swarm]:
+    model = manifest(kind)
+    plan = plan_for(model, stages)
+    network = SimulatedNetwork(1, delay_s=(0.0, 0.001))
+    async with AsyncExitStack() as stack:
+        transport = await stack.enter_async_context(network.open(identity(0)))
+        transports, services, sources = [], [], []
+        for stage in range(stages):
+            node = await stack.enter_async_context(network.open(identity(stage + 1)))
+            hook = (lambda step, stage=stage: before(stage, step)) if before else (lambda _: None)
+            source = ToySource(model, plan, stage, hook)
+            service = InferService(node, identity(stage + 1), source, serve=True, sessions_max=sessions_max)
+            service.start()
+            transports.append(node)
+            services.append(service)
+            sources.append(source)
+        yield Swarm(network, model, plan, transport, transports, services, sources)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 8])
+@pytest.mark.parametrize("steps", [1, 16, 37])
+async def test_a_session_runs_and_its_bundle_verifies(stages: int, steps: int) -> None:
+    async with swarm(stages) as nodes:
+        events, ended = await nodes.run(steps)
+        results = [event for event in events if isinstance(event, Result)]
+        assert [result.step for result in results] == list(range(steps))
+        report = verify_bundle(ended.bundle)
+        assert report.steps == steps
+        assert report.receipts == ended.receipts_verified == stages * -(-steps // 16)
+        assert all(r is not None and r.steps == steps for r in ended.reports)
+        assert [service.live for service in nodes.services] == [0] * stages
+        assert all(not source.kv and source.loaded and not source.loaded.sessions for source in nodes.sources)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+async def test_an_encoder_reads_many_texts_in_one_session(stages: int) -> None:
+    async with swarm(stages, ENCODER) as nodes:
+        inputs = [tokens_to_bytes(range(1, 3 + n % 5)) for n in range(21)]
+        _, ended = await nodes.collect(nodes.coordinator(inputs, terms_for(nodes.model, nodes.plan, inputs, len(inputs))))
+        assert verify_bundle(ended.bundle).steps == 21
+
+
+async def test_sessions_run_side_by_side() -> None:
+    async with swarm(3) as nodes, trio.open_nursery() as nursery:
+        for n in range(6):
+            nursery.start_soon(nodes.run, 20, (n + 1, 2, 3))
+
+
+async def test_a_slow_session_does_not_hold_up_another() -> None:
+    """One session's step blocks a compute thread until the other session is through."""
+    released = trio.Event()
+    slow: list[bytes] = []
+
+    def before(stage: int, step: int) -> None:
+        if stage == 0 and step == 1 and not slow:
+            slow.append(b"first")
+            trio.from_thread.run(released.wait)
+
+    async with swarm(2, before=before) as nodes, trio.open_nursery() as nursery:
+        nursery.start_soon(nodes.run, 4, (9, 9))
+        with trio.fail_after(10):
+            while not slow:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            await nodes.run(20)
+        released.set()
+
+
+async def test_a_full_node_refuses_and_says_so() -> None:
+    async with swarm(2, sessions_max=0) as nodes:
+        with pytest.raises(CapacityError, match=r"stage \d .*0 sessions, its limit"):
+            await nodes.run(4)
+
+
+async def test_a_session_that_outgrows_the_cache_ends_with_the_reason() -> None:
+    async with swarm(2) as nodes:
+        nodes.sources[1].kv_limit = 4 * 8 * 6
+        with pytest.raises(CapacityError, match="stage 1 .*KV cache is full"):
+            await nodes.run(40)
+        with trio.fail_after(5):
+            while any(service.live for service in nodes.services):
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        assert all(not source.kv for source in nodes.sources)
+
+
+async def test_a_draining_node_takes_nothing_new() -> None:
+    async with swarm(2) as nodes:
+        nodes.services[1].draining = True
+        with pytest.raises(NotAllowedError, match="shutting down"):
+            await nodes.run(4)
+
+
+async def test_a_node_that_dies_ends_the_session_by_name() -> None:
+    async def kill(nodes: Swarm, reached: trio.Event) -> None:
+        await reached.wait()
+        nodes.network.crash(nodes.transports[1].peer_id)
+
+    reached = trio.Event()
+
+    def before(stage: int, step: int) -> None:
+        if stage == 2 and step == 5:
+            trio.from_thread.run_sync(reached.set)
+
+    async with swarm(3, before=before) as nodes, trio.open_nursery() as nursery:
+        nursery.start_soon(kill, nodes, reached)
+        with pytest.raises((UnreachableError, NexusError), match="stage"):
+            await nodes.run(4000)
+
+
+async def test_the_stages_let_go_when_the_coordinator_leaves() -> None:
+    async with swarm(2) as nodes:
+        inputs = [tokens_to_bytes([1])]
+        coordinator = nodes.coordinator(inputs, terms_for(nodes.model, nodes.plan, inputs, 4000))
+        scope = trio.CancelScope()
+
+        async def emit(event: SessionEvent) -> None:
+            if isinstance(event, Result) and event.step == 3:
+                scope.cancel()
+
+        with scope:
+            await coordinator.run(emit)
+        assert scope.cancelled_caught
+        with trio.fail_after(10):
+            while any(service.live for service in nodes.services):
+                await trio.testing.wait_all_tasks_blocked(0.001)
+
+
+async def test_terms_of_another_coordinator_are_refused() -> None:
+    """A signed request that somebody else got hold of opens nothing."""
+    async with swarm(1) as nodes:
+        inputs = [tokens_to_bytes([1, 2])]
+        terms = terms_for(nodes.model, nodes.plan, inputs, 4)
+        coordinator = nodes.coordinator(inputs, terms)
+        async with nodes.network.open(identity(7)) as thief:
+            thief.learn(PeerAddress(nodes.transports[0].peer_id, nodes.transports[0].addresses))
+            stream = await thief.open_stream(nodes.transports[0].peer_id, INFER)
+            await stream.send(INFER_MESSAGES.pack(coordinator._open(0)))
+            answer = INFER_MESSAGES.unpack(await stream.receive())
+            assert isinstance(answer, Failed)
+            assert answer.refusal.verify().code == VerificationError.code
+
+
+async def test_a_link_from_anybody_but_the_stage_before_is_refused() -> None:
+    reached = trio.Event()
+    go_on = trio.Event()
+
+    def before(stage: int, step: int) -> None:
+        if stage == 0 and step == 0:
+            trio.from_thread.run_sync(reached.set)
+            trio.from_thread.run(go_on.wait)
+
+    async with swarm(2, before=before) as nodes, trio.open_nursery() as nursery:
+        inputs = [tokens_to_bytes([1, 2])]
+        terms = terms_for(nodes.model, nodes.plan, inputs, 20)
+        nursery.start_soon(nodes.collect, nodes.coordinator(inputs, terms))
+        await reached.wait()
+        target = nodes.transports[1]
+        nodes.transport.learn(PeerAddress(target.peer_id, target.addresses))
+        forged = await nodes.transport.open_stream(target.peer_id, LINK)
+        await forged.send(LINK_MESSAGES.pack(Hello(terms.session, 1)))
+        with pytest.raises((UnreachableError, trio.EndOfChannel)):
+            await forged.receive()
+        go_on.set()
+
+
+async def test_a_plan_that_names_another_node_is_refused() -> None:
+    async with swarm(2) as nodes:
+        swapped = replace(
+            nodes.plan,
+            stages=tuple(
+                replace(stage, node=other.node) for stage, other in zip(nodes.plan.stages, reversed(nodes.plan.stages), strict=True)
+            ),
+        )
+        inputs = [tokens_to_bytes([1, 2])]
+        terms = replace(terms_for(nodes.model, nodes.plan, inputs, 4), plan_root=swapped.root)
+        coordinator = nodes.coordinator(inputs, terms)
+        nodes.transport.learn(PeerAddress(nodes.transports[0].peer_id, nodes.transports[0].addresses))
+        stream = await nodes.transport.open_stream(peer_id_of(nodes.plan.stages[0].node), INFER)
+        await stream.send(INFER_MESSAGES.pack(replace(coordinator._open(0), plan=swapped)))
+        answer = INFER_MESSAGES.unpack(await stream.receive())
+        assert isinstance(answer, Failed)
+        assert answer.refusal.verify().code == VerificationError.code
+
+
+async def test_silence_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexus.node.infer.STEP_TIMEOUT_S", 0.3)
+    release = trio.Event()
+
+    def before(stage: int, step: int) -> None:
+        if stage == 1 and step == 2:
+            trio.from_thread.run(release.wait)
+
+    async with swarm(2, before=before) as nodes:
+        with pytest.raises(TimedOutError, match="heard of"):
+            await nodes.run(10)
+        release.set()
+
+
+async def test_garbage_instead_of_open_ends_that_stream_only() -> None:
+    async with swarm(1) as nodes:
+        target = nodes.transports[0]
+        nodes.transport.learn(PeerAddress(target.peer_id, target.addresses))
+        for garbage in (b"", b"\xff" * 40, INFER_MESSAGES.pack(INFER_MESSAGES.unpack(b"\x81\x02")), b"\x83\x00\x01\x02"):
+            stream = await nodes.transport.open_stream(target.peer_id, INFER)
+            await stream.send(garbage)
+            with pytest.raises((UnreachableError, trio.EndOfChannel)):
+                await stream.receive()
+        _, ended = await nodes.run(3)
+        assert leaf_hash(ended.bundle.inputs[0]) == ended.bundle.terms.prompt
