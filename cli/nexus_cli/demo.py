@@ -1,0 +1,211 @@
+"""nexus demo: everything at once on throw-away nodes: a model split over them, an answer, and the proof of who computed it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_cli import show
+from nexus_cli.options import NexusCommand, Shared, pass_shared
+
+if TYPE_CHECKING:
+    from nexus.node.api import Finished, ModelView, PlanView
+    from nexus.proof.bundle import BundleReport
+    from nexus_cli.client import Daemon
+    from nexus_cli.testnet import TestnetNode
+
+DEMO_TIMEOUT_S = 600.0
+DEMO_MODEL = "nano"
+DEMO_PROMPT = "Why is the sky blue?"
+DEMO_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a demo came to."""
+
+    plan: PlanView
+    text: str
+    finished: Finished
+    report: BundleReport
+
+
+@click.command(cls=NexusCommand)
+@click.option("--nodes", type=click.IntRange(1, 16), default=4, show_default=True, help="How many nodes share the work.")
+@click.option("--prompt", default=DEMO_PROMPT, show_default=True, help="What to ask.")
+@click.option("--max-tokens", type=click.IntRange(1), default=DEMO_TOKENS, show_default=True, help="Tokens of the answer at most.")
+@click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof bundle in this file.")
+@pass_shared
+def demo(shared: Shared, nodes: int, prompt: str, max_tokens: int, receipts: Path | None) -> None:
+    """Start several nodes, split the built-in model over them, answer a prompt, verify every receipt, and clean up."""
+    from nexus_cli.client import deadline
+    from nexus_cli.receipts import check_writable
+    from nexus_cli.run import check_text
+    from nexus_cli.testnet import Testnet
+
+    check_text(prompt, "the prompt")
+    if receipts is not None:
+        check_writable(receipts)
+    with terminate_as_interrupt(), temporary_directory() as directory:
+        net = Testnet(directory / "net")
+        try:
+            with deadline(shared.timeout_s or DEMO_TIMEOUT_S):
+                _say(shared, f"Starting {nodes} nodes on this machine, each with a key, a home and a port of its own ...")
+                began = time.monotonic()
+                members = net.up(nodes, shared.timeout_s or DEMO_TIMEOUT_S, lambda message: None)
+                _say(shared, f"{nodes} nodes connected and ready after {show.duration(time.monotonic() - began)}")
+                outcome = _show_off(shared, members, prompt, max_tokens, receipts or directory / "proof.nexus")
+        finally:
+            if net.exists():
+                net.down()
+    if shared.json:
+        _print_json(outcome)
+
+
+def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_tokens: int, bundle_file: Path) -> Outcome:
+    from nexus.core.errors import VerificationError
+    from nexus.node.api import PlanView
+    from nexus_cli.client import Daemon
+    from nexus_cli.model import plan_path, plan_table
+    from nexus_cli.receipts import verify_file, write_bundle
+    from nexus_cli.run import check_verified, closing_line
+
+    daemon = Daemon(members[0].socket)
+    try:
+        added = _add_model(shared, daemon)
+        manifest = added.manifest
+        _say(
+            shared,
+            f"{members[0].name} has {DEMO_MODEL}: {manifest.layers} layers, {show.size(manifest.weight_bytes)}, "
+            f"root {manifest.root.hex()[:16]}. The others have nothing and will fetch their layers from it.",
+        )
+        plan = daemon.get_as(PlanView, plan_path(DEMO_MODEL, len(members)))
+        if not shared.json:
+            show.console(shared).print(plan_table(plan))
+            click.echo(f"> {show.printable(prompt)}")
+        text, finished = _answer(shared, daemon, prompt, max_tokens, len(members))
+    finally:
+        daemon.close()
+    _say(shared, closing_line(finished))
+    write_bundle(bundle_file, finished.bundle)
+    report = verify_file(bundle_file)
+    if not shared.json:
+        _print_who_did_what(shared, finished)
+    check_verified(finished)
+    # Two counts that were made apart: the daemon's while it ran, and the offline check's from the file alone.
+    if report.receipts != finished.receipts or len(report.receipts_by_stage) != len(members):
+        raise VerificationError(
+            f"the file proves {report.receipts} receipts of {len(report.receipts_by_stage)} stages, "
+            f"the daemon said {finished.receipts} of {len(members)}",
+            "This is a fault of Nexus: please report it",
+        )
+    if not shared.json:
+        click.echo(f"{report.receipts} of {finished.receipts} receipts verified")
+    return Outcome(plan, text, finished, report)
+
+
+def _add_model(shared: Shared, daemon: Daemon) -> ModelView:
+    from nexus.core.errors import LocalError
+    from nexus.node.api import ModelView, Progress
+    from nexus_cli.model import progress_bars
+
+    added: ModelView | None = None
+    with progress_bars(shared) as advance:
+        for event in daemon.stream("/v0/models", {"source": DEMO_MODEL}):
+            if isinstance(event, Progress):
+                advance(event)
+            elif isinstance(event, ModelView):
+                added = event
+    if added is None:
+        raise LocalError(f"the daemon did not say that {DEMO_MODEL} is there", "Please report it")
+    return added
+
+
+def _answer(shared: Shared, daemon: Daemon, prompt: str, max_tokens: int, stages: int) -> tuple[str, Finished]:
+    from nexus.gateway.wire import Json
+    from nexus.node.api import Finished, Progress, Token
+    from nexus_cli.run import check_finished, end_line, waiting, write_text
+
+    pieces: list[str] = []
+    finished: Finished | None = None
+    body: dict[str, Json] = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": max_tokens, "stages": stages}
+    with waiting(shared) as progress:
+        for event in daemon.stream("/v0/run", body):
+            match event:
+                case Progress():
+                    progress(event)
+                case Token():
+                    progress(None)
+                    pieces.append(event.text)
+                    if not shared.json:
+                        write_text(event.text)
+                case Finished():
+                    finished = event
+    text = "".join(pieces)
+    if not shared.json:
+        end_line(text)
+    return text, check_finished(finished)
+
+
+def _print_who_did_what(shared: Shared, finished: Finished) -> None:
+    rows = [
+        (
+            str(stage.stage),
+            stage.name,
+            show.short_id(stage.peer_id),
+            show.layers([(stage.start, stage.end)]),
+            str(stage.steps),
+            show.duration(stage.compute_s),
+            str(stage.receipts),
+        )
+        for stage in finished.stages
+    ]
+    columns = ("stage", "node", "peer", "layers", "steps", "computing", "receipts")
+    show.console(shared).print(show.table(columns, rows, right=("stage", "steps", "computing", "receipts")))
+
+
+def _print_json(outcome: Outcome) -> None:
+    from nexus.gateway.wire import to_json
+
+    summary = to_json(outcome.finished)
+    assert isinstance(summary, dict)
+    del summary["bundle"]
+    show.print_json({"text": outcome.text, "plan": to_json(outcome.plan), "report": to_json(outcome.report)} | summary)
+
+
+def _say(shared: Shared, message: str) -> None:
+    if not shared.json:
+        click.echo(message, err=True)
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """Gone afterwards, whatever happens. Its name is short, since sockets live in it."""
+    directory = Path(tempfile.mkdtemp(prefix="nexus-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that a demo that is ended by a script cleans up too."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

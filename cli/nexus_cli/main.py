@@ -1,0 +1,84 @@
+"""nexus: the command line. Data goes to stdout, messages to stderr, and the exit code says what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from nexus.core.errors import NexusError
+from nexus_cli import demo, doctor, lifecycle, model, node, peers, receipts, run, settings, testnet
+from nexus_cli.options import NexusGroup, Shared
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+nexus = NexusGroup(
+    name="nexus",
+    help="Pool machines to run a language model that none of them could run alone, and prove that every node did its part.",
+    epilog="A first look at everything: nexus demo",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+nexus = click.version_option(package_name="nexus-swarm", prog_name="nexus")(nexus)
+for command in (
+    node.init,
+    node.id_,
+    settings.config,
+    lifecycle.start,
+    lifecycle.status,
+    lifecycle.stop,
+    peers.peers,
+    peers.ping,
+    doctor.doctor,
+    model.model,
+    run.run,
+    receipts.receipts,
+    run.embed,
+    testnet.testnet,
+    demo.demo,
+):
+    nexus.add_command(command)
+
+
+def main() -> None:
+    """Entry point of `nexus`."""
+    run_command(nexus)
+
+
+def run_command(command: click.Command) -> NoReturn:
+    """Run a command and end the process with the right exit code."""
+    shared = Shared()
+    try:
+        code = command.main(standalone_mode=False, obj=shared)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except NexusError as error:
+        _report(error, shared)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE if isinstance(error, click.UsageError) else error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has enough. The interpreter must not stumble over the same pipe again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def _report(error: NexusError, shared: Shared) -> None:
+    if shared.json:
+        problem = {"code": error.code, "cause": error.cause, "fix": error.fix, "exit_code": error.exit_code}
+        click.echo(json.dumps({"schema": 1, "error": problem}, ensure_ascii=False), err=True)
+        return
+    click.echo(
+        click.style("error: ", fg="red") + error.cause,
+        err=True,
+        color=False if shared.no_color or "NO_COLOR" in os.environ else None,
+    )
+    if error.fix:
+        click.echo(f"fix: {error.fix}", err=True)

@@ -1,0 +1,182 @@
+"""nexus model: add models, list them, show who would compute what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import click
+
+from nexus_cli import show
+from nexus_cli.options import NexusGroup, Shared, pass_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from nexus.node.api import ModelView, PlanView, Progress
+
+model = NexusGroup(name="model", help="Models: add, list, show, and plan who computes what.")
+
+
+@model.command("add")
+@click.argument("source")
+@click.option("--name", help="What to call it. [default: the directory's name, or the built-in's]")
+@pass_shared
+def model_add(shared: Shared, source: str, name: str | None) -> None:
+    """Take in a model: a Hugging Face directory (safetensors), or the built-in "nano" or "minilm"."""
+    from nexus.core.errors import LocalError, NotFoundError
+    from nexus.gateway.requests import BUILT_IN
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import ModelView, Progress
+    from nexus_cli.client import connected
+
+    if source not in BUILT_IN:
+        path = Path(source).expanduser().absolute()
+        if not path.is_dir():
+            raise NotFoundError(f"{source} is not a directory", f"Give a model directory, or one of: {', '.join(BUILT_IN)}")
+        source = str(path)
+    added: ModelView | None = None
+    with connected(shared, None) as daemon, progress_bars(shared) as advance:
+        for event in daemon.stream("/v0/models", {"source": source, "name": name}):
+            if isinstance(event, Progress):
+                advance(event)
+            elif isinstance(event, ModelView):
+                added = event
+    if added is None:
+        raise LocalError("the daemon did not say that the model is there", "See its log, and: nexus model list")
+    if shared.json:
+        show.print_json({"model": to_json(added)})
+        return
+    click.echo(f"{show.printable(added.name)}  {added.manifest.root.hex()}")
+
+
+@model.command("list")
+@pass_shared
+def model_list(shared: Shared) -> None:
+    """List the models that this node knows, its own and those of its peers."""
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import ModelView
+    from nexus_cli.client import connected
+
+    with connected(shared) as daemon:
+        found = daemon.get_list(ModelView, "/v0/models", "models")
+    if shared.json:
+        show.print_json({"models": to_json(found)})
+        return
+    if not found:
+        click.echo("no models; add one with: nexus model add nano", err=True)
+        return
+    rows = [
+        (
+            view.name,
+            view.manifest.root.hex()[:12],
+            view.manifest.kind,
+            view.manifest.architecture,
+            str(view.manifest.layers),
+            show.size(view.manifest.weight_bytes),
+            show.layers(view.held_layers),
+            str(len(view.providers)),
+        )
+        for view in found
+    ]
+    columns = ("name", "root", "kind", "architecture", "layers", "size", "layers here", "providers")
+    show.console(shared).print(show.table(columns, rows, right=("layers", "size", "providers")))
+
+
+@model.command("show")
+@click.argument("name")
+@pass_shared
+def model_show(shared: Shared, name: str) -> None:
+    """Show what NAME is made of: shape, root, pieces, who has them."""
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import ModelView
+    from nexus_cli.client import connected
+
+    with connected(shared) as daemon:
+        view = daemon.get_as(ModelView, f"/v0/models/{quote(name, safe='')}")
+    if shared.json:
+        show.print_json({"model": to_json(view)})
+        return
+    manifest = view.manifest
+    show.pairs(
+        [
+            ("name", view.name),
+            ("root", manifest.root.hex()),
+            ("kind", manifest.kind),
+            ("architecture", manifest.architecture),
+            ("weights", f"{show.size(manifest.weight_bytes)} in {manifest.dtype}, {len(manifest.pieces)} pieces"),
+            ("shape", f"{manifest.layers} layers, hidden size {manifest.hidden_size}, vocabulary {manifest.vocab_size}"),
+            ("context", f"{manifest.context} tokens, {show.size(manifest.kv_bytes * manifest.layers)} of KV cache per token"),
+            ("layers here", f"{show.layers(view.held_layers)} ({show.size(view.held_bytes)})"),
+            ("providers", ", ".join(view.providers) or "none but this node"),
+        ]
+    )
+    rows = [(blob.name, show.size(blob.size), blob.root.hex()) for blob in (*manifest.pieces, *manifest.files)]
+    show.console(shared).print(show.table(("piece or file", "size", "root"), rows, right=("size",)))
+
+
+@model.command("plan")
+@click.argument("name")
+@click.option("--stages", type=click.IntRange(1, 256), help="Split over this many nodes. [default: the node decides]")
+@pass_shared
+def model_plan(shared: Shared, name: str, stages: int | None) -> None:
+    """Show who would hold which layers of NAME, and why."""
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import PlanView
+    from nexus_cli.client import connected
+
+    with connected(shared) as daemon:
+        view = daemon.get_as(PlanView, plan_path(name, stages))
+    if shared.json:
+        show.print_json({"plan": to_json(view)})
+        return
+    show.console(shared).print(plan_table(view))
+    click.echo(f"plan {view.plan_root.hex()}")
+    if view.reason:
+        click.echo(show.printable(view.reason))
+
+
+def plan_path(name: str, stages: int | None) -> str:
+    return f"/v0/models/{quote(name, safe='')}/plan" + (f"?stages={stages}" if stages else "")
+
+
+def plan_table(view: PlanView) -> Table:
+    rows = [
+        (
+            str(stage.stage),
+            stage.name,
+            show.short_id(stage.peer_id),
+            show.layers([(stage.start, stage.end)]),
+            show.size(stage.weight_bytes),
+            show.size(stage.memory_bytes),
+            stage.reason,
+        )
+        for stage in view.stages
+    ]
+    return show.table(("stage", "node", "peer", "layers", "weights", "memory", "why"), rows, right=("stage", "weights", "memory"))
+
+
+@contextmanager
+def progress_bars(shared: Shared) -> Iterator[Callable[[Progress], None]]:
+    """A bar per node and phase on stderr; nothing where nobody watches."""
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = show.console(shared, stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, console=console, transient=True, disable=shared.json or not console.is_terminal) as bars:
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def advance(event: Progress) -> None:
+            key = (event.peer_id, event.phase)
+            if key not in tasks and len(tasks) < 64:
+                tasks[key] = bars.add_task(f"{show.short_id(event.peer_id)} {show.printable(event.phase)}", total=None)
+            if key in tasks:
+                bars.update(tasks[key], completed=event.done, total=event.total or None)
+
+        yield advance

@@ -1,0 +1,110 @@
+"""Daemon processes from the outside: start one in the background, wait for it, end it, and never end anybody else's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexus.core.errors import LocalError, NotAllowedError
+
+LOG_TAIL_BYTES = 4096
+LOG_KEPT_BYTES = 8 * 1024 * 1024
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as it will be found again: a pid alone may by then be somebody else's. `started`: opaque, as the system says it."""
+
+    pid: int
+    started: str
+
+
+def find_process(pid: int) -> Process | None:
+    """The running process with this pid; None if there is none, or only what is left of one until its parent asks."""
+    started = _start_time(pid)
+    return Process(pid, started) if started else None
+
+
+def is_running(process: Process) -> bool:
+    return find_process(process.pid) == process
+
+
+def _start_time(pid: int) -> str:
+    """Linux tells by /proc, others by ps. Empty if it does not run."""
+    if Path("/proc/self/stat").exists():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
+        except OSError:
+            return ""
+        # The name in parentheses may hold anything; state is the first field after it, the start time the twentieth.
+        fields = stat.rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    shown = subprocess.run(  # noqa: S603
+        ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False, timeout=10
+    ).stdout.split(maxsplit=1)
+    return "" if len(shown) < 2 or shown[0].startswith("Z") else shown[1].strip()
+
+
+def send_signal(process: Process, number: signal.Signals) -> bool:
+    """Signal that process and no other. False if it is gone already."""
+    if not is_running(process):
+        return False
+    try:
+        os.kill(process.pid, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError as error:
+        raise NotAllowedError(f"process {process.pid} belongs to another user", "Run as the user that started it") from error
+    return True
+
+
+def wait_for_end(processes: Sequence[Process], timeout_s: float) -> list[Process]:
+    """Those that still run after the time."""
+    until = time.monotonic() + timeout_s
+    running = [process for process in processes if is_running(process)]
+    while running and time.monotonic() < until:
+        time.sleep(POLL_S)
+        running = [process for process in running if is_running(process)]
+    return running
+
+
+def spawn_daemon(home: Path, arguments: Sequence[str], log_file: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start nexusd in a session of its own, so that a Ctrl-C here does not reach it. Its log goes to `log_file`."""
+    try:
+        if log_file.exists() and log_file.stat().st_size > LOG_KEPT_BYTES:
+            log_file.replace(log_file.with_name(log_file.name + ".1"))
+        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise LocalError(
+            f"cannot write the log {log_file}: {error.strerror}", "Make the directory, and writable for you"
+        ) from error
+    try:
+        return subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "nexus_cli.daemon", "--home", str(home), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+            env=dict(environ),
+            cwd="/",
+        )
+    finally:
+        os.close(descriptor)
+
+
+def log_tail(log_file: Path) -> str:
+    """The last lines of a log, for the message about why a daemon did not start."""
+    try:
+        with log_file.open("rb") as stream:
+            stream.seek(max(0, log_file.stat().st_size - LOG_TAIL_BYTES))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-12:])

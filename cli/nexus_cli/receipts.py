@@ -1,0 +1,92 @@
+"""nexus receipts: check the proof of a session, offline, on a machine that never saw the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_cli import show
+from nexus_cli.options import NexusGroup, Shared, pass_shared
+
+if TYPE_CHECKING:
+    from nexus.proof.bundle import Bundle, BundleReport
+
+receipts = NexusGroup(name="receipts", help="Proofs of what was computed, by whom.")
+
+
+@receipts.command("verify")
+@click.argument("file", type=click.Path(path_type=Path))
+@pass_shared
+def receipts_verify(shared: Shared, file: Path) -> None:
+    """Check every signature, chain link and root in FILE, as `nexus run --receipts` wrote it. Needs no daemon and no network."""
+    report = verify_file(file)
+    if shared.json:
+        from nexus.gateway.wire import to_json
+
+        show.print_json({"verified": True, "report": to_json(report)})
+        return
+    show.pairs(
+        [
+            ("model", f"{report.model_name} {report.model_root.hex()}"),
+            ("session", report.session.hex()),
+            ("asked by", report.coordinator),
+            ("arithmetic", report.profile),
+            ("steps", f"{report.steps}, over {report.prompt_tokens} tokens of input"),
+        ]
+    )
+    rows = [
+        (str(stage), peer_id, show.layers([(start, end)]), str(count))
+        for stage, (peer_id, start, end, count) in enumerate(report.receipts_by_stage)
+    ]
+    show.console(shared).print(show.table(("stage", "peer", "layers", "receipts"), rows, right=("stage", "receipts")))
+    click.echo(f"{report.receipts} of {report.receipts} receipts verified")
+
+
+def verify_file(file: Path) -> BundleReport:
+    """Raises NotFoundError, MalformedError for what is no bundle, VerificationError for one that does not hold."""
+    from nexus.core.errors import LocalError, MalformedError, NotFoundError, UsageError, VerificationError
+    from nexus.proof.bundle import BUNDLE_BYTES_MAX, Bundle, verify_bundle
+
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(BUNDLE_BYTES_MAX + 1)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {file}", "Write one with: nexus run --receipts FILE") from error
+    except OSError as error:
+        raise LocalError(f"cannot read {file}: {error.strerror}", "Give a file that you may read") from error
+    if len(content) > BUNDLE_BYTES_MAX:
+        raise UsageError(
+            f"{file} is larger than any proof bundle ({show.size(BUNDLE_BYTES_MAX)})", "Give a file of: nexus run --receipts"
+        )
+    try:
+        bundle = Bundle.from_bytes(content)
+    except MalformedError as error:
+        # Exit code 7, as for every proof that does not hold: a script that checks must not have to tell them apart.
+        raise VerificationError(
+            f"{file} is not a proof bundle: {error.cause}", "It may be cut off or changed: get it again"
+        ) from error
+    return verify_bundle(bundle)
+
+
+def check_writable(file: Path) -> None:
+    """Refuse before the work starts what could not be kept after it. Raises LocalError."""
+    from nexus.core.errors import LocalError
+
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise LocalError(f"cannot write {file}", "Give --receipts a file in a directory that exists and that you may write to")
+
+
+def write_bundle(file: Path, bundle: Bundle) -> None:
+    """Whole or not at all."""
+    from nexus.core.errors import LocalError
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(bundle.to_bytes())
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LocalError(f"cannot write {file}: {error.strerror}", "Give --receipts another file") from error

@@ -1,0 +1,242 @@
+"""nexus run, nexus embed: use a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_cli import show
+from nexus_cli.options import NexusCommand, Shared, pass_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nexus.node.api import Finished
+
+INPUT_BYTES_MAX = 4 * 1024 * 1024
+
+
+@click.command(cls=NexusCommand)
+@click.argument("name")
+@click.argument("prompt")
+@click.option("--max-tokens", type=int, help="Tokens of the answer at most. [default: 128]")
+@click.option("--temperature", type=float, help="0 always takes the likeliest token; higher is more varied. [default: 0]")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens that make up this share. [default: 1]")
+@click.option("--seed", type=int, help="Makes sampling repeatable. [default: drawn anew]")
+@click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
+@click.option("--stages", type=int, help="Split over this many nodes. [default: the node decides]")
+@click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
+@pass_shared
+def run(
+    shared: Shared,
+    name: str,
+    prompt: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    stages: int | None,
+    receipts: Path | None,
+) -> None:
+    """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input."""
+    from nexus.gateway.wire import Json, to_json
+    from nexus.node.api import Finished, Planned, Progress, Token
+    from nexus_cli.client import connected
+    from nexus_cli.receipts import check_writable, write_bundle
+
+    text = read_input() if prompt == "-" else check_text(prompt, "the prompt")
+    if receipts is not None:
+        check_writable(receipts)
+    body: dict[str, Json] = {"model": name, "prompt": text, "stop": [check_text(entry, "--stop") for entry in stop]}
+    body |= {
+        "max_tokens": max_tokens,
+        "temperature": check_finite(temperature, "--temperature"),
+        "top_p": check_finite(top_p, "--top-p"),
+    }
+    body |= {"seed": seed, "stages": stages}
+    tokens: list[Token] = []
+    planned: Planned | None = None
+    finished: Finished | None = None
+    with connected(shared, None) as daemon, waiting(shared) as progress:
+        for event in daemon.stream("/v0/run", body):
+            match event:
+                case Planned():
+                    planned = event
+                case Progress():
+                    progress(event)
+                case Token():
+                    progress(None)
+                    tokens.append(event)
+                    if not shared.json:
+                        write_text(event.text)
+                case Finished():
+                    finished = event
+    if not shared.json:
+        end_line("".join(token.text for token in tokens))
+    done = check_finished(finished)
+    if receipts is not None:
+        write_bundle(receipts, done.bundle)
+    if shared.json:
+        summary = to_json(done)
+        assert isinstance(summary, dict)
+        del summary["bundle"]  # --receipts writes it
+        show.print_json(
+            {"text": "".join(token.text for token in tokens), "tokens": [token.token for token in tokens], "plan": to_json(planned)}
+            | summary
+        )
+    else:
+        click.echo(closing_line(done), err=True)
+    check_verified(done)
+
+
+@click.command(cls=NexusCommand)
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@click.option("--model", help="The encoder. [default: minilm]")
+@click.option("--stages", type=int, help="Split over this many nodes. [default: the node decides]")
+@click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
+@pass_shared
+def embed(shared: Shared, texts: tuple[str, ...], model: str | None, stages: int | None, receipts: Path | None) -> None:
+    """Turn each TEXT into a vector, printed as one JSON array per line. A text of - is read from standard input."""
+    import json
+
+    from nexus.gateway.wire import Json, to_json
+    from nexus.node.api import Embedding, Finished, Progress
+    from nexus_cli.client import connected
+    from nexus_cli.receipts import check_writable, write_bundle
+
+    given = [read_input() if text == "-" else check_text(text, "the text") for text in texts]
+    if receipts is not None:
+        check_writable(receipts)
+    body: dict[str, Json] = {"texts": given, "model": model, "stages": stages}
+    vectors: dict[int, tuple[float, ...]] = {}
+    finished: Finished | None = None
+    with connected(shared, None) as daemon, waiting(shared) as progress:
+        for event in daemon.stream("/v0/embed", body):
+            match event:
+                case Progress():
+                    progress(event)
+                case Embedding():
+                    vectors[event.index] = event.vector
+                case Finished():
+                    finished = event
+    done = check_finished(finished)
+    if receipts is not None:
+        write_bundle(receipts, done.bundle)
+    ordered = [vectors[index] for index in sorted(vectors)]
+    if shared.json:
+        summary = to_json(done)
+        assert isinstance(summary, dict)
+        del summary["bundle"]
+        show.print_json({"embeddings": to_json(ordered)} | summary)
+    else:
+        for vector in ordered:
+            click.echo(json.dumps(vector))
+        click.echo(f"{len(ordered)} vectors in {show.duration(done.total_s)}; {verified_line(done)}", err=True)
+    check_verified(done)
+
+
+def read_input() -> str:
+    """All of standard input as text. Raises UsageError for too much, or for what is not UTF-8."""
+    from nexus.core.errors import UsageError
+
+    content = sys.stdin.buffer.read(INPUT_BYTES_MAX + 1)
+    if len(content) > INPUT_BYTES_MAX:
+        raise UsageError(f"standard input is larger than {show.size(INPUT_BYTES_MAX)}", "Give less")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not valid UTF-8 (byte {error.start})", "Convert it first, for example with iconv"
+        ) from error
+
+
+def check_text(text: str, what: str) -> str:
+    """An argument as text. Python keeps bytes that are not UTF-8 as lone surrogates, which must not go further."""
+    from nexus.core.errors import UsageError
+
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} is not valid UTF-8 (character {error.start})", "Convert it first, for example with iconv"
+        ) from error
+    return text
+
+
+def check_finite(number: float | None, option: str) -> float | None:
+    """JSON has no NaN and no infinity."""
+    import math
+
+    if number is not None and not math.isfinite(number):
+        raise click.BadParameter(f"{number} is not a number to work with", param_hint=option)
+    return number
+
+
+def check_finished(finished: Finished | None) -> Finished:
+    from nexus.core.errors import LocalError
+
+    if finished is None:
+        raise LocalError("the daemon ended the answer without saying how it went", "Its log says more")
+    return finished
+
+
+def check_verified(finished: Finished) -> None:
+    """Raises VerificationError unless there are receipts, and all of them hold."""
+    from nexus.core.errors import VerificationError
+
+    if not 0 < finished.receipts == finished.receipts_verified:
+        raise VerificationError(verified_line(finished), "Do not rely on this answer; the daemon's log says which receipt failed")
+
+
+def verified_line(finished: Finished) -> str:
+    return f"{finished.receipts_verified} of {finished.receipts} receipts verified"
+
+
+def closing_line(finished: Finished) -> str:
+    """Speed and proof in one line. The rate leaves the first token out: it waits for the prompt, the others do not."""
+    rest_s = finished.total_s - finished.first_token_s
+    rate = f"{(finished.completion_tokens - 1) / rest_s:.1f} tokens/s, " if finished.completion_tokens > 1 and rest_s > 0 else ""
+    return (
+        f"{finished.completion_tokens} tokens, {rate}first token after {show.duration(finished.first_token_s)} "
+        f"({finished.reason}); {verified_line(finished)}"
+    )
+
+
+@contextmanager
+def waiting(shared: Shared) -> Iterator[Callable[[object], None]]:
+    """Progress while fragments are fetched; calling with None takes it off the screen, since the answer begins."""
+    from contextlib import ExitStack
+
+    from nexus.node.api import Progress
+    from nexus_cli.model import progress_bars
+
+    with ExitStack() as stack:
+        bars: list[Callable[[Progress], None]] = []
+
+        def report(event: object) -> None:
+            if isinstance(event, Progress):
+                if not bars:
+                    bars.append(stack.enter_context(progress_bars(shared)))
+                bars[0](event)
+            elif bars:
+                bars.clear()
+                stack.close()
+
+        yield report
+
+
+def write_text(text: str) -> None:
+    sys.stdout.write(show.printable_stream(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def end_line(text: str) -> None:
+    if sys.stdout.isatty() or not text.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
