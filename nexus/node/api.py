@@ -202,5 +202,5 @@ class NodeApi(Protocol):
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]: ...
 
     async def drain(self) -> None:
-        """Take no new session, neither here nor from a peer; return when the running ones are finished. The caller sets the deadline."""
+        """Take no new session, from here or from a peer; return when the running ones are over. The caller sets the deadline."""
         ...

@@ -12,7 +12,7 @@ What may follow what, and what is checked before it is used, is decided by the s
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -40,12 +40,14 @@ from nexus.core.manifest import CAUSAL, Manifest
 from nexus.core.plan import Plan
 from nexus.core.record import MessageSet, Record, digest, many, nested, raw, text, uint
 from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.node.live import Live
 from nexus.proof.bundle import Bundle, check_request
 from nexus.proof.receipts import MICRO, STEPS_MAX, Refusal, SignedReceipt, SignedRefusal, SignedRequest, Terms
 from nexus.swarm.session import (
     AskFinish,
     Close,
     Compute,
+    CoordinatorAction,
     CoordinatorSession,
     Feed,
     Result,
@@ -209,16 +211,13 @@ class InferService:
         self._source = source
         self._serve = serve
         self._sessions_max = sessions_max
-        self._live: dict[tuple[bytes, int], _Served] = {}
+        self._served: dict[tuple[bytes, int], _Served] = {}
+        self.live = Live()
         # Sessions wait in line here, one step each, so a long prompt delays the others by one step and no more. Two threads,
         # so that it does not delay them at all while there is a second core.
         self._compute = trio.CapacityLimiter(2)
         self.totals = ServedTotals()
         self.draining = False
-
-    @property
-    def live(self) -> int:
-        return len(self._live)
 
     def start(self) -> None:
         self._transport.serve(INFER, self._answer_open)
@@ -232,13 +231,13 @@ class InferService:
         message = INFER_MESSAGES.unpack(first)
         if not isinstance(message, Open):
             raise MalformedError("a session begins with Open")
-        step = 0
         served: _Served | None = None
         try:
             manifest = await self._admit(control, message)
             async with self._hold_stage(control, message, manifest) as stage:
                 served = _Served(self, control, message, manifest, stage)
-                step = await served.run()
+                with self.live.one():
+                    await served.run()
         except NexusError as error:
             step = served.step if served else 0
             log.warning(
@@ -255,9 +254,9 @@ class InferService:
             )
         if peer_id_of(message.terms.coordinator) != control.peer_id:
             raise VerificationError("the session's terms name another coordinator than the peer that sent them")
-        if (session, stage) in self._live:
+        if (session, stage) in self._served:
             raise MalformedError("this session is already open here")
-        if len(self._live) >= self._sessions_max:
+        if len(self._served) >= self._sessions_max:
             raise CapacityError(
                 f"this node runs {self._sessions_max} sessions, its limit", "Try again later, or raise serve.sessions_max there"
             )
@@ -323,7 +322,7 @@ class InferService:
         hello = LINK_MESSAGES.unpack(first)
         if not isinstance(hello, Hello):
             raise MalformedError("a link begins with Hello")
-        served = self._live.get((hello.session, hello.stage))
+        served = self._served.get((hello.session, hello.stage))
         if served is None:
             raise NotAllowedError("no such session here")
         await served.take_link(link)
@@ -360,7 +359,7 @@ class _Served:
         self._token_kv_bytes = stage_kv_bytes(manifest, opened.plan, opened.stage)
         self.step = 0
 
-    async def run(self) -> int:
+    async def run(self) -> None:
         """Until the session is over. Raises what made it fail."""
         from nexus.engine.sampling import Sampling
 
@@ -371,7 +370,7 @@ class _Served:
             await self._reach_next()
         sampling = Sampling(terms.temperature / MICRO, terms.top_p / MICRO, terms.seed) if last and self._feeds_back else None
         self._stage.open(self._session, sampling)
-        service._live[key] = self
+        service._served[key] = self
         service.totals.sessions += 1
         try:
             await self._control.send(INFER_MESSAGES.pack(Accepted()))
@@ -381,7 +380,7 @@ class _Served:
                 await self._over.wait()
                 nursery.cancel_scope.cancel()
         finally:
-            del service._live[key]
+            del service._served[key]
             self._link_scope.cancel()
             self._stage.close(self._session)
             service._source.reserve_kv(self._session, 0)
@@ -391,7 +390,6 @@ class _Served:
                     await (self._link_out.reset() if self._failure else self._link_out.close())
         if self._failure:
             raise self._failure
-        return self.step
 
     @property
     def _feeds_back(self) -> bool:
@@ -591,6 +589,7 @@ class Coordinator:
         self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for stage in range(len(self._plan.stages)):
                     nursery.start_soon(self._run_stage, stage)
                 nursery.start_soon(self._watch)
@@ -609,9 +608,8 @@ class Coordinator:
 
     async def stop(self) -> None:
         """No more steps are wanted; `run` still collects the receipts for what was computed."""
-        for action in self._machine.stop():
-            if isinstance(action, AskFinish):
-                await self._send(0, Finish(()))
+        with suppress(UnreachableError):  # the session is over already, or `run` says why not
+            await self._feed(self._machine.stop())
 
     def ends_with(self, result: Result) -> str | None:
         return self._machine.ends_with(result.step, result.payload)
@@ -671,12 +669,8 @@ class Coordinator:
             case OpenProgress(phase, done, total):
                 await self._emit(StageProgress(stage, phase, done, total))
             case Accepted():
-                for action in self._machine.accepted(stage):
-                    match action:
-                        case Feed(step, payload):
-                            await self._send(0, FeedInput(step, payload))
-                        case AskFinish():
-                            await self._send(0, Finish(()))
+                # In a task of its own: whoever feeds may have to wait until somebody reads the results.
+                self._nursery.start_soon(self._feed, self._machine.accepted(stage))
             case Output(step, payload, receipts) if last:
                 for action in self._machine.output(step, payload, receipts):
                     if isinstance(action, Result):
@@ -701,13 +695,21 @@ class Coordinator:
         if self._bundle and all(self._reports):
             self._reported.set()
 
-    async def _send(self, stage: int, message: Record) -> None:
-        stream = self._streams[stage]
+    async def _feed(self, actions: list[CoordinatorAction]) -> None:
+        for action in actions:
+            match action:
+                case Feed(step, payload):
+                    await self._send_first(FeedInput(step, payload))
+                case AskFinish():
+                    await self._send_first(Finish(()))
+
+    async def _send_first(self, message: FeedInput | Finish) -> None:
+        stream = self._streams[0]
         assert stream is not None
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
             await stream.send(INFER_MESSAGES.pack(message))
         if scope.cancelled_caught:
-            raise TimedOutError(f"stage {stage} took nothing for {LINK_TIMEOUT_S:.0f} s")
+            raise TimedOutError(f"stage 0 took nothing for {LINK_TIMEOUT_S:.0f} s")
 
 
 def stage_kv_bytes(manifest: Manifest, plan: Plan, stage: int) -> int:

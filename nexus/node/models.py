@@ -57,9 +57,8 @@ class Models:
 
     async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest:
         """The manifest of a root, fetched and checked if it is not here. Raises NotFoundError."""
-        held = self.catalog.manifest(model_root)
-        if held:
-            return held
+        if self.catalog.has(model_root):
+            return self.catalog.manifest(model_root)
         self._check_may_fetch(model_root)
         return await self._fetcher.manifest(model_root, sources)
 

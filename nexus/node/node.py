@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import structlog
 import trio
 
-from nexus.core.errors import NexusError, NotFoundError, UsageError
+from nexus.core.errors import NexusError, PeerError, TimedOutError, UsageError
 from nexus.core.keys import Identity, parse_peer_id
 from nexus.core.manifest import Manifest
 from nexus.models import BUILTIN_NAMES, builtin_path
 from nexus.network.libp2p import NetworkOptions, open_libp2p
-from nexus.network.transport import PeerAddress, Transport
+from nexus.network.transport import Transport
 from nexus.node.api import EmbedRequest, Event, GenerateRequest, ModelView, NodeStatus, PeerView, PlanView, Progress
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer import InferService
@@ -28,7 +28,7 @@ from nexus.node.models import Models
 from nexus.node.options import NodeOptions
 from nexus.node.runner import Runner
 from nexus.storage.blobs import BlobStore
-from nexus.storage.catalog import Catalog, held_bytes, held_layers
+from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
 from nexus.storage.peers import AddressBook
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord
@@ -36,7 +36,9 @@ from nexus.swarm.membership import Holding, LayerRange, NodeRecord
 log = structlog.get_logger("nexus.node")
 
 VERSION = version("nexus-swarm")
+AGENT = f"nexus/{VERSION}"
 PROGRESS_MAX = 64
+PING_TIMEOUT_S = 10.0
 SPEED_SIZE = 256
 SPEED_ROUNDS = 16
 
@@ -51,6 +53,7 @@ class Node:
         self._identity = identity
         self._transport = transport
         self._book = book
+        self._nursery = nursery
         self._speed = speed
         self._began_s = trio.current_time()
         home = Home(options.home)
@@ -62,18 +65,249 @@ class Node:
             self._catalog, self._blobs, fetcher, auto_fetch=options.auto_fetch, memory_max_bytes=options.memory_max_bytes
         )
         self._blob_service = BlobService(transport, self._blobs, self._catalog)
-        self._infer = InferService(
-            transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max
-        )
+        self._infer = InferService(transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max)
         self._runner = Runner(
             transport, identity, self._models, self._membership.records, self._describe, nursery, options.sessions_max
         )
         self._add_lock = trio.Lock()
         self._draining = False
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         self._blob_service.start()
         self._infer.start()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._membership.run)
             task_status.started()
+
+    def status(self) -> NodeStatus:
+        totals = self._infer.totals
+        return NodeStatus(
+            peer_id=self._identity.peer_id,
+            name=self._options.name,
+            version=VERSION,
+            addresses=self._transport.addresses,
+            uptime_s=trio.current_time() - self._began_s,
+            ready=not self._draining,
+            not_ready_because="the node is shutting down" if self._draining else "",
+            peers=len({connection.peer_id for connection in self._transport.connections()}),
+            models=len(self._catalog.names()),
+            sessions=self._infer.live.count + self._runner.live.count,
+            sessions_served=totals.sessions,
+            steps_served=totals.steps,
+            receipts_signed=totals.receipts,
+            memory_used_bytes=self._models.memory_used_bytes,
+            memory_limit_bytes=self._options.memory_max_bytes,
+        )
+
+    async def peers(self) -> list[PeerView]:
+        """Connected peers, with round trips measured now."""
+        connected = {connection.peer_id: connection for connection in self._transport.connections()}
+        rtts: dict[str, float] = {}
+
+        async def measure(peer_id: str) -> None:
+            with trio.move_on_after(PING_TIMEOUT_S):
+                try:
+                    rtts[peer_id] = await self._transport.ping(peer_id)
+                except PeerError:
+                    log.debug("ping_failed", peer_id=peer_id)
+
+        async with trio.open_nursery() as nursery:
+            for peer_id in connected:
+                nursery.start_soon(measure, peer_id)
+        records = {record.peer_id: record for record in self._membership.records()}
+        views = []
+        for peer_id, connection in sorted(connected.items()):
+            record = records.get(peer_id)
+            views.append(
+                PeerView(
+                    peer_id=peer_id,
+                    name=record.name if record else "",
+                    agent=record.agent if record else "",
+                    addresses=record.addresses if record else (connection.address,),
+                    direction=connection.direction,
+                    rtt_s=rtts.get(peer_id),
+                    memory_bytes=record.memory_bytes if record else 0,
+                    models=tuple(_holding_text(holding) for holding in record.models) if record else (),
+                )
+            )
+        return views
+
+    async def add_peer(self, address: str) -> PeerView:
+        peer_id = await self._transport.connect(address)
+        self._book.remember(peer_id, (address.rpartition("/p2p/")[0],), _now_ms())
+        await self._membership.refresh(peer_id)
+        return next(view for view in await self.peers() if view.peer_id == peer_id)
+
+    async def ping(self, peer_id: str) -> float:
+        with trio.move_on_after(PING_TIMEOUT_S):
+            return await self._transport.ping(self._find_peer(peer_id))
+        raise TimedOutError(f"{peer_id} did not answer within {PING_TIMEOUT_S:.0f} s", "See `nexus peers`")
+
+    def _find_peer(self, text: str) -> str:
+        """The peer that a user means: an id, the start of one that fits one peer, or a node's name."""
+        known = {record.peer_id: record.name for record in self._membership.records()}
+        known |= {connection.peer_id: known.get(connection.peer_id, "") for connection in self._transport.connections()}
+        if text in known or text == self._identity.peer_id:
+            return text
+        fits = sorted(peer_id for peer_id, name in known.items() if text and (name == text or peer_id.startswith(text)))
+        if len(fits) > 1:
+            raise UsageError(f"{text!r} fits {len(fits)} peers", f"Say more of the id: {', '.join(fits[:4])}")
+        return fits[0] if fits else parse_peer_id(text)
+
+    async def add_model(self, source: Path | str, name: str | None) -> AsyncGenerator[Progress | ModelView, None]:
+        """Import a model; one at a time, since each reads and writes as fast as the disk goes."""
+        text = str(source)
+        builtin = text in BUILTIN_NAMES
+        path = builtin_path(text) if builtin else Path(source)
+        if not builtin and not path.is_absolute():
+            raise UsageError(f"{text!r} is neither a built-in model nor an absolute path", f"Built in: {', '.join(BUILTIN_NAMES)}")
+        name = check_name(name or (text if builtin else path.name))
+        send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
+        added: list[Manifest] = []
+        failure: list[NexusError] = []
+        scope = trio.CancelScope()
+
+        def progress(phase: str, done: int, total: int) -> None:
+            trio.from_thread.check_cancelled()
+            trio.from_thread.run_sync(_offer, send, Progress(self._identity.peer_id, phase, done, total))
+
+        async def work() -> None:
+            with scope, send:
+                try:
+                    async with self._add_lock:
+                        added.append(await trio.to_thread.run_sync(self._import, path, name, progress))
+                except NexusError as error:
+                    failure.append(error)
+
+        self._nursery.start_soon(work)
+        try:
+            async with receive:
+                async for event in receive:
+                    yield event
+        finally:
+            scope.cancel()
+        if failure:
+            raise failure[0]
+        self._membership.announce_soon()
+        yield self._view(name, added[0])
+
+    def _import(self, path: Path, name: str, progress: Callable[[str, int, int], None]) -> Manifest:
+        from nexus.engine.importer import import_model
+
+        manifest = import_model(path, self._blobs, progress)
+        self._catalog.add(name, manifest)
+        return manifest
+
+    async def models(self) -> list[ModelView]:
+        """Models with a name here, then those that peers announce and this node knows no other name for."""
+        views = [self._view(name, self._catalog.manifest(root)) for name, root in self._catalog.names().items()]
+        here = {view.manifest.root for view in views}
+        announced = {
+            holding.name for record in self._membership.records() for holding in record.models if holding.model_root not in here
+        }
+        for name in sorted(announced):
+            try:
+                views.append(self._view(*await self._runner.manifest(name)))
+            except NexusError as error:
+                log.info("announced_model_skipped", name=name, error=str(error))
+        return views
+
+    async def model(self, name: str) -> ModelView:
+        return self._view(*await self._runner.manifest(name))
+
+    def _view(self, name: str, manifest: Manifest) -> ModelView:
+        return ModelView(
+            name=name,
+            manifest=manifest,
+            held_layers=held_layers(manifest, self._blobs),
+            held_bytes=held_bytes(manifest, self._blobs),
+            providers=tuple(address.peer_id for address in self._runner.sources(manifest.root)),
+        )
+
+    async def plan(self, model: str, stages: int | None) -> PlanView:
+        name, manifest = await self._runner.manifest(model)
+        return self._runner.plan_view(name, manifest, self._runner.place(manifest, stages))
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        return self._runner.generate(request)
+
+    def embed(self, request: EmbedRequest) -> AsyncIterator[Event]:
+        return self._runner.embed(request)
+
+    async def drain(self) -> None:
+        self._draining = True
+        self._infer.draining = True
+        self._membership.announce_soon()
+        await self._runner.live.wait_idle()
+        await self._infer.live.wait_idle()
+
+    def _describe(self) -> NodeRecord:
+        """What this node says of itself now."""
+        options = self._options
+        holdings = []
+        for root in self._catalog.roots():
+            held = held_layers(self._catalog.manifest(root), self._blobs)
+            if held:
+                ranges = tuple(LayerRange(start, end) for start, end in held)
+                holdings.append(Holding(self._catalog.name_of(root), root, ranges))
+        return NodeRecord(
+            spec=1,
+            node=self._identity.public_key,
+            issued_ms=_now_ms(),
+            agent=AGENT,
+            name=options.name,
+            addresses=tuple(address.rpartition("/p2p/")[0] for address in self._transport.addresses)[:16],
+            memory_bytes=options.memory_max_bytes,
+            speed=self._speed,
+            serves=int(options.serve and not self._draining),
+            models=tuple(holdings[:256]),
+        )
+
+
+def _holding_text(holding: Holding) -> str:
+    ranges = ", ".join(f"{held.start}-{held.end - 1}" for held in holding.held)
+    return f"{holding.name} layers {ranges}"
+
+
+def _offer(send: trio.MemorySendChannel[Progress], event: Progress) -> None:
+    """Progress is for the eyes: what nobody has read yet is not added to."""
+    with contextlib.suppress(trio.WouldBlock):
+        send.send_nowait(event)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def measure_speed() -> int:
+    """Millions of multiply-adds per second of this machine now, in float32, over matrices that fit its caches."""
+    import numpy as np
+
+    a = np.ones((SPEED_SIZE, SPEED_SIZE), np.float32)
+    rates = []
+    for _ in range(SPEED_ROUNDS):
+        began = time.perf_counter()
+        a @ a
+        rates.append(SPEED_SIZE**3 / (time.perf_counter() - began))
+    return int(sorted(rates)[SPEED_ROUNDS // 2] / 1e6)
+
+
+@asynccontextmanager
+async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
+    """A running node. Raises LocalError where the data directory or the port stands in the way."""
+    # Read by torch when it is first imported, which is when the first model is loaded.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    home = Home(options.home)
+    identity = load_identity(home)
+    book = AddressBook.open(home.peers_file)
+    if book.warning:
+        log.warning("address_book", warning=book.warning)
+    speed = await trio.to_thread.run_sync(measure_speed)
+    network = NetworkOptions(listen=options.listen, bootstrap=options.bootstrap, mdns=options.mdns, dht=options.dht)
+    async with open_libp2p(identity, network) as transport, trio.open_nursery() as nursery:
+        node = Node(options, identity, transport, book, nursery, speed)
+        await nursery.start(node.run)
+        try:
+            yield node
+        finally:
+            nursery.cancel_scope.cancel()

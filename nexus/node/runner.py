@@ -38,6 +38,7 @@ from nexus.node.api import (
     Token,
 )
 from nexus.node.infer import PAYLOAD_MAX, Coordinator, Ended, SessionEvent, StageProgress
+from nexus.node.live import Live
 from nexus.node.models import Models
 from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, Terms, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.membership import NodeRecord
@@ -105,7 +106,7 @@ class Runner:
         self._own = own
         self._nursery = nursery
         self._sessions_max = sessions_max
-        self.running = 0
+        self.live = Live()
 
     def resolve(self, name: str) -> tuple[str, bytes]:
         """The model that `name` stands for: a local name or root, else what a peer announces. Raises NotFoundError, UsageError."""
@@ -250,15 +251,14 @@ class Runner:
             right = "`nexus embed --model`" if manifest.kind == ENCODER else "`nexus run`"
             raise UsageError(f"{found} is a model of kind {manifest.kind!r}", f"Use it with {right}")
         files = await self._models.files(manifest, self.sources(manifest.root), _ignore_progress)
-        return found, manifest, await trio.to_thread.run_sync(Tokenizer, files)
+        return found, manifest, await trio.to_thread.run_sync(Tokenizer.load, files)
 
-    async def _run(self, job: _Job) -> AsyncGenerator[tuple[Event | SessionEvent, Coordinator], None]:
+    async def _run(self, job: _Job) -> AsyncGenerator[tuple[Planned | Progress | Result | Ended, Coordinator], None]:
         """One job to its end. A plan that fails before anything came out is made again without the node that failed."""
-        if self.running >= self._sessions_max:
-            raise CapacityError(f"{self.running} requests are running here, the limit", "Wait, or raise serve.sessions_max")
+        if self.live.count >= self._sessions_max:
+            raise CapacityError(f"{self.live.count} requests are running here, the limit", "Wait, or raise serve.sessions_max")
         without: frozenset[bytes] = frozenset()
-        self.running += 1
-        try:
+        with self.live.one():
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 placement = self.place(job.manifest, job.stages, without)
                 coordinator = self._coordinator(job, placement)
@@ -277,8 +277,6 @@ class Runner:
                         raise
                     log.warning("replanned", without=peer_id_of(failed), error=str(error))
                     without |= {failed}
-        finally:
-            self.running -= 1
 
     def _coordinator(self, job: _Job, placement: Placement) -> Coordinator:
         terms = Terms(
@@ -332,7 +330,7 @@ class Runner:
         if failure:
             raise failure[0]
 
-    def _named(self, event: SessionEvent, placement: Placement) -> Event | SessionEvent:
+    def _named(self, event: SessionEvent, placement: Placement) -> Progress | Result | Ended:
         if isinstance(event, StageProgress):
             return Progress(peer_id_of(placement.plan.stages[event.stage].node), event.phase, event.done, event.total)
         return event
@@ -393,7 +391,7 @@ class _Answer:
         """What was held back in case it became a stop text, or an incomplete character."""
         if self.stopped:
             return ""
-        text = self._show(self._stream.finish()) + self._held
+        text = self._show(self._stream.flush()) + self._held
         self._held = ""
         return text
 

@@ -151,7 +151,7 @@ async def test_a_session_runs_and_its_bundle_verifies(stages: int, steps: int) -
         assert report.steps == steps
         assert report.receipts == ended.receipts_verified == stages * -(-steps // 16)
         assert all(r is not None and r.steps == steps for r in ended.reports)
-        assert [service.live for service in nodes.services] == [0] * stages
+        assert [service.live.count for service in nodes.services] == [0] * stages
         assert all(not source.kv and source.loaded and not source.loaded.sessions for source in nodes.sources)
 
 
@@ -200,7 +200,7 @@ async def test_a_session_that_outgrows_the_cache_ends_with_the_reason() -> None:
         with pytest.raises(CapacityError, match="stage 1 .*KV cache is full"):
             await nodes.run(40)
         with trio.fail_after(5):
-            while any(service.live for service in nodes.services):
+            while any(service.live.count for service in nodes.services):
                 await trio.testing.wait_all_tasks_blocked(0.001)
         assert all(not source.kv for source in nodes.sources)
 
@@ -243,7 +243,7 @@ async def test_the_stages_let_go_when_the_coordinator_leaves() -> None:
             await coordinator.run(emit)
         assert scope.cancelled_caught
         with trio.fail_after(10):
-            while any(service.live for service in nodes.services):
+            while any(service.live.count for service in nodes.services):
                 await trio.testing.wait_all_tasks_blocked(0.001)
 
 
