@@ -1,0 +1,129 @@
+"""A model's own tokenizer, from the files that came with it, without transformers and without any code of the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from nexus.core.errors import ModelFormatError, UsageError
+from nexus.engine.architecture import read_json
+
+TOKENIZER_FILE = "tokenizer.json"
+END_TOKENS_MAX = 64
+_TOKENIZER_BYTES_MAX = 256 << 20
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """Text to token ids and back. `end_tokens`: ids that end an answer. `tokens_max`: encoding cuts longer texts, 0: never."""
+
+    def __init__(self, fast: FastTokenizer, end_tokens: tuple[int, ...], tokens_max: int) -> None:
+        self._fast = fast
+        self._tokens_max = tokens_max
+        self.end_tokens = end_tokens
+
+    @classmethod
+    def load(cls, files: Mapping[str, Path], tokens_max: int = 0) -> Tokenizer:
+        """From a model's files by name: tokenizer.json and, where they are, tokenizer_config.json, generation_config.json and
+        config.json. `tokens_max`: give the context for encoders, which read the beginning of a text that is too long.
+        Raises ModelFormatError."""
+        if TOKENIZER_FILE not in files:
+            raise ModelFormatError(f"the model has no {TOKENIZER_FILE}", "Add a model that has one")
+        read_json(files[TOKENIZER_FILE], _TOKENIZER_BYTES_MAX)
+        try:
+            fast = FastTokenizer.from_file(str(files[TOKENIZER_FILE]))
+            # What the file says on padding and cutting is how the author trained, not how a text is read.
+            fast.no_padding()
+            fast.no_truncation()
+            _set_outer_tokens(fast, files)
+            if tokens_max:
+                fast.enable_truncation(tokens_max)
+        # The tokenizers library, written in Rust, raises plain Exception.
+        except Exception as error:
+            raise ModelFormatError(f"{TOKENIZER_FILE} cannot be read: {error}", "Download the model again") from error
+        return cls(fast, _end_tokens(files), tokens_max)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the special tokens around them that the model expects. Raises UsageError for text that is not Unicode."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError("the text is not valid Unicode", "Send it as UTF-8") from error
+        return list(self._fast.encode(text).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens, without special ones; ids outside the vocabulary have none."""
+        return self._fast.decode(list(tokens), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+
+class TextStream:
+    """Text of tokens that come one by one. What `push` and at last `flush` return, joined, is `decode` of all tokens.
+
+    A token's text depends on its neighbours (a space may belong to either, a character may take several tokens), so each is decoded
+    together with the tokens before it since the last complete character, and what was said already is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._said = 0  # tokens of the window whose text is out
+
+    def push(self, token: int) -> str:
+        """The text that is certain now: nothing while a character is incomplete."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        """The rest at the end of the answer, with U+FFFD for what never became a character."""
+        return self._advance(self._tokenizer.decode(self._window))
+
+    def _advance(self, text: str) -> str:
+        said = self._tokenizer.decode(self._window[: self._said])
+        new = text[len(said) :]
+        if new:
+            del self._window[: self._said]
+        self._said = len(self._window)
+        return new
+
+
+def _set_outer_tokens(fast: FastTokenizer, files: Mapping[str, Path]) -> None:
+    """Begin and end tokens, where tokenizer_config.json says expressly whether to add them; transformers does the same."""
+    config = read_json(files["tokenizer_config.json"], _TOKENIZER_BYTES_MAX) if "tokenizer_config.json" in files else {}
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    outer = {}
+    for role in ("bos", "eos"):
+        entry = config.get(f"{role}_token")
+        token = entry.get("content") if isinstance(entry, dict) else entry
+        if config.get(f"add_{role}_token") and isinstance(token, str):
+            number = fast.token_to_id(token)
+            if number is None:
+                raise ModelFormatError(f"the {role} token {token!r} is not in the vocabulary", "Download the model again")
+            outer[role] = (token, number)
+    single = [outer["bos"][0]] if "bos" in outer else []
+    single.append("$A")
+    if "eos" in outer:
+        single.append(outer["eos"][0])
+    fast.post_processor = TemplateProcessing(single=single, special_tokens=list(outer.values()))
+
+
+def _end_tokens(files: Mapping[str, Path]) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        if name not in files:
+            continue
+        value = read_json(files[name]).get("eos_token_id")
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < 2**32 for token in tokens) or len(tokens) > END_TOKENS_MAX:
+            raise ModelFormatError(f"{name} has no list of at most {END_TOKENS_MAX} token ids as eos_token_id", "Correct it")
+        if tokens:
+            return tuple(dict.fromkeys(tokens))
+    return ()
