@@ -85,7 +85,8 @@ class PlanView:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """`temperature` 0 is greedy. `seed` None: a fresh one is drawn. `stages` None: the node decides."""
+    """`temperature` 0 is greedy. `seed` None: a fresh one is drawn. `stages` None: the node decides. `receipts` False: the stages
+    sign nothing, and nothing of the answer can be verified."""
 
     model: str
     prompt: str
@@ -95,6 +96,7 @@ class GenerateRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stages: int | None = None
+    receipts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

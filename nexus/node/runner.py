@@ -40,7 +40,7 @@ from nexus.node.api import (
 from nexus.node.infer import PAYLOAD_MAX, Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.live import Live
 from nexus.node.models import Models
-from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, Terms, tokens_from_bytes, tokens_to_bytes
+from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.placement import Candidate, Placement, place
 from nexus.swarm.session import Result
@@ -70,6 +70,7 @@ class _Job:
     seed: int
     end_tokens: tuple[int, ...]
     stages: int | None
+    receipts: bool = True
 
 
 @dataclass
@@ -198,6 +199,7 @@ class Runner:
             seed=randbits(64) if request.seed is None else request.seed,
             end_tokens=tuple(tokenizer.end_tokens),
             stages=request.stages,
+            receipts=request.receipts,
         )
         answer = _Answer(tokenizer, request.stop)
         clock = _Clock()
@@ -287,6 +289,7 @@ class Runner:
             plan_root=placement.plan.root,
             prompt=leaf_hash(job.inputs[0]),
             steps_max=job.steps_max,
+            window=WINDOW if job.receipts else 0,
             temperature=job.temperature,
             top_p=job.top_p,
             seed=job.seed,

@@ -18,7 +18,6 @@ from nexus.core.plan import Plan
 from nexus.core.record import Record, many, nested, raw, text, uint
 from nexus.proof.receipts import (
     STEPS_MAX,
-    WINDOW,
     Receipt,
     Request,
     SignedReceipt,
@@ -103,6 +102,8 @@ def verify_bundle(bundle: Bundle) -> BundleReport:
     bundle.manifest.check()
     bundle.plan.check(bundle.manifest)
     plan, terms = bundle.plan, bundle.terms
+    if not terms.window:
+        raise VerificationError("the session asked for no receipts, so nothing in this bundle is proven")
     stages = len(plan.stages)
     steps = len(bundle.outputs)
     if len(bundle.requests) != stages:
@@ -202,6 +203,8 @@ class ChainVerifier:
     def finish(self, inputs: Sequence[bytes], outputs: Sequence[bytes]) -> None:
         """All receipts are in. `inputs`, `outputs`: payloads at both ends of the chain, one per step.
         Raises VerificationError if a step is missing or the roots do not lead to them."""
+        if not self._terms.window:
+            return  # no receipts were asked for: the session says so itself, and `verify_bundle` refuses it
         if self._stage:
             raise VerificationError(f"the receipt of stage {self._stage} for the last window is missing")
         if self.steps != len(outputs):
@@ -223,6 +226,8 @@ def check_place(receipt: Receipt, plan: Plan, terms: Terms, stage: int, request_
     """That `receipt` is stage `stage`'s, in this session, and goes on where `prev` ended. Raises VerificationError."""
     if receipt.stage != stage or receipt.node != plan.stages[stage].node:
         raise VerificationError(f"a receipt of stage {receipt.stage} stands where the one of stage {stage} is due")
+    if not terms.window:
+        raise VerificationError("a receipt came that the session did not ask for")
     if receipt.session != terms.session or receipt.model_root != terms.model_root or receipt.request != request_id:
         raise VerificationError(f"the receipt of stage {stage} belongs to another session, model or request")
     if receipt.profile != plan.profile or receipt.kv_root or receipt.trace_root:
@@ -231,7 +236,7 @@ def check_place(receipt: Receipt, plan: Plan, terms: Terms, stage: int, request_
         raise VerificationError(f"the receipt of stage {stage} does not follow its previous one")
     step0 = prev.step0 + prev.n if prev else 0
     # Only the last window may be short: one that starts off the grid would leave out steps unnoticed.
-    if receipt.step0 != step0 or step0 % WINDOW or not 0 < receipt.n <= WINDOW:
+    if receipt.step0 != step0 or step0 % terms.window or not 0 < receipt.n <= terms.window:
         raise VerificationError(f"the receipt of stage {stage} is for steps {receipt.step0}+{receipt.n}, not from step {step0}")
     if step0 + receipt.n > terms.steps_max:
         raise VerificationError(f"stage {stage} signed for steps that its request does not allow")

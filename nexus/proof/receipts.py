@@ -1,7 +1,8 @@
 """Requests and receipts: who asked for which steps, who computed them, on what input, with what output.
 
 A *step* is one pass of a session through the model: step 0 reads the whole prompt, every later step one token (an encoder takes
-one text per step). Each stage commits to the inputs and outputs of a window of up to WINDOW steps and signs the receipt. Receipts
+one text per step). Each stage commits to the inputs and outputs of a window of some steps (WINDOW by default) and signs the
+receipt. Receipts
 chain twice: `parent` is the receipt of the stage before for the same steps, `prev` this stage's receipt for the steps before.
 """
 
@@ -17,6 +18,7 @@ from nexus.core.record import Record, digest, many, nested, optional_digest, raw
 
 SPEC = 1
 WINDOW = 16
+WINDOW_MAX = 64
 STEPS_MAX = 1 << 20
 FLOAT = "float"
 MICRO = 1_000_000
@@ -28,6 +30,7 @@ class Terms(Record):
 
     `temperature` and `top_p` are in millionths; temperature 0 is greedy. `seed` makes sampling repeatable. `steps_max`: passes
     through the model at most. `end_tokens`: ids that end the answer. `prompt`: leaf hash of the first step's input bytes.
+    `window`: steps per receipt; 0 asks for none, and then nothing of the session can be verified.
     """
 
     spec: int = uint(SPEC)
@@ -37,6 +40,7 @@ class Terms(Record):
     plan_root: bytes = digest()
     prompt: bytes = digest()
     steps_max: int = uint(STEPS_MAX)
+    window: int = uint(WINDOW_MAX)
     temperature: int = uint(100 * MICRO)
     top_p: int = uint(MICRO)
     seed: int = uint()
@@ -98,7 +102,7 @@ class Receipt(Record):
     node: bytes = raw(32)
     stage: int = uint(4095)
     step0: int = uint(STEPS_MAX)
-    n: int = uint(WINDOW)
+    n: int = uint(WINDOW_MAX)
     kv_len: int = uint(2**32)
     request: bytes = digest()
     parent: bytes = optional_digest()

@@ -6,7 +6,7 @@ the last stage shows each result to the coordinator and, for a causal model, fee
     coordinator --Feed--> stage 0 --Step--> stage 1 --Step--> ... last stage --Output--> coordinator
                              ^------------------- Step (the new token) ---------'
 
-Every WINDOW steps each stage signs a receipt, which rides with the step that completes the window. A stage checks the receipt of
+Every `Terms.window` steps each stage signs a receipt, which rides with the step that completes the window. A stage checks the receipt of
 the stage before against the bytes that it received itself, before it uses the last of them. `Finish` runs round the same way, so
 that the steps of the last, shorter window are receipted too.
 """
@@ -33,7 +33,12 @@ from nexus.proof.bundle import (
     make_requests,
     request_for,
 )
-from nexus.proof.receipts import WINDOW, Receipt, SignedReceipt, SignedRequest, Terms, check_parent, tokens_from_bytes
+from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, check_parent, tokens_from_bytes
+
+
+def completes_window(terms: Terms, step: int) -> bool:
+    """Whether receipts are due with this step."""
+    return bool(terms.window) and (step + 1) % terms.window == 0
 
 
 # What a session wants done.
@@ -140,13 +145,14 @@ class StageSession:
             self._take_back(step, payload, receipts)
             return self._take(step, payload)
         actions = self._take(step, payload)
-        self._take_receipts(receipts, len(self._inputs) if self._step % WINDOW == 0 else 0)
+        self._take_receipts(receipts, len(self._inputs) if completes_window(self._terms, step) else 0)
         return actions
 
     def computed(self, step: int, output: bytes) -> list[StageAction]:
         """What the stage made of the step that it was told to compute."""
-        self._outputs.append(leaf_hash(output))
-        receipts = self._sign_window() if (step + 1) % WINDOW == 0 else ()
+        if self._terms.window:
+            self._outputs.append(leaf_hash(output))
+        receipts = self._sign_window() if completes_window(self._terms, step) else ()
         if not self._last:
             return [SendStep(step, output, receipts)]
         shown = SendOutput(step, output, receipts)
@@ -183,7 +189,8 @@ class StageSession:
     def _take(self, step: int, payload: bytes) -> list[StageAction]:
         self._check_step(step)
         self.kv_len = self._tokens_after(payload)
-        self._inputs.append(leaf_hash(payload))
+        if self._terms.window:
+            self._inputs.append(leaf_hash(payload))
         self._step = step + 1
         return [Compute(step, payload)]
 
@@ -192,15 +199,17 @@ class StageSession:
         if not self._feeds_back or step == 0 or len(payload) != 4:
             raise MalformedError("what came back to the first stage is not one token")
         self._check_step(step)
-        self._fed_back.append(leaf_hash(payload))
-        if step % WINDOW:
+        if not completes_window(self._terms, step - 1):
             if receipts:
                 raise MalformedError("a receipt came in the middle of a window")
+            if self._terms.window:
+                self._fed_back.append(leaf_hash(payload))
             return
+        self._fed_back.append(leaf_hash(payload))
         if len(receipts) != 1:
             raise VerificationError("the last stage did not sign the window that it completed")
         receipt = self._check_before(receipts[0])
-        if receipt.n != WINDOW or receipt.out_root != merkle_root(self._fed_back):
+        if receipt.n != self._terms.window or receipt.out_root != merkle_root(self._fed_back):
             raise VerificationError("the last stage signed for other tokens than those that it sent")
         self._fed_back.clear()
         self._parent = receipt
@@ -339,7 +348,7 @@ class CoordinatorSession:
         expected = 4 if self._manifest.kind == CAUSAL else 4 * self._manifest.hidden_size
         if len(payload) != expected:
             raise MalformedError(f"a result of {len(payload)} bytes where {expected} are due")
-        if len(receipts) != (len(self._plan.stages) if (step + 1) % WINDOW == 0 else 0):
+        if len(receipts) != (len(self._plan.stages) if completes_window(self._terms, step) else 0):
             raise VerificationError(f"{len(receipts)} receipts came with step {step}")
         self._outputs.append(payload)
         self._accept(receipts)

@@ -197,7 +197,7 @@ async def test_a_full_node_refuses_and_says_so() -> None:
 async def test_a_session_that_outgrows_the_cache_ends_with_the_reason() -> None:
     async with swarm(2) as nodes:
         nodes.sources[1].kv_limit = 4 * 8 * 6
-        with pytest.raises(CapacityError, match="stage 1 .*KV cache is full"):
+        with pytest.raises(CapacityError, match=r"stage 1 .*KV cache is full"):
             await nodes.run(40)
         with trio.fail_after(5):
             while any(service.live.count for service in nodes.services):

@@ -11,7 +11,7 @@ from nexus.core.keys import Identity
 from nexus.core.manifest import CAUSAL, EMBEDDING, ENCODER, HEAD, Blob, Manifest, layer_name
 from nexus.core.plan import Plan, PlanStage
 from nexus.proof.bundle import Bundle
-from nexus.proof.receipts import FLOAT, Terms, tokens_to_bytes
+from nexus.proof.receipts import FLOAT, WINDOW, Terms, tokens_to_bytes
 from nexus.swarm.session import (
     AskFinish,
     Close,
@@ -46,12 +46,26 @@ def manifest(kind: str = CAUSAL, layers: int = 8) -> Manifest:
 def plan_for(model: Manifest, stages: int) -> Plan:
     cuts = [model.layers * i // stages for i in range(stages + 1)]
     nodes = [identity(i + 1).public_key for i in range(stages)]
-    return Plan(1, model.root, FLOAT, "float32", tuple(PlanStage(n, cuts[i], cuts[i + 1]) for i, n in enumerate(nodes))).check(model)
+    rows = tuple(PlanStage(node, cuts[i], cuts[i + 1]) for i, node in enumerate(nodes))
+    return Plan(1, model.root, FLOAT, "float32", rows).check(model)
 
 
-def terms_for(model: Manifest, plan: Plan, inputs: Sequence[bytes], steps_max: int, end_tokens: tuple[int, ...] = ()) -> Terms:
+def terms_for(
+    model: Manifest, plan: Plan, inputs: Sequence[bytes], steps_max: int, end_tokens: tuple[int, ...] = (), window: int = WINDOW
+) -> Terms:
     return Terms(
-        1, bytes(16), identity(0).public_key, model.root, plan.root, leaf_hash(inputs[0]), steps_max, 0, 1_000_000, 0, end_tokens
+        spec=1,
+        nonce=bytes(16),
+        coordinator=identity(0).public_key,
+        model_root=model.root,
+        plan_root=plan.root,
+        prompt=leaf_hash(inputs[0]),
+        steps_max=steps_max,
+        window=window,
+        temperature=0,
+        top_p=1_000_000,
+        seed=0,
+        end_tokens=end_tokens,
     )
 
 
@@ -133,11 +147,13 @@ class Ring:
         return self.bundle
 
 
-def causal_ring(stages: int, steps_max: int, prompt: Sequence[int] = (5, 6, 7), end_tokens: tuple[int, ...] = ()) -> Ring:
+def causal_ring(
+    stages: int, steps_max: int, prompt: Sequence[int] = (5, 6, 7), end_tokens: tuple[int, ...] = (), window: int = WINDOW
+) -> Ring:
     model = manifest()
     plan = plan_for(model, stages)
     inputs = [tokens_to_bytes(prompt)]
-    return Ring(model, plan, terms_for(model, plan, inputs, steps_max, end_tokens), inputs)
+    return Ring(model, plan, terms_for(model, plan, inputs, steps_max, end_tokens, window), inputs)
 
 
 def encoder_ring(stages: int, texts: int) -> Ring:

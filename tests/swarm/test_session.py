@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nexus.core.errors import NexusError, PeerError, VerificationError
 from nexus.core.keys import Identity
 from nexus.proof.bundle import Bundle, verify_bundle
-from nexus.proof.receipts import WINDOW, Receipt, SignedReceipt, tokens_from_bytes
+from nexus.proof.receipts import WINDOW, WINDOW_MAX, Receipt, SignedReceipt, tokens_from_bytes
 from tests.swarm.ring import Message, causal_ring, encoder_ring, identity
 
 
@@ -25,6 +25,24 @@ def test_every_step_of_every_stage_is_receipted(stages: int, steps: int, prompt:
     assert report.steps == steps == len(ring.results)
     assert report.receipts == stages * -(-steps // WINDOW)
     assert report.prompt_tokens == len(prompt)
+
+
+@given(stages=st.integers(1, 4), steps=st.integers(1, 30), window=st.integers(1, WINDOW_MAX))
+@settings(max_examples=40, deadline=None)
+def test_any_window_will_do(stages: int, steps: int, window: int) -> None:
+    bundle = causal_ring(stages, steps, window=window).run()
+    assert bundle is not None
+    assert verify_bundle(bundle).receipts == stages * -(-steps // window)
+
+
+def test_a_session_without_receipts_runs_and_never_verifies() -> None:
+    ring = causal_ring(3, 40, window=0)
+    bundle = ring.run()
+    assert bundle is not None
+    assert len(ring.results) == 40
+    assert not bundle.receipts
+    with pytest.raises(VerificationError, match="asked for no receipts"):
+        verify_bundle(bundle)
 
 
 @given(stages=st.integers(1, 5), texts=st.integers(1, 2 * WINDOW + 3))

@@ -1,0 +1,159 @@
+"""Golden vectors: what another implementation must reproduce byte for byte. `python -m tests.vectors.make` writes them anew.
+
+A change of any vector is a change of the protocol: it needs a new spec number, not a new file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nexus.core.encoding import encode
+from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash
+from nexus.core.keys import Identity
+from nexus.core.manifest import blob_root
+from nexus.core.record import Record
+from nexus.node.infer import (
+    INFER_MESSAGES,
+    LINK_MESSAGES,
+    Accepted,
+    Failed,
+    FeedInput,
+    Finish,
+    Hello,
+    KnownPeer,
+    Open,
+    Output,
+    Push,
+)
+from nexus.proof.receipts import Refusal, SignedRefusal
+from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
+from tests.swarm.ring import causal_ring, encoder_ring, identity
+
+DIRECTORY = Path(__file__).parent
+
+VALUES: list[tuple[str, object]] = [
+    ("zero", 0),
+    ("23", 23),
+    ("24", 24),
+    ("255", 255),
+    ("256", 256),
+    ("65536", 65536),
+    ("2^32", 2**32),
+    ("2^64-1", 2**64 - 1),
+    ("-1", -1),
+    ("-2^64", -(2**64)),
+    ("empty bytes", b""),
+    ("24 bytes", bytes(range(24))),
+    ("text", "Nexus ✓"),
+    ("empty array", ()),
+    ("nested", (1, (b"\x02", ("three", ())))),
+]
+
+
+def _record(record: Record, **more: str) -> dict[str, str]:
+    return {"bytes": record.to_bytes().hex(), **more}
+
+
+def core_vectors() -> dict[str, object]:
+    leaves = [leaf_hash(bytes([n])) for n in range(7)]
+    alice = Identity(bytes(range(32)))
+    return {
+        "encoding": {name: encode(value).hex() for name, value in VALUES},  # type: ignore[arg-type]
+        "not encodings": ["1801", "190017", "0000", "a0", "f4", "f6", "f90000", "9f01ff", "62fffe", "5801", "c000"],
+        "tagged_hash": {
+            "no parts": tagged_hash("test").hex(),
+            "one empty part": tagged_hash("test", b"").hex(),
+            "two parts": tagged_hash("test", b"ab", b"c").hex(),
+        },
+        "merkle": {
+            "leaf of 'x'": leaf_hash(b"x").hex(),
+            "root of no leaves": merkle_root([]).hex(),
+            "root of leaves 00..06": merkle_root(leaves).hex(),
+            "proof of leaf 5": [sibling.hex() for sibling in merkle_proof(leaves, 5)],
+        },
+        "blob": {
+            "root of 3 MiB - 1 zero bytes": _zero_blob(3 * 2**20 - 1),
+            "root of no bytes": blob_root(0, [leaf_hash(b"")]).hex(),
+        },
+        "identity": {
+            "seed": alice.seed.hex(),
+            "public_key": alice.public_key.hex(),
+            "peer_id": alice.peer_id,
+            "signature under tag 'test' of 'hello'": alice.sign("test", b"hello").hex(),
+        },
+    }
+
+
+def _zero_blob(size: int) -> str:
+    chunks = [min(2**20, size - at) for at in range(0, size, 2**20)]
+    return blob_root(size, [leaf_hash(bytes(length)) for length in chunks]).hex()
+
+
+def session_vectors() -> dict[str, object]:
+    """A whole session of two stages and 18 steps, so that there is a full window and a short one."""
+    ring = causal_ring(2, 18)
+    bundle = ring.run()
+    encoder = encoder_ring(2, 3).run()
+    assert bundle is not None
+    assert encoder is not None
+    terms, plan = bundle.terms, bundle.plan
+    return {
+        "seeds": {"coordinator": identity(0).seed.hex(), "stage 0": identity(1).seed.hex(), "stage 1": identity(2).seed.hex()},
+        "manifest": _record(bundle.manifest, root=bundle.manifest.root.hex()),
+        "plan": _record(plan, root=plan.root.hex()),
+        "terms": _record(terms, session=terms.session.hex()),
+        "requests": [_record(signed, id=signed.request.id.hex()) for signed in bundle.requests],
+        "receipts": [_record(signed, id=signed.receipt.id.hex()) for signed in bundle.receipts],
+        "bundle": bundle.to_bytes().hex(),
+        "encoder bundle": encoder.to_bytes().hex(),
+    }
+
+
+def wire_vectors() -> dict[str, object]:
+    bundle = causal_ring(2, 18).run()
+    assert bundle is not None
+    following = KnownPeer(identity(2).public_key, ("/ip4/192.0.2.7/tcp/4510",))
+    refusal = SignedRefusal.sign(
+        Refusal(bundle.terms.session, identity(1).public_key, 0, 3, "capacity", "the cache is full", "Wait"), identity(1)
+    )
+    record = NodeRecord(
+        spec=1,
+        node=identity(1).public_key,
+        issued_ms=1_700_000_000_000,
+        agent="nexus/0.1.0",
+        name="attic",
+        addresses=("/ip4/192.0.2.7/tcp/4510",),
+        memory_bytes=8 << 30,
+        speed=50_000,
+        serves=1,
+        models=(Holding("toy", bundle.manifest.root, (LayerRange(0, 4),)),),
+    )
+    return {
+        "/nexus/infer/1": {
+            "Open": INFER_MESSAGES.pack(Open(0, "toy", bundle.plan, bundle.terms, bundle.requests[0], following, ())).hex(),
+            "Accepted": INFER_MESSAGES.pack(Accepted()).hex(),
+            "FeedInput": INFER_MESSAGES.pack(FeedInput(0, bundle.inputs[0])).hex(),
+            "Finish": INFER_MESSAGES.pack(Finish(())).hex(),
+            "Output": INFER_MESSAGES.pack(Output(0, bundle.outputs[0], ())).hex(),
+            "Failed": INFER_MESSAGES.pack(Failed(refusal)).hex(),
+        },
+        "/nexus/link/1": {
+            "Hello": LINK_MESSAGES.pack(Hello(bundle.terms.session, 1)).hex(),
+            "Push": LINK_MESSAGES.pack(Push(15, bytes(16), bundle.receipts[:1])).hex(),
+            "Finish": LINK_MESSAGES.pack(Finish(bundle.receipts[2:3])).hex(),
+        },
+        "node record": _record(SignedNodeRecord.sign(record, identity(1))),
+    }
+
+
+FILES = {"core.json": core_vectors, "session.json": session_vectors, "wire.json": wire_vectors}
+
+
+def text_of(name: str) -> str:
+    return json.dumps(FILES[name](), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for file in FILES:
+        (DIRECTORY / file).write_text(text_of(file), encoding="utf-8")
