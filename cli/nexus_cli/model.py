@@ -30,15 +30,15 @@ model = NexusGroup(name="model", help="Models: add, list, show, and plan who com
 def model_add(shared: Shared, source: str, name: str | None) -> None:
     """Take in a model: a Hugging Face directory (safetensors), or the built-in "nano" or "minilm"."""
     from nexus.core.errors import LocalError, NotFoundError
-    from nexus.gateway.requests import BUILT_IN
     from nexus.gateway.wire import to_json
+    from nexus.models import BUILTIN_NAMES
     from nexus.node.api import ModelView, Progress
     from nexus_cli.client import connected
 
-    if source not in BUILT_IN:
+    if source not in BUILTIN_NAMES:
         path = Path(source).expanduser().absolute()
         if not path.is_dir():
-            raise NotFoundError(f"{source} is not a directory", f"Give a model directory, or one of: {', '.join(BUILT_IN)}")
+            raise NotFoundError(f"{source} is not a directory", f"Give a model directory, or one of: {', '.join(BUILTIN_NAMES)}")
         source = str(path)
     added: ModelView | None = None
     with connected(shared, None) as daemon, progress_bars(shared) as advance:

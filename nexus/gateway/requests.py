@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nexus.core.errors import UsageError
 from nexus.gateway.wire import Json
+from nexus.models import BUILTIN_NAMES
 from nexus.node.api import EmbedRequest, GenerateRequest
 from nexus.proof.receipts import STEPS_MAX
 
@@ -20,7 +21,6 @@ STOPS_MAX = 16
 STOP_CHARS_MAX = 256
 STAGES_MAX = 256
 TEMPERATURE_MAX = 100.0
-BUILT_IN = ("nano", "minilm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,9 @@ def parse_add_model(body: bytes) -> AddModelRequest:
     value = parse_object(body, "source", "name")
     source = value.get("source")
     if not isinstance(source, str) or not source or "\0" in source:
-        raise UsageError("source is missing", f"Give a model directory, or one of: {', '.join(BUILT_IN)}")
+        raise UsageError("source is missing", f"Give a model directory, or one of: {', '.join(BUILTIN_NAMES)}")
     name = _name(value, "name") if value.get("name") is not None else None
-    if source in BUILT_IN:
+    if source in BUILTIN_NAMES:
         return AddModelRequest(source, name)
     path = Path(source)
     if not path.is_absolute():

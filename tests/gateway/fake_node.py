@@ -1,0 +1,216 @@
+"""A NodeApi without a network, for tests of what is in front of a node. Its proof bundle is a real one: it verifies."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event as ThreadEvent
+from threading import Thread
+
+import trio
+
+from nexus.core.errors import CapacityError, NotFoundError, UnreachableError
+from nexus.core.hashing import leaf_hash
+from nexus.core.keys import Identity
+from nexus.core.manifest import Blob, Manifest
+from nexus.core.plan import Plan, PlanStage
+from nexus.gateway.control import Control, control_app
+from nexus.gateway.unix_socket import bound_socket, serve_on
+from nexus.node.api import (
+    Embedding,
+    EmbedRequest,
+    Event,
+    Finished,
+    GenerateRequest,
+    ModelView,
+    NodeStatus,
+    PeerView,
+    Planned,
+    PlanView,
+    Progress,
+    StageSummary,
+    StageView,
+    Token,
+)
+from nexus.proof.bundle import Bundle, make_requests
+from nexus.proof.receipts import FLOAT, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
+
+COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
+ANSWER = ("Once", " upon", " a", " time", ".\n")
+
+
+def manifest() -> Manifest:
+    pieces = tuple(Blob(name, 1000, leaf_hash(name.encode())) for name in ("embedding", "layer.0", "layer.1", "head"))
+    files = (Blob("config.json", 10, leaf_hash(b"config")),)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float32", 2, 64, 256, 512, 1024, 0, pieces, files)
+
+
+def bundle(outputs: int = len(ANSWER)) -> Bundle:
+    """The proof of a session of two stages: one window of `outputs` steps, as the stages would have signed it."""
+    model = manifest()
+    plan = Plan(1, model.root, FLOAT, "float32", (PlanStage(FIRST.public_key, 0, 1), PlanStage(SECOND.public_key, 1, 2)))
+    prompt = tokens_to_bytes([5, 6, 7])
+    terms = Terms(1, b"n" * 16, COORDINATOR.public_key, model.root, plan.root, leaf_hash(prompt), 16, 0, 1_000_000, 0, ())
+    requests = make_requests(COORDINATOR, terms, plan)
+    results = tuple(tokens_to_bytes([index]) for index in range(outputs))
+    payloads = ([prompt, *results[:-1]], [b"hidden"] * outputs, list(results))
+    receipts: list[SignedReceipt] = []
+    for stage, node in enumerate((FIRST, SECOND)):
+        receipts.append(
+            SignedReceipt.sign(
+                Receipt(
+                    1,
+                    FLOAT,
+                    model.root,
+                    terms.session,
+                    node.public_key,
+                    stage,
+                    0,
+                    outputs,
+                    3 + outputs - 1,
+                    requests[stage].request.id,
+                    receipts[-1].receipt.id if receipts else b"",
+                    b"",
+                    payload_root(payloads[stage]),
+                    payload_root(payloads[stage + 1]),
+                    b"",
+                    b"",
+                ),
+                node,
+            )
+        )
+    return Bundle(1, "nano", model, plan, terms, requests, (prompt,), results, tuple(receipts))
+
+
+def plan_view() -> PlanView:
+    proof = bundle()
+    stages = tuple(
+        StageView(index, node.peer_id, f"node-{index}", index, index + 1, 2000, 4000, "fits")
+        for index, node in enumerate((FIRST, SECOND))
+    )
+    return PlanView("nano", proof.manifest.root, proof.plan.root, stages, "two nodes are enough")
+
+
+def finished(verified: int = 2) -> Finished:
+    stages = tuple(
+        StageSummary(index, node.peer_id, f"node-{index}", index, index + 1, 5, 1, 0.01)
+        for index, node in enumerate((FIRST, SECOND))
+    )
+    return Finished("stop", 3, 5, 0.1, 0.5, 2, verified, stages, bundle())
+
+
+class FakeNode:
+    """`prompt` steers it: "fail at once", "fail half way", "crash", "wait" (for ever), "unverified"; anything else is answered."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.name = "fake"
+        self.sessions = 0
+        self.cancelled = 0
+        self.drained = False
+        self.idle = trio.Event()
+        self.requests: list[GenerateRequest | EmbedRequest] = []
+
+    def status(self) -> NodeStatus:
+        reason = "" if self.ready else "no speed measured yet"
+        addresses = (f"/ip4/127.0.0.1/tcp/4510/p2p/{COORDINATOR.peer_id}",)
+        return NodeStatus(
+            COORDINATOR.peer_id, self.name, "0.1.0", addresses, 12.5, self.ready, reason, 1, 1, self.sessions, 3, 40, 5, 1000, 2**30
+        )
+
+    async def peers(self) -> list[PeerView]:
+        return [
+            PeerView(FIRST.peer_id, "node\x1b[31m", "nexus/0.1.0", ("/ip4/192.0.2.1/tcp/4510",), "out", None, 2**30, ("nano 0-1",))
+        ]
+
+    async def add_peer(self, address: str) -> PeerView:
+        if "192.0.2.9" in address:
+            raise UnreachableError("nobody answers at 192.0.2.9", "Check that the node runs")
+        return (await self.peers())[0]
+
+    async def ping(self, peer_id: str) -> float:
+        if peer_id != FIRST.peer_id:
+            raise NotFoundError(f"there is no peer {peer_id!r}", "See: nexus peers")
+        return 0.0123
+
+    async def add_model(self, source: Path | str, name: str | None) -> AsyncGenerator[Progress | ModelView, None]:
+        yield Progress(COORDINATOR.peer_id, "import", 10, 100)
+        yield await self.model(name or str(source))
+
+    async def models(self) -> list[ModelView]:
+        return [await self.model("nano")]
+
+    async def model(self, name: str) -> ModelView:
+        if name == "missing":
+            raise NotFoundError("there is no model 'missing'", "See: nexus model list")
+        if name == "bug":
+            raise ZeroDivisionError("secret detail")
+        return ModelView(name, manifest(), ((0, 1),), 2000, (FIRST.peer_id,))
+
+    async def plan(self, model: str, stages: int | None) -> PlanView:
+        if stages is not None and stages > 2:
+            raise CapacityError(f"there are 2 nodes, not {stages}", "Ask for fewer stages")
+        return plan_view()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        if request.prompt == "fail at once":
+            raise NotFoundError("there is no model 'x'", "See: nexus model list")
+        self.sessions += 1
+        try:
+            yield Planned(plan_view(), bundle().terms.session)
+            yield Progress(SECOND.peer_id, "fetch layer.1", 10, 1000)
+            for index, text in enumerate(ANSWER):
+                if index == 2 and request.prompt == "fail half way":
+                    raise UnreachableError("node-1 is gone", "Try again")
+                if index == 2 and request.prompt == "crash":
+                    raise ZeroDivisionError("secret detail")
+                if index == 2 and request.prompt == "wait":
+                    await trio.sleep_forever()
+                yield Token(index, index, text)
+            yield finished(1 if request.prompt == "unverified" else 2)
+        except (trio.Cancelled, GeneratorExit):
+            self.cancelled += 1
+            raise
+        finally:
+            self.sessions -= 1
+            self.idle.set()
+
+    async def embed(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        yield Planned(plan_view(), bundle().terms.session)
+        for index in range(len(request.texts)):
+            yield Embedding(index, (0.5, -0.25, 1e-9))
+        yield finished()
+
+    async def drain(self) -> None:
+        self.drained = True
+        if self.sessions:
+            await self.idle.wait()
+
+
+@contextmanager
+def served(node: FakeNode, path: Path) -> Iterator[Control]:
+    """The control API of `node` on a Unix socket, from a thread of its own, so that tests may use any client."""
+    token: list[trio.lowlevel.TrioToken] = []
+    shutdown: list[trio.Event] = []
+    control = Control(node, lambda: None)
+    started = ThreadEvent()
+
+    async def run() -> None:
+        token.append(trio.lowlevel.current_trio_token())
+        shutdown.append(trio.Event())
+        with bound_socket(path) as listener:
+            started.set()
+            await serve_on(listener, control_app(control), shutdown[0])
+
+    thread = Thread(target=trio.run, args=(run,))
+    thread.start()
+    started.wait(10)
+    try:
+        yield control
+    finally:
+        token[0].run_sync_soon(shutdown[0].set)
+        thread.join(10)
+        assert not thread.is_alive()
