@@ -6,9 +6,9 @@ the last stage shows each result to the coordinator and, for a causal model, fee
     coordinator --Feed--> stage 0 --Step--> stage 1 --Step--> ... last stage --Output--> coordinator
                              ^------------------- Step (the new token) ---------'
 
-Every `Terms.window` steps each stage signs a receipt, which rides with the step that completes the window. A stage checks the receipt of
-the stage before against the bytes that it received itself, before it uses the last of them. `Finish` runs round the same way, so
-that the steps of the last, shorter window are receipted too.
+Every `Terms.window` steps each stage signs a receipt, which rides with the step that completes the window. A stage checks the
+receipt of the stage before against the bytes that it received itself, before it uses the last of them. `Finish` runs round the
+same way, so that the steps of the last, shorter window are receipted too.
 """
 
 from __future__ import annotations
