@@ -7,8 +7,10 @@ sends is kept before its hash is checked, so any peer may be asked, and the byte
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import structlog
@@ -26,8 +28,9 @@ from nexus.core.errors import (
     UnreachableError,
 )
 from nexus.core.hashing import HASH_BYTES
-from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, chunk_count, layer_name, stage_pieces
-from nexus.core.record import MessageSet, Record, digest, text, uint
+from nexus.core.keys import public_key_of
+from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, chunk_count
+from nexus.core.record import Record, digest, text, uint
 from nexus.network.transport import PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.storage.blobs import BLOB_BYTES_MAX, BlobStore, Partial
 from nexus.storage.catalog import Catalog, parse_manifest
@@ -67,11 +70,9 @@ class Answer(Record):
     cause: str = text(512)
 
 
-ASKS = MessageSet(Ask)
-ANSWERS = MessageSet(Answer)
-
 Result = TypeVar("Result")
 ProgressSink = Callable[[str, int, int], Awaitable[None]]
+Take = Callable[[int, bytes], Awaitable[None]]
 
 
 class OffThread(Protocol):
@@ -86,15 +87,15 @@ async def in_worker_thread(work: Callable[[], Result]) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
-    """`frame_timeout_s`: for a peer's next frame, so a peer is given up below CHUNK_BYTES per that time. `failures_max`: in a row,
-    then a peer is left alone for the rest of the fetch; `retry_after_s` doubles from one to the next."""
+    """`frame_timeout_s`: for a peer's next frame, so a peer slower than a chunk in that time is given up. `failures_max`: in a
+    row, then a peer is left alone for the rest of the fetch; `retry_after_s` doubles from one to the next."""
 
     providers_max: int = 16
     workers_max: int = 4
     chunks_per_ask: int = 8
     frame_timeout_s: float = 30.0
     open_timeout_s: float = 15.0
-    find_timeout_s: float = 15.0
+    find_timeout_s: float = 5.0
     failures_max: int = 3
     retry_after_s: float = 0.5
 
@@ -110,15 +111,21 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """`received_bytes`: verified bytes that came from peers in this fetch. `sources`: who sent any, sorted."""
+    """`received_bytes`: verified bytes by the peer that they came from, sorted by peer."""
 
-    manifest: Manifest
-    received_bytes: int
-    sources: tuple[str, ...]
+    received_bytes: tuple[tuple[str, int], ...]
     dropped: tuple[Dropped, ...]
 
 
-# --- the asking end -------------------------------------------------------------------------------------------------------
+# --- the asking end ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _deadline(timeout_s: float, cause: str) -> Iterator[None]:
+    with trio.move_on_after(timeout_s) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimedOutError(cause)
 
 
 class _Provider:
@@ -126,23 +133,23 @@ class _Provider:
 
     def __init__(self, transport: Transport, peer_id: str, limits: FetchLimits) -> None:
         self.peer_id = peer_id
-        self.failures = 0
         self.dropped: Dropped | None = None
         self.received_bytes = 0
+        self._failures = 0
         self._transport = transport
         self._limits = limits
         self._stream: Stream | None = None
 
-    async def ask(self, ask: Ask, frames: int, take: Callable[[int, bytes], Awaitable[None]]) -> bool:
+    async def ask(self, ask: Ask, frames: int, take: Take) -> bool:
         """Ask, and hand every frame to `take` with its number. False: the peer does not have it.
 
-        Raises PeerError and TimedOutError, with the stream broken off; what was taken stays taken."""
+        Raises PeerError, TimedOutError, CapacityError, with the stream broken off; what was taken stays taken.
+        """
         try:
             stream = await self._opened()
-            with self._deadline("take the request"):
-                await stream.send(ASKS.pack(ask))
-            answer = ANSWERS.unpack(await self._frame(stream))
-            assert isinstance(answer, Answer)
+            with _deadline(self._limits.frame_timeout_s, "it took too long to take the request"):
+                await stream.send(ask.to_bytes())
+            answer = Answer.from_bytes(await self._frame(stream))
             if answer.code == NotFoundError.code:
                 return False
             if answer.code != OK:
@@ -151,68 +158,56 @@ class _Provider:
                 raise MalformedError(f"it promises {answer.frames} frames where {frames} were asked for")
             for number in range(frames):
                 await take(number, await self._frame(stream))
-        except BaseException as error:
+        except BaseException:
+            # Also on cancellation: half an answer is left in the stream.
             await self._break_off()
-            if isinstance(error, PeerError) and not error.peer:
-                error.peer = self.peer_id
             raise
-        self.failures = 0
+        self._failures = 0
         return True
-
-    async def close(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                await stream.close()
 
     def note(self, error: NexusError) -> float | None:
         """What an error of this peer leads to: the seconds to wait before it is tried again, or None: it is dropped."""
         bad = isinstance(error, PeerError) and not isinstance(error, UnreachableError | RefusedError)
-        self.failures += 1
-        if bad or self.failures >= self._limits.failures_max:
+        self._failures += 1
+        if bad or self._failures >= self._limits.failures_max:
             self.dropped = Dropped(self.peer_id, error.cause, bad)
             log.warning("provider_dropped", peer_id=self.peer_id, reason=error.cause, bad=bad)
             return None
-        return self._limits.retry_after_s * 2.0 ** (self.failures - 1)
+        return self._limits.retry_after_s * 2.0 ** (self._failures - 1)
+
+    async def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with trio.move_on_after(CLOSE_TIMEOUT_S) as scope:
+                scope.shield = True
+                await stream.close()
 
     async def _opened(self) -> Stream:
-        if self._stream is None:
-            with self._deadline("be reached", self._limits.open_timeout_s):
-                self._stream = await self._transport.open_stream(self.peer_id, BLOBS)
-        return self._stream
+        if self._stream is not None:
+            return self._stream
+        with _deadline(self._limits.open_timeout_s, "it took too long to be reached"):
+            try:
+                self._stream = stream = await self._transport.open_stream(self.peer_id, BLOBS)
+            except UnreachableError:
+                raise
+            except PeerError as error:
+                # It may be too old for this protocol, or have too many streams: no sign of ill will.
+                raise RefusedError(error.cause, error.fix, self.peer_id) from error
+        return stream
 
     async def _frame(self, stream: Stream) -> bytes:
-        with self._deadline("send the next frame"):
+        with _deadline(self._limits.frame_timeout_s, "it took too long to send the next frame"):
             try:
-                return await stream.receive()
+                frame = await stream.receive()
             except trio.EndOfChannel:
                 raise UnreachableError("it closed the stream before it had answered") from None
-
-    def _deadline(self, what: str, timeout_s: float | None = None) -> _Deadline:
-        return _Deadline(self._limits.frame_timeout_s if timeout_s is None else timeout_s, f"it took too long to {what}")
+        return frame
 
     async def _break_off(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
             with trio.CancelScope(shield=True):
                 await stream.reset()
-
-
-class _Deadline:
-    """trio.fail_after, with our own error."""
-
-    def __init__(self, timeout_s: float, cause: str) -> None:
-        self._scope = trio.move_on_after(timeout_s)
-        self._cause = cause
-
-    def __enter__(self) -> None:
-        self._scope.__enter__()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        suppressed = self._scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-        if self._scope.cancelled_caught:
-            raise TimedOutError(self._cause)
-        return bool(suppressed)
 
 
 class _Work:
@@ -232,7 +227,6 @@ class _Work:
         """The next run of chunks to ask for, or None if there is nothing to add to what others do."""
         if not self._claims:
             return None
-        # Ties go to the first chunk, so unclaimed chunks are handed out in order.
         first = min(self._claims, key=lambda index: (self._claims[index], index))
         if (claimed := self._claims[first]) >= 2:
             return None
@@ -265,15 +259,23 @@ class _Work:
         self._changed = trio.Event()
 
 
+class _StoppedError(Exception):
+    """The listener to our progress raised: its error is not the provider's that was just at work."""
+
+    def __init__(self, error: NexusError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @dataclass(slots=True)
 class _Fetch:
-    """One call of `BlobExchange.fetch`: whom it asks, and how far it is."""
+    """One call of `Fetcher`: whom it asks, and how far it is."""
 
-    providers: list[_Provider]
     progress: ProgressSink | None
+    providers: tuple[_Provider, ...] = ()
     total_bytes: int = 0
     done_bytes: int = 0
-    told_bytes: int = field(default=-1)
+    telling: bool = False
 
     def live(self, turn: int = 0) -> list[_Provider]:
         """Providers not given up; `turn` decides who comes first."""
@@ -282,16 +284,20 @@ class _Fetch:
         return found[shift:] + found[:shift]
 
     async def tell(self, phase: str) -> None:
-        if self.progress is not None:
+        """Progress, unless the last is still being told: a slow listener slows nothing else down."""
+        if self.progress is None or self.telling:
+            return
+        self.telling = True
+        try:
             await self.progress(phase, self.done_bytes, self.total_bytes)
+        except NexusError as error:
+            raise _StoppedError(error) from error
+        finally:
+            self.telling = False
 
-    async def close(self) -> None:
-        for provider in self.providers:
-            await provider.close()
 
-
-class BlobExchange:
-    """A node's part in fragment exchange. `serve` answers peers; `manifest` and `fetch` ask them."""
+class Fetcher:
+    """The asking end. Calls may overlap: a blob that two of them want is downloaded once."""
 
     def __init__(
         self,
@@ -306,128 +312,111 @@ class BlobExchange:
         self._catalog = catalog
         self._limits = limits or FetchLimits()
         self._off_thread = off_thread
-        self._fetching: dict[bytes, trio.Event] = {}
-        self._answers = 0
+        self._ongoing: dict[bytes, trio.Event] = {}
 
-    def serve(self) -> None:
-        self._transport.serve(BLOBS, self._handle)
+    async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress] = ()) -> Manifest:
+        """The model's manifest, from here or from peers: `sources`, and whoever announces it on the DHT. It is kept.
 
-    async def manifest(
-        self, model_root: bytes, providers: Sequence[PeerAddress] = (), progress: ProgressSink | None = None
-    ) -> Manifest:
-        """The model's manifest, from here or from peers; it is kept. Raises NotFoundError, LocalError."""
-        if await self._off_thread(lambda: self._catalog.has(model_root)):
-            return await self._off_thread(lambda: self._catalog.manifest(model_root))
-        fetch = await self._begin(model_root, providers, progress)
-        try:
-            return await self._manifest(model_root, fetch)
-        finally:
-            await fetch.close()
-
-    async def fetch(
-        self,
-        model_root: bytes,
-        layers: tuple[int, int] | None,
-        providers: Sequence[PeerAddress] = (),
-        progress: ProgressSink | None = None,
-    ) -> Fetched:
-        """Get everything that the stage of layers [start, end) needs, and the model's files; None: the files alone.
-
-        Asks `providers` and whoever announces the model on the DHT. `progress` is awaited with a phase ("finding", "manifest",
-        "fetching"), the verified bytes and all bytes that were missing at the start. What was verified stays on disk whatever
-        happens, so a later call goes on from there.
-
-        Raises NotFoundError naming what nobody has, LocalError (disk), CapacityError (quota), MalformedError (no such layers).
+        Raises NotFoundError when nobody has it, LocalError (disk).
         """
         if await self._off_thread(lambda: self._catalog.has(model_root)):
-            manifest = await self._off_thread(lambda: self._catalog.manifest(model_root))
-            if not await self._missing(manifest, layers):
-                return Fetched(manifest, 0, (), ())
-        fetch = await self._begin(model_root, providers, progress)
-        try:
-            manifest = await self._manifest(model_root, fetch)
-            missing = await self._missing(manifest, layers)
-            fetch.total_bytes = sum(blob.size for blob in missing)
-            await fetch.tell("fetching")
-            unfound = []
-            for turn, blob in enumerate(missing):
-                if not await self._blob(blob, fetch, turn):
-                    unfound.append(blob)
-            if unfound:
-                raise _nobody_has(f"{_describe(unfound)} of model {model_root.hex()[:12]}", fetch.providers)
-            dropped = tuple(provider.dropped for provider in fetch.providers if provider.dropped is not None)
-            received = {provider.peer_id: provider.received_bytes for provider in fetch.providers if provider.received_bytes}
-            return Fetched(manifest, sum(received.values()), tuple(sorted(received)), dropped)
-        finally:
-            await fetch.close()
+            return await self._off_thread(lambda: self._catalog.manifest(model_root))
+        found: list[Manifest] = []
 
-    async def _begin(self, model_root: bytes, given: Sequence[PeerAddress], progress: ProgressSink | None) -> _Fetch:
-        if progress is not None:
-            await progress("finding", 0, 0)
+        async def take(_: int, frame: bytes) -> None:
+            found.append(parse_manifest(frame, model_root))
+
+        async with self._fetch(model_root, sources, None) as fetch:
+            for provider in fetch.live():
+                if await self._ask_patiently(provider, [Ask(MANIFEST, model_root, 0, 0)], take):
+                    await self._off_thread(lambda: self._catalog.keep(found[-1]))
+                    return found[-1]
+            raise _nobody_has(f"the manifest of model {model_root.hex()[:12]}", fetch.providers)
+
+    async def blobs(
+        self,
+        manifest: Manifest,
+        wanted: Iterable[Blob],
+        sources: Sequence[PeerAddress] = (),
+        progress: ProgressSink | None = None,
+    ) -> Fetched:
+        """Get those of the `wanted` pieces and files of a model that are not here.
+
+        Asks `sources`, and whoever announces the model on the DHT, several at once. `progress` is awaited with a phase ("finding",
+        "fetching"), the bytes that are here and verified, and all that were missing at the start. What was verified stays on disk
+        whatever happens, so another call goes on from there.
+
+        Raises NotFoundError naming what nobody has, LocalError (disk), CapacityError (quota), and what `progress` raises.
+        """
+        unique = {blob.root: blob for blob in wanted}
+        missing = await self._off_thread(lambda: [blob for root, blob in unique.items() if not self._store.has(root)])
+        if not missing:
+            return Fetched((), ())
+        try:
+            async with self._fetch(manifest.root, sources, progress) as fetch:
+                fetch.total_bytes = sum(blob.size for blob in missing)
+                await fetch.tell("fetching")
+                unfound = [blob for turn, blob in enumerate(missing) if not await self._blob(blob, fetch, turn)]
+                await fetch.tell("fetching")
+                if unfound:
+                    raise _nobody_has(f"{_describe(unfound)} of model {manifest.root.hex()[:12]}", fetch.providers)
+                received = sorted((one.peer_id, one.received_bytes) for one in fetch.providers if one.received_bytes)
+                return Fetched(tuple(received), tuple(one.dropped for one in fetch.providers if one.dropped is not None))
+        except _StoppedError as stopped:
+            raise stopped.error from stopped
+
+    @asynccontextmanager
+    async def _fetch(
+        self, model_root: bytes, sources: Sequence[PeerAddress], progress: ProgressSink | None
+    ) -> AsyncIterator[_Fetch]:
+        """Find out whom to ask; their streams stay open until the end."""
+        fetch = _Fetch(progress)
+        await fetch.tell("finding")
         found: list[PeerAddress] = []
         with trio.move_on_after(self._limits.find_timeout_s):
             try:
                 found = await self._transport.find_providers(provider_key(model_root), self._limits.providers_max)
             except (PeerError, TimedOutError, CapacityError) as error:
                 log.info("find_providers_failed", model=model_root.hex()[:12], reason=error.cause)
-        peer_ids: dict[str, None] = {}
-        for peer in (*given, *found):
-            if peer.peer_id != self._transport.peer_id and len(peer_ids) < self._limits.providers_max:
+        chosen: dict[str, _Provider] = {}
+        for peer in (*sources, *found):
+            if peer.peer_id != self._transport.peer_id and _is_peer_id(peer.peer_id) and len(chosen) < self._limits.providers_max:
                 self._transport.learn(peer)
-                peer_ids[peer.peer_id] = None
-        return _Fetch([_Provider(self._transport, peer_id, self._limits) for peer_id in peer_ids], progress)
+                chosen.setdefault(peer.peer_id, _Provider(self._transport, peer.peer_id, self._limits))
+        fetch.providers = tuple(chosen.values())
+        try:
+            yield fetch
+        finally:
+            for provider in fetch.providers:
+                await provider.close()
 
-    async def _missing(self, manifest: Manifest, layers: tuple[int, int] | None) -> list[Blob]:
-        """The blobs to fetch, each once, files first: they are small, and nothing starts without them."""
-        pieces = () if layers is None else stage_pieces(manifest, *layers)
-        wanted = {blob.root: blob for blob in (*manifest.files, *pieces)}
-        return await self._off_thread(lambda: [blob for root, blob in wanted.items() if not self._store.has(root)])
-
-    async def _manifest(self, model_root: bytes, fetch: _Fetch) -> Manifest:
-        if await self._off_thread(lambda: self._catalog.has(model_root)):
-            return await self._off_thread(lambda: self._catalog.manifest(model_root))
-        await fetch.tell("manifest")
-        found: list[Manifest] = []
-
-        async def take(_: int, frame: bytes) -> None:
-            found.append(parse_manifest(frame, model_root))
-
-        if not await self._ask_each(Ask(MANIFEST, model_root, 0, 0), 1, take, fetch, 0):
-            raise _nobody_has(f"the manifest of model {model_root.hex()[:12]}", fetch.providers)
-        await self._off_thread(lambda: self._catalog.keep(found[0]))
-        return found[0]
-
-    async def _ask_each(
-        self, ask: Ask, frames: int, take: Callable[[int, bytes], Awaitable[None]], fetch: _Fetch, turn: int
-    ) -> bool:
-        """Ask one provider after the other until one has it. False: none does."""
-        for provider in fetch.live(turn):
-            while provider.dropped is None:
-                try:
-                    if await provider.ask(ask, frames, take):
-                        return True
-                    break
-                except (PeerError, TimedOutError) as error:
-                    pause_s = provider.note(error)
-                    if pause_s is not None:
-                        await trio.sleep(pause_s)
+    async def _ask_patiently(self, provider: _Provider, asks: Sequence[Ask], take: Take) -> bool:
+        """Make requests of one frame each, all over again when the provider fails, until it is dropped. False: not from this one."""
+        while provider.dropped is None:
+            try:
+                for ask in asks:
+                    if not await provider.ask(ask, 1, take):
+                        return False
+                return True
+            except (PeerError, TimedOutError, CapacityError) as error:
+                pause_s = provider.note(error)
+                if pause_s is not None:
+                    await trio.sleep(pause_s)
         return False
 
     async def _blob(self, blob: Blob, fetch: _Fetch, turn: int) -> bool:
-        """Get one blob; two fetches that want the same one share the download. False: nobody has all of it."""
+        """Get one blob, or wait while another call gets it. False: nobody has all of it."""
         while not await self._off_thread(lambda: self._store.has(blob.root)):
-            ongoing = self._fetching.get(blob.root)
+            ongoing = self._ongoing.get(blob.root)
             if ongoing is not None:
                 await ongoing.wait()
                 continue
-            self._fetching[blob.root] = ended = trio.Event()
+            self._ongoing[blob.root] = ended = trio.Event()
             try:
-                if not await self._download(blob, fetch, turn):
-                    return False
+                return await self._download(blob, fetch, turn)
             finally:
-                del self._fetching[blob.root]
+                del self._ongoing[blob.root]
                 ended.set()
-            return True
         fetch.done_bytes += blob.size
         await fetch.tell("fetching")
         return True
@@ -440,8 +429,7 @@ class BlobExchange:
             fetch.done_bytes += partial.verified_bytes
             await fetch.tell("fetching")
             work = _Work(partial.missing(), min(self._limits.chunks_per_ask, CHUNKS_MAX))
-            if not work.done:
-                await self._drain_all(partial, work, fetch, turn)
+            await self._drain_all(partial, work, fetch, turn)
             if not work.done:
                 return False
             await self._off_thread(partial.commit)
@@ -450,54 +438,55 @@ class BlobExchange:
             partial.close()
 
     async def _hashes(self, partial: Partial, fetch: _Fetch, turn: int) -> bool:
-        """Get the leaf hashes of all chunks, in one go from one peer, since they prove themselves only together."""
-        count = chunk_count(partial.blob.size)
-        pages = range(0, count, HASHES_MAX)
+        """Get the leaf hashes of all chunks, from one peer: they prove themselves only together."""
+        root, count = partial.blob.root, chunk_count(partial.blob.size)
+        asks = [Ask(HASHES, root, start, min(HASHES_MAX, count - start)) for start in range(0, count, HASHES_MAX)]
+        hashes: list[bytes] = []
+
+        async def take(_: int, frame: bytes) -> None:
+            if len(hashes) == count:
+                hashes.clear()  # the same provider begins anew
+            due = min(HASHES_MAX, count - len(hashes))
+            if len(frame) != due * HASH_BYTES:
+                raise MalformedError(f"it sent {len(frame)} bytes of hashes where {due * HASH_BYTES} are due")
+            hashes.extend(frame[at : at + HASH_BYTES] for at in range(0, len(frame), HASH_BYTES))
+            if len(hashes) == count:
+                await self._off_thread(lambda: partial.accept_hashes(hashes))
+
         for provider in fetch.live(turn):
-            hashes: list[bytes] = []
-
-            async def take(_: int, frame: bytes, hashes: list[bytes] = hashes) -> None:
-                expected = min(HASHES_MAX, count - len(hashes))
-                if len(frame) != expected * HASH_BYTES:
-                    raise MalformedError(f"it sent {len(frame)} bytes of hashes where {expected * HASH_BYTES} are due")
-                hashes.extend(frame[at : at + HASH_BYTES] for at in range(0, len(frame), HASH_BYTES))
-                if len(hashes) == count:
-                    await self._off_thread(lambda: partial.accept_hashes(hashes))
-
-            while provider.dropped is None:
-                hashes.clear()
-                try:
-                    for start in pages:
-                        ask = Ask(HASHES, partial.blob.root, start, min(HASHES_MAX, count - start))
-                        if not await provider.ask(ask, 1, take):
-                            break
-                    if partial.hashes_known:
-                        return True
-                    break
-                except (PeerError, TimedOutError) as error:
-                    pause_s = provider.note(error)
-                    if pause_s is not None:
-                        await trio.sleep(pause_s)
+            hashes.clear()
+            if await self._ask_patiently(provider, asks, take):
+                return True
         return False
 
     async def _drain_all(self, partial: Partial, work: _Work, fetch: _Fetch, turn: int) -> None:
         """Let several providers work off the missing chunks at once; each that gives up makes room for the next."""
+        if work.done:
+            return
         waiting = iter(fetch.live(turn))
+        failures: list[NexusError | _StoppedError] = []
 
-        async def worker(nursery: trio.Nursery) -> None:
-            for provider in waiting:
-                await self._drain(provider, partial, work, fetch)
-                if work.done:
-                    # Whoever still waits for a chunk that came from elsewhere need not.
-                    nursery.cancel_scope.cancel()
+        async def worker() -> None:
+            try:
+                for provider in waiting:
+                    await self._drain(provider, partial, work, fetch)
+                    if work.done:
+                        break
+                else:
+                    return
+            except (NexusError, _StoppedError) as error:
+                failures.append(error)
+            # Whoever still waits for a chunk that came from elsewhere need not; and on an error of this node's own, all stop.
+            nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
             for _ in range(min(self._limits.workers_max, len(fetch.providers))):
-                nursery.start_soon(worker, nursery)
+                nursery.start_soon(worker)
+        if failures:
+            raise failures[0]
 
     async def _drain(self, provider: _Provider, partial: Partial, work: _Work, fetch: _Fetch) -> None:
         """Work with one provider until nothing is left, or it does not have the blob, or it is dropped."""
-        blob = partial.blob
         while provider.dropped is None and not work.done:
             run = work.claim()
             if run is None:
@@ -505,76 +494,103 @@ class BlobExchange:
                 continue
 
             async def take(number: int, frame: bytes, first: int = run.start) -> None:
-                index = first + number
-                await self._off_thread(lambda: partial.write_chunk(index, frame))
+                await self._off_thread(lambda: partial.write_chunk(first + number, frame))
                 provider.received_bytes += len(frame)
-                fetch.done_bytes += work.finish(index) * len(frame)
+                if work.finish(first + number):
+                    fetch.done_bytes += len(frame)
                 await fetch.tell("fetching")
 
             pause_s: float | None = None
             try:
-                if not await provider.ask(Ask(CHUNKS, blob.root, run.start, len(run)), len(run), take):
+                if not await provider.ask(Ask(CHUNKS, partial.blob.root, run.start, len(run)), len(run), take):
                     return
-            except (PeerError, TimedOutError) as error:
+            except (PeerError, TimedOutError, CapacityError) as error:
                 pause_s = provider.note(error)
             finally:
                 work.release(run)
             if pause_s is not None:
                 await trio.sleep(pause_s)
 
-    # --- the answering end ------------------------------------------------------------------------------------------------
+
+# --- the answering end ------------------------------------------------------------------------------------------------------
+
+
+class BlobService:
+    """Answers peers from the store and the catalog, and with nothing else."""
+
+    def __init__(self, transport: Transport, store: BlobStore, catalog: Catalog, off_thread: OffThread = in_worker_thread) -> None:
+        self._transport = transport
+        self._store = store
+        self._catalog = catalog
+        self._off_thread = off_thread
+        self._answers = 0
+
+    def start(self) -> None:
+        self._transport.serve(BLOBS, self._handle)
 
     async def _handle(self, stream: Stream) -> None:
         while True:
-            ask = ASKS.unpack(await stream.receive())
-            assert isinstance(ask, Ask)
-            if self._answers >= ANSWERS_MAX:
-                await _send(stream, ANSWERS.pack(Answer(CapacityError.code, 0, "it answers too many others now; try again soon")))
-                continue
-            self._answers += 1
+            frame = await stream.receive()
             try:
-                await self._answer(stream, ask)
-            finally:
-                self._answers -= 1
+                await self._answer_in_turn(stream, Ask.from_bytes(frame))
+            except MalformedError as error:
+                error.peer = stream.peer_id
+                raise
+
+    async def _answer_in_turn(self, stream: Stream, ask: Ask) -> None:
+        if self._answers >= ANSWERS_MAX:
+            await _send(stream, Answer(CapacityError.code, 0, "it answers too many others now").to_bytes())
+            return
+        self._answers += 1
+        try:
+            await self._answer(stream, ask)
+        finally:
+            self._answers -= 1
 
     async def _answer(self, stream: Stream, ask: Ask) -> None:
         try:
             frames = await self._off_thread(lambda: self._look_up(ask))
         except NotFoundError:
-            await _send(stream, ANSWERS.pack(Answer(NotFoundError.code, 0, "not here")))
+            await _send(stream, Answer(NotFoundError.code, 0, "not here").to_bytes())
             return
         except LocalError as error:
             # The owner reads about the disk in the log; to the peer it is a blob that is not here.
             log.error("blob_unreadable", root=ask.root.hex(), reason=error.cause)
-            await _send(stream, ANSWERS.pack(Answer(NotFoundError.code, 0, "not here")))
+            await _send(stream, Answer(NotFoundError.code, 0, "not here").to_bytes())
             return
-        await _send(stream, ANSWERS.pack(Answer(OK, len(frames), "")))
+        await _send(stream, Answer(OK, len(frames), "").to_bytes())
         for read in frames:
             await _send(stream, await self._off_thread(read))
 
     def _look_up(self, ask: Ask) -> list[Callable[[], bytes]]:
-        """How to read each frame of the answer; read one by one, so that no more than one is in memory."""
+        """How to read each frame of the answer; they are read one by one, so that no more than one is in memory."""
         if ask.what == MANIFEST:
-            raw = self._catalog.manifest(ask.root).to_bytes()
-            return [lambda: raw]
-        size = self._store.size(ask.root)
-        if not 0 < ask.count <= chunk_count(size) - ask.start:
-            raise MalformedError(f"it asks for {ask.count} chunks from {ask.start} on of a blob of {chunk_count(size)}")
+            return [self._catalog.manifest(ask.root).to_bytes]
+        count = chunk_count(self._store.size(ask.root))
+        if not 0 < ask.count <= count - ask.start:
+            raise MalformedError(f"it asks for {ask.count} from {ask.start} on of {count} chunks")
         if ask.what == HASHES:
             run = self._store.chunk_hashes(ask.root)[ask.start : ask.start + ask.count]
-            return [lambda: b"".join(run)]
+            return [functools.partial(b"".join, run)]
         if ask.what == CHUNKS and ask.count <= CHUNKS_MAX:
-            return [
-                lambda index=index: self._store.read_chunk(ask.root, index) for index in range(ask.start, ask.start + ask.count)
-            ]  # type: ignore[misc]
+            return [functools.partial(self._store.read_chunk, ask.root, ask.start + number) for number in range(ask.count)]
         raise MalformedError(f"it asks for {ask.count} of {ask.what!r}")
 
 
 async def _send(stream: Stream, frame: bytes) -> None:
-    with trio.move_on_after(SEND_TIMEOUT_S) as scope:
+    with _deadline(SEND_TIMEOUT_S, f"peer {stream.peer_id} did not read its answer for {SEND_TIMEOUT_S:g} s"):
         await stream.send(frame)
-    if scope.cancelled_caught:
-        raise TimedOutError(f"peer {stream.peer_id} did not read its answer for {SEND_TIMEOUT_S:g} s")
+
+
+# --- words ------------------------------------------------------------------------------------------------------------------
+
+
+def _is_peer_id(text: str) -> bool:
+    try:
+        public_key_of(text)
+    except MalformedError:
+        return False
+    return True
 
 
 def _plain(text: str) -> str:
@@ -583,8 +599,8 @@ def _plain(text: str) -> str:
 
 
 def _describe(blobs: Sequence[Blob]) -> str:
-    """What is missing, for a reader: runs of layers first."""
-    names = {blob.name for blob in blobs}
+    """What is missing, for a reader: runs of layers first, then embedding, head and files."""
+    names = [blob.name for blob in blobs]
     layers = sorted(int(name.removeprefix("layer.")) for name in names if name.startswith("layer."))
     runs: list[list[int]] = []
     for layer in layers:
@@ -592,23 +608,20 @@ def _describe(blobs: Sequence[Blob]) -> str:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    parts = []
-    if runs:
-        spans = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-        parts.append(f"{'layer' if len(layers) == 1 else 'layers'} {spans}")
-    parts += [f"the {name}" for name in (EMBEDDING, HEAD) if name in names]
-    parts += sorted(names - {EMBEDDING, HEAD, *(layer_name(layer) for layer in layers)})
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    spans = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    parts = [f"{'layer' if len(layers) == 1 else 'layers'} {spans}"] if runs else []
+    parts += [f"the {name}" if name in (EMBEDDING, HEAD) else name for name in names if not name.startswith("layer.")]
+    return " and ".join([*([", ".join(parts[:-1])] if parts[:-1] else []), *parts[-1:]])
 
 
 def _nobody_has(what: str, providers: Sequence[_Provider]) -> NotFoundError:
-    if not providers:
-        asked = "no node announces this model"
-    else:
+    if providers:
         told = [
             f"{one.peer_id}: {_plain(one.dropped.reason)}" if one.dropped else f"{one.peer_id} lacks it" for one in providers[:8]
         ]
         asked = f"asked {len(providers)} ({'; '.join(told)})"
+    else:
+        asked = "no node announces this model"
     return NotFoundError(
         f"nobody in reach has {what}: {asked}",
         "Start a node that holds it and connect to it with `nexus peers add`, or add the model here with `nexus model add PATH`; "

@@ -58,7 +58,7 @@ class AddressBook:
         book._changed = False
         return book
 
-    def note(self, peer_id: str, addresses: tuple[str, ...], now_ms: int) -> None:
+    def remember(self, peer_id: str, addresses: tuple[str, ...], now_ms: int) -> None:
         """A peer was reached at these addresses. Addresses out of form are left out. Raises MalformedError for a bad peer id."""
         public_key_of(peer_id)
         known = self._peers.get(peer_id)

@@ -43,7 +43,7 @@ def test_the_root_binds_every_field() -> None:
         # The border between pieces and files moves: same leaves, other model.
         replace(manifest, pieces=(*manifest.pieces, manifest.files[0]), files=manifest.files[1:]),
         *(
-            replace(manifest, pieces=(*manifest.pieces[:index], replace(piece, **change), *manifest.pieces[index + 1 :]))  # type: ignore[arg-type]
+            replace(manifest, pieces=(*manifest.pieces[:index], replace(piece, **change), *manifest.pieces[index + 1 :]))
             for index, piece in enumerate(manifest.pieces)
             for change in ({"size": 1}, {"root": b"x" * 32}, {"name": "x"})
         ),

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from nexus.core.errors import CapacityError, LocalError, MalformedError, NotFoundError, VerificationError
 from nexus.core.hashing import leaf_hash
 from nexus.core.manifest import CHUNK_BYTES, Blob, blob_root, chunk_count
-from nexus.storage import blobs as blobs_module
 from nexus.storage.blobs import BLOB_BYTES_MAX, BlobStore, chunk_length
 
 BIG = b"1" * CHUNK_BYTES + b"2" * CHUNK_BYTES + b"the last chunk is short"
@@ -312,7 +311,7 @@ class TestPartial:
             read.append(offset)
             return real(handle, length, offset)
 
-        monkeypatch.setattr(blobs_module.os, "pread", counting)
+        monkeypatch.setattr(os, "pread", counting)
         with store.begin(blob) as partial:
             partial.accept_hashes(hashes)
         assert len(read) < 4

@@ -23,7 +23,7 @@ def test_what_is_saved_is_there_again(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("home") / "peers.json"
     book = AddressBook.open(path)
     for number, port, now_ms in notes:
-        book.note(peer(number), (f"/ip4/192.0.2.7/tcp/{port}",), now_ms)
+        book.remember(peer(number), (f"/ip4/192.0.2.7/tcp/{port}",), now_ms)
     book.save()
     again = AddressBook.open(path)
     assert again.peers() == book.peers()
@@ -33,7 +33,7 @@ def test_what_is_saved_is_there_again(tmp_path_factory: pytest.TempPathFactory, 
 def test_the_last_seen_come_first_and_the_oldest_go(tmp_path: Path) -> None:
     book = AddressBook.open(tmp_path / "peers.json", peers_max=3)
     for number in range(6):
-        book.note(peer(number), ("/ip4/192.0.2.7/tcp/1",), 1000 - number if number == 5 else number)
+        book.remember(peer(number), ("/ip4/192.0.2.7/tcp/1",), 1000 - number if number == 5 else number)
     assert [entry.peer_id for entry in book.peers()] == [peer(5), peer(4), peer(3)]
     book.forget(peer(4))
     assert book.get(peer(4)) is None
@@ -41,11 +41,11 @@ def test_the_last_seen_come_first_and_the_oldest_go(tmp_path: Path) -> None:
 
 def test_addresses_out_of_form_are_left_out_and_known_ones_kept(tmp_path: Path) -> None:
     book = AddressBook.open(tmp_path / "peers.json")
-    book.note(peer(1), ("/ip4/192.0.2.7/tcp/1", "no address", "/bad\n", "/" + "x" * 300), 5)
-    book.note(peer(1), (), 3)
+    book.remember(peer(1), ("/ip4/192.0.2.7/tcp/1", "no address", "/bad\n", "/" + "x" * 300), 5)
+    book.remember(peer(1), (), 3)
     assert book.get(peer(1)) == KnownPeer(peer(1), ("/ip4/192.0.2.7/tcp/1",), 5)
     with pytest.raises(MalformedError):
-        book.note("not a peer", (), 5)
+        book.remember("not a peer", (), 5)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_moved_aside_with_a_warning(tmp_path: Path, content: b
     assert book.peers() == []
     assert "peers.json.damaged" in book.warning
     assert (tmp_path / "peers.json.damaged").read_bytes() == content
-    book.note(peer(1), (), 1)
+    book.remember(peer(1), (), 1)
     book.save()
     assert [entry.peer_id for entry in AddressBook.open(path).peers()] == [peer(1)]
 
