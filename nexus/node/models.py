@@ -15,7 +15,7 @@ import trio
 from nexus.core.errors import CapacityError, NotFoundError
 from nexus.core.manifest import Manifest, stage_pieces
 from nexus.network.transport import PeerAddress
-from nexus.node.blobs import Fetcher
+from nexus.node.blobs import BlobExchange
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog
 
@@ -39,14 +39,27 @@ class _Loaded:
 
 
 class Models:
-    """Loaded stages are shared between sessions and kept while there is room; the least recently used goes first."""
+    """Loaded stages are shared between sessions and kept while there is room; the least recently used goes first.
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, fetcher: Fetcher, *, auto_fetch: bool, memory_max_bytes: int) -> None:
+    `changed` is called when more of a model has come to this node, so that it is announced.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        blobs: BlobStore,
+        exchange: BlobExchange,
+        *,
+        auto_fetch: bool,
+        memory_max_bytes: int,
+        changed: Callable[[], None],
+    ) -> None:
         self.catalog = catalog
         self.blobs = blobs
-        self._fetcher = fetcher
+        self._exchange = exchange
         self._auto_fetch = auto_fetch
         self._memory_max_bytes = memory_max_bytes
+        self._changed = changed
         self._loaded: dict[StageKey, _Loaded] = {}
         self._loading: dict[StageKey, trio.Lock] = {}
         self._kv_bytes: dict[bytes, int] = {}
@@ -60,11 +73,11 @@ class Models:
         if self.catalog.has(model_root):
             return self.catalog.manifest(model_root)
         self._check_may_fetch(model_root)
-        return await self._fetcher.manifest(model_root, sources)
+        return await self._exchange.manifest(model_root, sources)
 
     async def files(self, manifest: Manifest, sources: Sequence[PeerAddress], progress: ProgressSink) -> dict[str, Path]:
         """Config and tokenizer, by name, as paths to read."""
-        await self._complete(manifest, manifest.files, sources, progress)
+        await self._complete(manifest, None, sources, progress)
         return {blob.name: self.blobs.path(blob.root) for blob in manifest.files}
 
     @asynccontextmanager
@@ -96,7 +109,7 @@ class Models:
         self, manifest: Manifest, start: int, end: int, dtype: str, sources: Sequence[PeerAddress], progress: ProgressSink
     ) -> Stage:
         pieces = stage_pieces(manifest, start, end)
-        await self._complete(manifest, [*manifest.files, *pieces], sources, progress)
+        await self._complete(manifest, (start, end), sources, progress)
         needed = sum(piece.size for piece in pieces) * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(manifest.dtype, 4)
         self._make_room(needed, f"layers {start} to {end - 1} need {needed} bytes")
         await progress("loading", 0, 0)
@@ -106,12 +119,15 @@ class Models:
         return stage
 
     async def _complete(
-        self, manifest: Manifest, wanted: Sequence[object], sources: Sequence[PeerAddress], progress: ProgressSink
+        self, manifest: Manifest, layers: tuple[int, int] | None, sources: Sequence[PeerAddress], progress: ProgressSink
     ) -> None:
-        missing = [blob for blob in (*manifest.files, *manifest.pieces) if blob in wanted and not self.blobs.has(blob.root)]
-        if missing:
-            self._check_may_fetch(manifest.root)
-            await self._fetcher.blobs(manifest, missing, sources, progress)
+        """Get what is missing of these layers and of the model's files; None: the files alone."""
+        pieces = () if layers is None else stage_pieces(manifest, *layers)
+        if all(self.blobs.has(blob.root) for blob in (*manifest.files, *pieces)):
+            return
+        self._check_may_fetch(manifest.root)
+        await self._exchange.fetch(manifest.root, layers, sources, progress)
+        self._changed()
 
     def _check_may_fetch(self, model_root: bytes) -> None:
         if not self._auto_fetch:

@@ -21,7 +21,7 @@ from nexus.models import BUILTIN_NAMES, builtin_path
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import Transport
 from nexus.node.api import EmbedRequest, Event, GenerateRequest, ModelView, NodeStatus, PeerView, PlanView, Progress
-from nexus.node.blobs import BlobService, Fetcher
+from nexus.node.blobs import BlobExchange
 from nexus.node.infer import InferService
 from nexus.node.membership import Membership
 from nexus.node.models import Models
@@ -30,7 +30,7 @@ from nexus.node.runner import Runner
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
-from nexus.storage.peers import AddressBook
+from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
@@ -39,6 +39,9 @@ VERSION = version("nexus-swarm")
 AGENT = f"nexus/{VERSION}"
 PROGRESS_MAX = 64
 PING_TIMEOUT_S = 10.0
+MEET_MAX = 32
+MEET_AT_ONCE = 4
+BOOK_EVERY_S = 60.0
 SPEED_SIZE = 256
 SPEED_ROUNDS = 16
 
@@ -60,11 +63,15 @@ class Node:
         self._blobs = BlobStore.open(home.models, options.disk_max_bytes)
         self._catalog = Catalog.open(home.models)
         self._membership = Membership(transport, identity, self._describe, _now_ms)
-        fetcher = Fetcher(transport, self._blobs, self._catalog)
+        self._exchange = BlobExchange(transport, self._blobs, self._catalog)
         self._models = Models(
-            self._catalog, self._blobs, fetcher, auto_fetch=options.auto_fetch, memory_max_bytes=options.memory_max_bytes
+            self._catalog,
+            self._blobs,
+            self._exchange,
+            auto_fetch=options.auto_fetch,
+            memory_max_bytes=options.memory_max_bytes,
+            changed=self._membership.announce_soon,
         )
-        self._blob_service = BlobService(transport, self._blobs, self._catalog)
         self._infer = InferService(transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max)
         self._runner = Runner(
             transport, identity, self._models, self._membership.records, self._describe, nursery, options.sessions_max
@@ -73,11 +80,38 @@ class Node:
         self._draining = False
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        self._blob_service.start()
+        self._exchange.serve()
         self._infer.start()
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._membership.run)
+            nursery.start_soon(self._membership.run)
+            nursery.start_soon(self._meet_again)
+            nursery.start_soon(self._keep_book)
             task_status.started()
+            await trio.sleep_forever()
+
+    async def _meet_again(self) -> None:
+        """Peers of earlier days, so that a node finds its swarm again when its bootstrap nodes are gone."""
+        limiter = trio.CapacityLimiter(MEET_AT_ONCE)
+
+        async def meet(known: KnownPeer) -> None:
+            async with limiter:
+                self._transport.learn(PeerAddress(known.peer_id, known.addresses))
+                try:
+                    await self._membership.refresh(known.peer_id)
+                except NexusError as error:
+                    log.debug("known_peer_gone", peer_id=known.peer_id, reason=error.cause)
+
+        async with trio.open_nursery() as nursery:
+            for known in self._book.peers()[:MEET_MAX]:
+                nursery.start_soon(meet, known)
+
+    async def _keep_book(self) -> None:
+        """Note who is connected, now and then: what is lost in a crash is a minute of acquaintance."""
+        while True:
+            await trio.sleep(BOOK_EVERY_S)
+            for record in self._membership.records():
+                self._book.note(record.peer_id, record.addresses, _now_ms())
+            await trio.to_thread.run_sync(self._book.save)
 
     def status(self) -> NodeStatus:
         totals = self._infer.totals
@@ -134,7 +168,8 @@ class Node:
 
     async def add_peer(self, address: str) -> PeerView:
         peer_id = await self._transport.connect(address)
-        self._book.remember(peer_id, (address.rpartition("/p2p/")[0],), _now_ms())
+        self._book.note(peer_id, (address.rpartition("/p2p/")[0],), _now_ms())
+        await trio.to_thread.run_sync(self._book.save)
         await self._membership.refresh(peer_id)
         return next(view for view in await self.peers() if view.peer_id == peer_id)
 
