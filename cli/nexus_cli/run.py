@@ -31,6 +31,7 @@ INPUT_BYTES_MAX = 4 * 1024 * 1024
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
 @click.option("--stages", type=int, help="Split over this many nodes. [default: the node decides]")
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
+@click.option("--no-receipts", is_flag=True, help="Ask the nodes to sign nothing: the answer cannot be verified.")
 @pass_shared
 def run(
     shared: Shared,
@@ -43,6 +44,7 @@ def run(
     stop: tuple[str, ...],
     stages: int | None,
     receipts: Path | None,
+    no_receipts: bool,
 ) -> None:
     """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input."""
     from nexus.gateway.wire import Json, to_json
@@ -50,6 +52,8 @@ def run(
     from nexus_cli.client import connected
     from nexus_cli.receipts import check_writable, write_bundle
 
+    if receipts is not None and no_receipts:
+        raise click.UsageError("--receipts and --no-receipts exclude each other")
     text = read_input() if prompt == "-" else check_text(prompt, "the prompt")
     if receipts is not None:
         check_writable(receipts)
@@ -59,7 +63,7 @@ def run(
         "temperature": check_finite(temperature, "--temperature"),
         "top_p": check_finite(top_p, "--top-p"),
     }
-    body |= {"seed": seed, "stages": stages}
+    body |= {"seed": seed, "stages": stages, "receipts": not no_receipts}
     tokens: list[Token] = []
     planned: Planned | None = None
     finished: Finished | None = None
@@ -92,7 +96,8 @@ def run(
         )
     else:
         click.echo(closing_line(done), err=True)
-    check_verified(done)
+    if not no_receipts:
+        check_verified(done)
 
 
 @click.command(cls=NexusCommand)

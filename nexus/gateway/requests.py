@@ -52,7 +52,7 @@ def _refuse_constant(word: str) -> float:
 
 
 def parse_generate(body: bytes) -> GenerateRequest:
-    value = parse_object(body, "model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stages")
+    value = parse_object(body, "model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stages", "receipts")
     given = {key: entry for key, entry in value.items() if entry is not None}
     default = GenerateRequest(_name(given, "model"), _prompt(given))
     return GenerateRequest(
@@ -64,6 +64,7 @@ def parse_generate(body: bytes) -> GenerateRequest:
         seed=_optional_integer(given, "seed", 0, 2**64 - 1),
         stop=_texts(given, "stop", STOPS_MAX, STOP_CHARS_MAX) if "stop" in given else default.stop,
         stages=_optional_integer(given, "stages", 1, STAGES_MAX),
+        receipts=_boolean(given, "receipts", default.receipts),
     )
 
 
@@ -136,6 +137,13 @@ def _texts(value: Mapping[str, Json], key: str, count_max: int, chars_max: int) 
     if any(not 0 < len(text) <= chars_max for text in texts):
         raise UsageError(f"each of {key} must have 1 to {chars_max} characters", "")
     return texts
+
+
+def _boolean(value: Mapping[str, Json], key: str, default: bool) -> bool:
+    given = value.get(key, default)
+    if not isinstance(given, bool):
+        raise UsageError(f"{key} must be true or false", f"It was {_shown(given)}")
+    return given
 
 
 def _optional_integer(value: Mapping[str, Json], key: str, least: int, most: int) -> int | None:

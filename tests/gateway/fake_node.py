@@ -34,7 +34,7 @@ from nexus.node.api import (
     Token,
 )
 from nexus.proof.bundle import Bundle, make_requests
-from nexus.proof.receipts import FLOAT, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
+from nexus.proof.receipts import FLOAT, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 ANSWER = ("Once", " upon", " a", " time", ".\n")
@@ -51,7 +51,7 @@ def bundle(outputs: int = len(ANSWER)) -> Bundle:
     model = manifest()
     plan = Plan(1, model.root, FLOAT, "float32", (PlanStage(FIRST.public_key, 0, 1), PlanStage(SECOND.public_key, 1, 2)))
     prompt = tokens_to_bytes([5, 6, 7])
-    terms = Terms(1, b"n" * 16, COORDINATOR.public_key, model.root, plan.root, leaf_hash(prompt), 16, 0, 1_000_000, 0, ())
+    terms = Terms(1, b"n" * 16, COORDINATOR.public_key, model.root, plan.root, leaf_hash(prompt), 16, WINDOW, 0, 1_000_000, 0, ())
     requests = make_requests(COORDINATOR, terms, plan)
     results = tuple(tokens_to_bytes([index]) for index in range(outputs))
     payloads = ([prompt, *results[:-1]], [b"hidden"] * outputs, list(results))

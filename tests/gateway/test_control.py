@@ -197,6 +197,7 @@ async def test_garbage_on_the_socket_does_no_harm(path: Path, node: FakeNode) ->
             with trio.move_on_after(5):
                 try:
                     await stream.send_all(garbage)
+                    await stream.send_eof()
                     while await stream.receive_some(4096):
                         pass
                 except trio.BrokenResourceError:

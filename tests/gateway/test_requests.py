@@ -22,8 +22,8 @@ def test_defaults_are_those_of_the_request() -> None:
 
 
 def test_everything_given_arrives() -> None:
-    request = generate(max_tokens=7, temperature=0.5, top_p=0.9, seed=2**64 - 1, stop=["a", "b"], stages=3)
-    assert request == GenerateRequest("nano", "hi", 7, 0.5, 0.9, 2**64 - 1, ("a", "b"), 3)
+    request = generate(max_tokens=7, temperature=0.5, top_p=0.9, seed=2**64 - 1, stop=["a", "b"], stages=3, receipts=False)
+    assert request == GenerateRequest("nano", "hi", 7, 0.5, 0.9, 2**64 - 1, ("a", "b"), 3, False)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,7 @@ def test_everything_given_arrives() -> None:
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stages": 0}, "stages"),
+        ({"receipts": 1}, "receipts must be true or false"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": "\ud800"}, "not valid UTF-8"),
