@@ -15,7 +15,7 @@ import trio
 from nexus.core.errors import CapacityError, NotFoundError
 from nexus.core.manifest import Manifest, stage_pieces
 from nexus.network.transport import PeerAddress
-from nexus.node.blobs import BlobExchange
+from nexus.node.blobs import Fetcher
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog
 
@@ -48,7 +48,7 @@ class Models:
         self,
         catalog: Catalog,
         blobs: BlobStore,
-        exchange: BlobExchange,
+        fetcher: Fetcher,
         *,
         auto_fetch: bool,
         memory_max_bytes: int,
@@ -56,7 +56,7 @@ class Models:
     ) -> None:
         self.catalog = catalog
         self.blobs = blobs
-        self._exchange = exchange
+        self._fetcher = fetcher
         self._auto_fetch = auto_fetch
         self._memory_max_bytes = memory_max_bytes
         self._changed = changed
@@ -73,7 +73,7 @@ class Models:
         if self.catalog.has(model_root):
             return self.catalog.manifest(model_root)
         self._check_may_fetch(model_root)
-        return await self._exchange.manifest(model_root, sources)
+        return await self._fetcher.manifest(model_root, sources)
 
     async def files(self, manifest: Manifest, sources: Sequence[PeerAddress], progress: ProgressSink) -> dict[str, Path]:
         """Config and tokenizer, by name, as paths to read."""
@@ -123,11 +123,11 @@ class Models:
     ) -> None:
         """Get what is missing of these layers and of the model's files; None: the files alone."""
         pieces = () if layers is None else stage_pieces(manifest, *layers)
-        if all(self.blobs.has(blob.root) for blob in (*manifest.files, *pieces)):
-            return
-        self._check_may_fetch(manifest.root)
-        await self._exchange.fetch(manifest.root, layers, sources, progress)
-        self._changed()
+        missing = [blob for blob in (*manifest.files, *pieces) if not self.blobs.has(blob.root)]
+        if missing:
+            self._check_may_fetch(manifest.root)
+            await self._fetcher.blobs(manifest, missing, sources, progress)
+            self._changed()
 
     def _check_may_fetch(self, model_root: bytes) -> None:
         if not self._auto_fetch:

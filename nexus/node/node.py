@@ -19,9 +19,9 @@ from nexus.core.keys import Identity, parse_peer_id
 from nexus.core.manifest import Manifest
 from nexus.models import BUILTIN_NAMES, builtin_path
 from nexus.network.libp2p import NetworkOptions, open_libp2p
-from nexus.network.transport import Transport
+from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import EmbedRequest, Event, GenerateRequest, ModelView, NodeStatus, PeerView, PlanView, Progress
-from nexus.node.blobs import BlobExchange
+from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer import InferService
 from nexus.node.membership import Membership
 from nexus.node.models import Models
@@ -63,11 +63,11 @@ class Node:
         self._blobs = BlobStore.open(home.models, options.disk_max_bytes)
         self._catalog = Catalog.open(home.models)
         self._membership = Membership(transport, identity, self._describe, _now_ms)
-        self._exchange = BlobExchange(transport, self._blobs, self._catalog)
+        self._blob_service = BlobService(transport, self._blobs, self._catalog)
         self._models = Models(
             self._catalog,
             self._blobs,
-            self._exchange,
+            Fetcher(transport, self._blobs, self._catalog),
             auto_fetch=options.auto_fetch,
             memory_max_bytes=options.memory_max_bytes,
             changed=self._membership.announce_soon,
@@ -80,7 +80,7 @@ class Node:
         self._draining = False
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        self._exchange.serve()
+        self._blob_service.start()
         self._infer.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
@@ -110,7 +110,7 @@ class Node:
         while True:
             await trio.sleep(BOOK_EVERY_S)
             for record in self._membership.records():
-                self._book.note(record.peer_id, record.addresses, _now_ms())
+                self._book.remember(record.peer_id, record.addresses, _now_ms())
             await trio.to_thread.run_sync(self._book.save)
 
     def status(self) -> NodeStatus:
@@ -168,7 +168,7 @@ class Node:
 
     async def add_peer(self, address: str) -> PeerView:
         peer_id = await self._transport.connect(address)
-        self._book.note(peer_id, (address.rpartition("/p2p/")[0],), _now_ms())
+        self._book.remember(peer_id, (address.rpartition("/p2p/")[0],), _now_ms())
         await trio.to_thread.run_sync(self._book.save)
         await self._membership.refresh(peer_id)
         return next(view for view in await self.peers() if view.peer_id == peer_id)
