@@ -33,13 +33,22 @@ class Identity:
 
     def sign(self, tag: str, body: bytes) -> bytes:
         """Sign H(tag, body): a signature made under one tag is worth nothing under another."""
-        return self._key.sign(tagged_hash(tag, body)).signature
+        return self.sign_digest(tagged_hash(tag, body))
+
+    def sign_digest(self, digest: bytes) -> bytes:
+        """Sign H(tag, body) where the caller has it already, as the id of a record."""
+        return self._key.sign(digest).signature
 
 
 def verify_signature(public_key: bytes, tag: str, body: bytes, signature: bytes) -> None:
     """Raises VerificationError unless `signature` is `public_key`'s over H(tag, body)."""
+    verify_digest(public_key, tag, tagged_hash(tag, body), signature)
+
+
+def verify_digest(public_key: bytes, tag: str, digest: bytes, signature: bytes) -> None:
+    """The same where the caller has H(tag, body) already; `tag` is for the error."""
     try:
-        VerifyKey(public_key).verify(tagged_hash(tag, body), signature)
+        VerifyKey(public_key).verify(digest, signature)
     except (BadSignatureError, ValueError, TypeError) as error:
         raise VerificationError(f"the {tag} is not signed by the key it names") from error
 

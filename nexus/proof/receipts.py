@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nexus.core.errors import MalformedError, VerificationError
 from nexus.core.hashing import leaf_hash, merkle_root, tagged_hash
-from nexus.core.keys import Identity, verify_signature
+from nexus.core.keys import Identity, verify_digest, verify_signature
 from nexus.core.record import Record, digest, many, nested, optional_digest, raw, text, uint
 
 SPEC = 1
@@ -51,6 +52,12 @@ class Terms(Record):
         return tagged_hash("session", self.to_bytes())
 
 
+@lru_cache(maxsize=1024)
+def _id_of(tag: str, record: Record) -> bytes:
+    # One receipt's id is wanted by its signature, its check and its neighbours in the chain; records are immutable.
+    return tagged_hash(tag, record.to_bytes())
+
+
 @dataclass(frozen=True, slots=True)
 class Request(Record):
     """The coordinator asks one stage for steps [step0, step0 + n). `in_root` and `parent` are given to the first stage only;
@@ -69,7 +76,7 @@ class Request(Record):
 
     @property
     def id(self) -> bytes:
-        return tagged_hash("request", self.to_bytes())
+        return _id_of("request", self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +86,10 @@ class SignedRequest(Record):
 
     @classmethod
     def sign(cls, request: Request, coordinator: Identity) -> SignedRequest:
-        return cls(request, coordinator.sign("request", request.to_bytes()))
+        return cls(request, coordinator.sign_digest(request.id))
 
     def verify(self) -> Request:
-        verify_signature(self.request.coordinator, "request", self.request.to_bytes(), self.signature)
+        verify_digest(self.request.coordinator, "request", self.request.id, self.signature)
         return self.request
 
 
@@ -115,7 +122,7 @@ class Receipt(Record):
     @property
     def id(self) -> bytes:
         """Leaves the signature out: one statement has one id."""
-        return tagged_hash("receipt", self.to_bytes())
+        return _id_of("receipt", self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +132,10 @@ class SignedReceipt(Record):
 
     @classmethod
     def sign(cls, receipt: Receipt, node: Identity) -> SignedReceipt:
-        return cls(receipt, node.sign("receipt", receipt.to_bytes()))
+        return cls(receipt, node.sign_digest(receipt.id))
 
     def verify(self) -> Receipt:
-        verify_signature(self.receipt.node, "receipt", self.receipt.to_bytes(), self.signature)
+        verify_digest(self.receipt.node, "receipt", self.receipt.id, self.signature)
         return self.receipt
 
 
