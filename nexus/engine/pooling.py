@@ -29,7 +29,7 @@ _FIX = "Supported: a Transformer module, then Pooling by mean or cls, then optio
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """`mode`: "mean" over all tokens, or "cls", the first. `normalize`: to length 1. `tokens_max`: texts are cut there, 0: not said."""
+    """`mode`: "mean" over all tokens, or "cls", the first. `normalize`: to length 1. `tokens_max`: cut there, 0: not said."""
 
     mode: str = "mean"
     normalize: bool = False

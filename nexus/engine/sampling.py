@@ -39,6 +39,11 @@ class Sampling:
 GREEDY = Sampling()
 
 
+def not_a_number() -> NexusError:
+    """The error of a model whose arithmetic ran into infinity."""
+    return NexusError("the model computed something that is not a number", "Its weights do not work in this dtype; use float32")
+
+
 def uniform(seed: int, step: int) -> float:
     """A number in [0, 1) with 53 random bits: H("sample", seed, step), both as 8 bytes little-endian."""
     digest = tagged_hash("sample", seed.to_bytes(8, "little"), step.to_bytes(8, "little"))
@@ -54,7 +59,7 @@ def nucleus(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np
     with np.errstate(over="ignore"):
         scaled /= sampling.temperature
     weights = np.exp(scaled)
-    order = np.argsort(-weights, kind="stable")
+    order = np.argsort(-logits, kind="stable")
     cumulative = np.cumsum(weights[order])
     cumulative /= cumulative[-1]
     count = min(int(np.searchsorted(cumulative, sampling.top_p)) + 1, len(order))
@@ -70,7 +75,7 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, step: int) -> int:
     best = int(logits.argmax())
     if not math.isfinite(float(logits[best])):
         # argmax finds a NaN before anything else, and +inf before anything finite.
-        raise NexusError("the model computed something that is not a number", "Its weights do not work in this dtype; use float32")
+        raise not_a_number()
     if sampling.temperature == 0:
         return best
     tokens, cumulative = nucleus(logits, sampling)

@@ -24,7 +24,7 @@ from nexus.engine.architecture import Config, Layout, layout_of, read_config
 from nexus.engine.fragment import Fragment
 from nexus.engine.kv import KVCache
 from nexus.engine.pooling import Pooling, read_pooling
-from nexus.engine.sampling import GREEDY, Sampling, sample
+from nexus.engine.sampling import GREEDY, Sampling, not_a_number, sample
 from nexus.engine.weights import read_piece
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -106,7 +106,10 @@ class Stage:
         if not (self._fragment.last and self._causal):
             if self._fragment.last:
                 out = self._pooling(out)
-            answer = out.float().numpy().astype("<f4", copy=False).tobytes()
+            values = out.float().numpy()
+            if not np.isfinite(values).all():
+                raise not_a_number()
+            answer = values.astype("<f4", copy=False).tobytes()
         else:
             state.logits = out[0, -1].float().numpy()
             answer = sample(state.logits, state.sampling, state.steps).to_bytes(_TOKEN_BYTES, "little")

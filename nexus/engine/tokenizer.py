@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.processors import TemplateProcessing
 
 from nexus.core.errors import ModelFormatError, UsageError
 from nexus.engine.architecture import read_json
@@ -27,9 +26,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, files: Mapping[str, Path], tokens_max: int = 0) -> Tokenizer:
-        """From a model's files by name: tokenizer.json and, where they are, tokenizer_config.json, generation_config.json and
-        config.json. `tokens_max`: give the context for encoders, which read the beginning of a text that is too long.
-        Raises ModelFormatError."""
+        """From a model's files by name: tokenizer.json and, for the end tokens, generation_config.json and config.json.
+
+        `tokens_max`: give the context for encoders, which read the beginning of a text that is too long. The special tokens
+        around a text are those of tokenizer.json alone, as in transformers 5. Raises ModelFormatError.
+        """
         if TOKENIZER_FILE not in files:
             raise ModelFormatError(f"the model has no {TOKENIZER_FILE}", "Add a model that has one")
         read_json(files[TOKENIZER_FILE], _TOKENIZER_BYTES_MAX)
@@ -38,7 +39,6 @@ class Tokenizer:
             # What the file says on padding and cutting is how the author trained, not how a text is read.
             fast.no_padding()
             fast.no_truncation()
-            _set_outer_tokens(fast, files)
             if tokens_max:
                 fast.enable_truncation(tokens_max)
         # The tokenizers library, written in Rust, raises plain Exception.
@@ -93,27 +93,6 @@ class TextStream:
             del self._window[: self._said]
         self._said = len(self._window)
         return new
-
-
-def _set_outer_tokens(fast: FastTokenizer, files: Mapping[str, Path]) -> None:
-    """Begin and end tokens, where tokenizer_config.json says expressly whether to add them; transformers does the same."""
-    config = read_json(files["tokenizer_config.json"], _TOKENIZER_BYTES_MAX) if "tokenizer_config.json" in files else {}
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    outer = {}
-    for role in ("bos", "eos"):
-        entry = config.get(f"{role}_token")
-        token = entry.get("content") if isinstance(entry, dict) else entry
-        if config.get(f"add_{role}_token") and isinstance(token, str):
-            number = fast.token_to_id(token)
-            if number is None:
-                raise ModelFormatError(f"the {role} token {token!r} is not in the vocabulary", "Download the model again")
-            outer[role] = (token, number)
-    single = [outer["bos"][0]] if "bos" in outer else []
-    single.append("$A")
-    if "eos" in outer:
-        single.append(outer["eos"][0])
-    fast.post_processor = TemplateProcessing(single=single, special_tokens=list(outer.values()))
 
 
 def _end_tokens(files: Mapping[str, Path]) -> tuple[int, ...]:
