@@ -39,6 +39,10 @@ KINDS = {
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 # Settings of how to run, not of what the model is: this node decides them, not the model's author.
 _RUNTIME_KEYS = ("attn_implementation", "experts_implementation", "dtype", "torch_dtype", "use_cache", "gradient_checkpointing")
+_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+# Those whose values depend on the position alone, and "dynamic". "longrope" is missing: past its first length it wants the
+# whole session computed again.
+_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
 
 
 def read_json(path: Path, size_max: int = CONFIG_BYTES_MAX) -> dict[str, object]:
@@ -88,6 +92,13 @@ class Config:
         return self.kind == CAUSAL and bool(self.settings.tie_word_embeddings)
 
     @property
+    def rope_types(self) -> frozenset[str]:
+        """The kinds of rotary embedding in use; a model may have one per type of layer."""
+        parameters = getattr(self.settings, "rope_parameters", None) or {}
+        per_type = [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
+        return frozenset(str(entry["rope_type"]) for entry in per_type if entry.get("rope_type"))
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of KV cache per token and layer in float32."""
         if self.kind == ENCODER:
@@ -120,18 +131,31 @@ def read_config(path: Path) -> Config:
 def _build(model_type: str, raw: dict[str, object]) -> Config:
     from transformers import CONFIG_MAPPING
 
+    for key in _LAYER_COUNT_KEYS:
+        # Before transformers makes lists of that length.
+        if isinstance(count := raw.get(key), int) and count > LAYERS_MAX:
+            raise _impossible_shape(f"{count} layers")
     try:
         settings = CONFIG_MAPPING[model_type].from_dict(raw)
         config = Config(KINDS[model_type], settings)
         shape = (config.layers, config.hidden_size, config.vocab_size, config.context, int(settings.num_attention_heads))
+        config.rope_types  # noqa: B018
     # transformers validates with errors of many classes, some of them not exported; all of them mean the same here.
     except Exception as error:
         raise ModelFormatError(
             f"config.json does not describe a {model_type} model: {error}", "Download the model again"
         ) from error
     if not all(0 < value <= limit for value, limit in zip(shape, (LAYERS_MAX, 2**20, 2**24, 2**32, 2**16), strict=True)):
-        raise ModelFormatError(f"config.json gives an impossible shape (layers, width, vocabulary, context, heads: {shape})")
+        raise _impossible_shape(shape)
+    if unknown := config.rope_types - _ROPE_TYPES:
+        raise ModelFormatError(f"rotary embeddings of type {', '.join(sorted(unknown))} are not supported", "Use another model")
     return config
+
+
+def _impossible_shape(shape: object) -> ModelFormatError:
+    return ModelFormatError(
+        f"config.json gives an impossible shape (layers, width, vocabulary, context, heads: {shape})", "Download the model again"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,8 @@ class Fragment:
         eager = self.model.config._attn_implementation == "eager"
         self._one_token_mask = torch.zeros(1, 1, 1, 1, dtype=dtype) if eager else None
         self._traced: Callable[..., torch.Tensor] | None = None
-        if self.causal:
+        # A recording has no branches, and these take one at some position.
+        if self.causal and "dynamic" not in config.rope_types:
             self._traced = self._checked_trace()
 
     @property

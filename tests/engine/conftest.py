@@ -36,9 +36,21 @@ GPT_SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
 ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", SHAPE),
     "llama-tied": ("llama", {**SHAPE, "tie_word_embeddings": True}),
+    "llama-llama3": ("llama", {**SHAPE, "rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": ("llama", {**SHAPE, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-dynamic": ("llama", {**SHAPE, "max_position_embeddings": 80, "rope_parameters": DYNAMIC_ROPE}),
     "mistral": ("mistral", {**SHAPE, "sliding_window": None}),
     "mistral-window": ("mistral", {**SHAPE, "sliding_window": 24}),
     "qwen2": ("qwen2", SHAPE),

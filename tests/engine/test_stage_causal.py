@@ -68,7 +68,7 @@ def test_shards_are_the_whole_model(name: str, imported: Imported) -> None:
     tokens, logits = reference(directory)
     for count in (1, 2, 3, 8):
         chain = load_chain(manifest, folder, count)
-        assert all(stage.is_traced for stage in chain), "the fast way is not the same bits here"
+        assert all(stage.is_traced for stage in chain) == (name != "llama-dynamic"), "the fast way is not the same bits here"
         for stage in chain:
             stage.open(SESSION, None)
         payload = tokens_to_bytes(PROMPT)
