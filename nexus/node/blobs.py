@@ -328,7 +328,7 @@ class Fetcher:
 
         async with self._fetch(model_root, sources, None) as fetch:
             for provider in fetch.live():
-                if await self._ask_patiently(provider, [Ask(MANIFEST, model_root, 0, 0)], take):
+                if await self._ask_patiently(provider, [(Ask(MANIFEST, model_root, 0, 0), take)]):
                     await self._off_thread(lambda: self._catalog.keep(found[-1]))
                     return found[-1]
             raise _nobody_has(f"the manifest of model {model_root.hex()[:12]}", fetch.providers)
@@ -390,11 +390,11 @@ class Fetcher:
             for provider in fetch.providers:
                 await provider.close()
 
-    async def _ask_patiently(self, provider: _Provider, asks: Sequence[Ask], take: Take) -> bool:
-        """Make requests of one frame each, all over again when the provider fails, until it is dropped. False: not from this one."""
+    async def _ask_patiently(self, provider: _Provider, asks: Sequence[tuple[Ask, Take]]) -> bool:
+        """Make requests of one frame each; all over again when the provider fails, until it is dropped. False: it has not all."""
         while provider.dropped is None:
             try:
-                for ask in asks:
+                for ask, take in asks:
                     if not await provider.ask(ask, 1, take):
                         return False
                 return True
@@ -441,21 +441,20 @@ class Fetcher:
         """Get the leaf hashes of all chunks, from one peer: they prove themselves only together."""
         root, count = partial.blob.root, chunk_count(partial.blob.size)
         asks = [Ask(HASHES, root, start, min(HASHES_MAX, count - start)) for start in range(0, count, HASHES_MAX)]
-        hashes: list[bytes] = []
+        pages: dict[int, bytes] = {}
 
-        async def take(_: int, frame: bytes) -> None:
-            if len(hashes) == count:
-                hashes.clear()  # the same provider begins anew
-            due = min(HASHES_MAX, count - len(hashes))
-            if len(frame) != due * HASH_BYTES:
-                raise MalformedError(f"it sent {len(frame)} bytes of hashes where {due * HASH_BYTES} are due")
-            hashes.extend(frame[at : at + HASH_BYTES] for at in range(0, len(frame), HASH_BYTES))
-            if len(hashes) == count:
+        async def take(ask: Ask, _: int, frame: bytes) -> None:
+            if len(frame) != ask.count * HASH_BYTES:
+                raise MalformedError(f"it sent {len(frame)} bytes of hashes where {ask.count * HASH_BYTES} are due")
+            pages[ask.start] = frame
+            if len(pages) == len(asks):
+                joined = b"".join(pages[page.start] for page in asks)
+                hashes = [joined[at : at + HASH_BYTES] for at in range(0, len(joined), HASH_BYTES)]
                 await self._off_thread(lambda: partial.accept_hashes(hashes))
 
         for provider in fetch.live(turn):
-            hashes.clear()
-            if await self._ask_patiently(provider, asks, take):
+            pages.clear()
+            if await self._ask_patiently(provider, [(ask, functools.partial(take, ask)) for ask in asks]):
                 return True
         return False
 
