@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nexus.core.errors import NexusError
+from nexus.core.errors import LocalError, NexusError
 from nexus_cli.options import daemon_options, flags_from
 
 if TYPE_CHECKING:
@@ -68,25 +68,26 @@ def _run(settings: Settings, options: NodeOptions, listener: socket.socket) -> N
 
     log = structlog.get_logger("nexusd")
     log.info("starting", pid=os.getpid(), home=str(options.home), name=options.name)
-    # Heavy: it brings in torch and libp2p. Nothing is running yet, so a signal may still end the process right here.
-    from nexus.node.node import open_node  # noqa: F401
-
     try:
         trio.run(_serve, settings, options, listener)
-    except BaseExceptionGroup as group:
-        known = next(_nexus_errors(group), None)
+    except Exception as error:
+        known = next(_nexus_errors(error), None)
         if known is None:
-            raise
-        raise known from group
+            # The one boundary of the process: the log gets the whole story, also where it is one JSON object per line.
+            log.exception("crashed")
+            raise LocalError("the daemon hit an error of its own", "Its log says more; please report it") from error
+        log.error("failed", code=known.code, cause=known.cause, fix=known.fix)
+        raise known from error
     log.info("stopped", pid=os.getpid())
 
 
-def _nexus_errors(group: BaseExceptionGroup[BaseException]) -> Iterator[NexusError]:
-    for error in group.exceptions:
-        if isinstance(error, NexusError):
-            yield error
-        elif isinstance(error, BaseExceptionGroup):
-            yield from _nexus_errors(error)
+def _nexus_errors(error: BaseException) -> Iterator[NexusError]:
+    """The errors with a cause and a fix in what a nursery raised."""
+    if isinstance(error, NexusError):
+        yield error
+    elif isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _nexus_errors(part)
 
 
 async def _serve(settings: Settings, options: NodeOptions, listener: socket.socket) -> None:
@@ -95,15 +96,17 @@ async def _serve(settings: Settings, options: NodeOptions, listener: socket.sock
     from nexus.node.node import open_node
 
     stop, is_open, opening = trio.Event(), trio.Event(), trio.CancelScope()
-    async with trio.open_nursery() as background:
-        background.start_soon(_await_signal, stop, is_open, opening)
-        background.start_soon(_feed_watchdog)
-        # The scope spans the node's whole life, since one cannot leave it between opening and closing; it is cancelled only before.
-        with opening:
-            async with open_node(options) as node:
-                is_open.set()
-                await _serve_node(node, listener, stop, settings.control.drain_timeout_s)
-        background.cancel_scope.cancel()
+    # Received from here on, not only once a task gets its first turn: a signal must not find its default effect in between.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as background:
+            background.start_soon(_await_signal, signals, stop, is_open, opening)
+            background.start_soon(_feed_watchdog)
+            # The scope spans the node's whole life, since one cannot leave it in between; it is cancelled only while opening.
+            with opening:
+                async with open_node(options) as node:
+                    is_open.set()
+                    await _serve_node(node, listener, stop, settings.control.drain_timeout_s)
+            background.cancel_scope.cancel()
     signal.alarm(0)
 
 
@@ -135,17 +138,14 @@ async def _serve_node(node: NodeApi, listener: socket.socket, stop: trio.Event, 
         http_shutdown.set()
 
 
-async def _await_signal(stop: trio.Event, is_open: trio.Event, opening: trio.CancelScope) -> None:
+async def _await_signal(signals: AsyncIterator[int], stop: trio.Event, is_open: trio.Event, opening: trio.CancelScope) -> None:
     """The first SIGTERM or SIGINT asks for an orderly end; from then on both have their default effect, an immediate one."""
     import structlog
-    import trio
 
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            structlog.get_logger("nexusd").info("signal", signal=signal.Signals(number).name)
-            break
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    number = await anext(signals)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)
+    structlog.get_logger("nexusd").info("signal", signal=signal.Signals(number).name)
     stop.set()
     if not is_open.is_set():
         opening.cancel()

@@ -59,7 +59,8 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
     timeout_s = shared.timeout_s or START_TIMEOUT_S
     process = spawn_daemon(shared.path, arguments, home.log_file, os.environ)
     reason = "it has not answered yet"
-    daemon = Daemon(socket)
+    # The socket is there before the node is open: what it has not read yet must not hold us past the deadline.
+    daemon = Daemon(socket, answer_timeout_s=min(2.0, timeout_s))
     try:
         while time.monotonic() - began < timeout_s:
             code = process.poll()

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Event as ThreadEvent
 from threading import Thread
 
+import structlog
 import trio
 
 from nexus.core.errors import CapacityError, NotFoundError, UnreachableError
@@ -193,6 +194,7 @@ class FakeNode:
 @contextmanager
 def served(node: FakeNode, path: Path) -> Iterator[Control]:
     """The control API of `node` on a Unix socket, from a thread of its own, so that tests may use any client."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     token: list[trio.lowlevel.TrioToken] = []
     shutdown: list[trio.Event] = []
     control = Control(node, lambda: None)

@@ -1,0 +1,254 @@
+"""Every command against a real control API with a fake node behind it: output, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nexus.node.api import EmbedRequest, GenerateRequest
+from nexus.storage.home import Home
+from nexus_cli.receipts import verify_file
+from tests.cli.conftest import Cli
+from tests.gateway.fake_node import ANSWER, COORDINATOR, FIRST, FakeNode, bundle, manifest
+
+PEER = f"/ip4/192.0.2.1/tcp/4510/p2p/{FIRST.peer_id}"
+
+
+def test_a_bare_command_prints_help(cli: Cli) -> None:
+    for arguments in ((), ("model",), ("config",), ("receipts",), ("testnet",)):
+        result = cli(*arguments)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.startswith("Usage: nexus")
+
+
+def test_init_makes_a_node_once(cli: Cli, tmp_path: Path) -> None:
+    made = cli("init", "--home", str(tmp_path / "new"), "--json", "--name", 'a "quoted" name').json
+    assert made["peer_id"].startswith("12D3KooW")
+    shown = cli("--home", str(tmp_path / "new"), "config", "show", "--origin", "--json").json
+    assert shown["settings"]["node.name"] == 'a "quoted" name'
+    assert shown["origins"]["node.name"].endswith("new/config.toml")
+    again = cli("--home", str(tmp_path / "new"), "init")
+    assert again.code == 1
+    assert "already" in again.err
+    assert cli("--home", str(tmp_path / "new"), "id", "--json").json["peer_id"] == made["peer_id"]
+
+
+def test_config_show_prints_a_config_file(cli: Cli, home: Home) -> None:
+    text = cli("config", "show").out
+    home.config_file.write_text(text)
+    assert cli("config", "show").out == text
+
+
+def test_a_bad_setting_names_file_key_and_fix(cli: Cli, home: Home) -> None:
+    home.config_file.write_text("[log]\nlevel = 5\n")
+    result = cli("status")
+    assert result.code == 2
+    assert "log.level = 5" in result.err
+    assert str(home.config_file) in result.err
+    assert "fix:" in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status",),
+        ("stop",),
+        ("peers",),
+        ("peers", "add", PEER),
+        ("ping", "x"),
+        ("model", "list"),
+        ("model", "show", "x"),
+        ("model", "plan", "x"),
+        ("model", "add", "nano"),
+        ("run", "nano", "x"),
+        ("embed", "x"),
+    ],
+)
+def test_without_a_daemon_the_exit_code_is_3(cli: Cli, home: Home, arguments: tuple[str, ...]) -> None:
+    result = cli(*arguments)
+    assert (result.code, result.out) == (3, "")
+    assert "fix: Start one with: nexus start --detach" in result.err
+    problem = json.loads(cli(*arguments, "--json").err)["error"]
+    assert (problem["code"], problem["exit_code"]) == ("daemon-not-running", 3)
+
+
+def test_status_and_id(cli: Cli, node: FakeNode) -> None:
+    assert cli("status").out.startswith(f"peer id    {COORDINATOR.peer_id}")
+    assert cli("--json", "status").json["receipts_signed"] == 5
+    assert cli("status", "--json").json["ready"] is True
+    assert cli("id", "--json").json["addresses"] == [f"/ip4/127.0.0.1/tcp/4510/p2p/{COORDINATOR.peer_id}"]
+
+
+def test_peers_and_ping(cli: Cli, node: FakeNode) -> None:
+    listed = cli("peers")
+    assert FIRST.peer_id in listed.out
+    assert "\x1b" not in listed.out  # a peer's name must not steer the terminal
+    assert cli("peers", "--json").json["peers"][0]["name"] == "node\x1b[31m"
+    assert cli("peers", "add", PEER, "--json").json["peer"]["peer_id"] == FIRST.peer_id
+    assert cli("ping", FIRST.peer_id, "--count", "3").out == "12.3 ms\n" * 3
+    assert cli("ping", FIRST.peer_id, "--json").json["rtt_s"] == [0.0123]
+    assert cli("ping", "nobody").code == 5
+    assert cli("peers", "add", "/ip4/192.0.2.1/tcp/4510").code == 2
+    assert cli("peers", "add", PEER.replace("192.0.2.1", "192.0.2.9")).code == 1
+
+
+def test_models(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
+    root = manifest().root.hex()
+    assert cli("model", "add", "nano").out == f"nano  {root}\n"
+    assert cli("model", "add", str(tmp_path), "--name", "mine", "--json").json["model"]["name"] == "mine"
+    assert cli("model", "add", str(tmp_path / "nowhere")).code == 5
+    assert root[:12] in cli("model", "list").out
+    assert cli("model", "list", "--json").json["models"][0]["manifest"]["root"] == root
+    assert "LlamaForCausalLM" in cli("model", "show", "nano").out
+    assert cli("model", "show", "missing").code == 5
+    assert "two nodes are enough" in cli("model", "plan", "nano").out
+    assert len(cli("model", "plan", "nano", "--json", "--stages", "2").json["plan"]["stages"]) == 2
+    assert cli("model", "plan", "nano", "--stages", "3").code == 1
+
+
+def test_run_streams_to_stdout_and_reports_on_stderr(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
+    file = tmp_path / "proof"
+    result = cli(
+        "run", "nano", "Tell me", "--seed", "5", "--stop", "x", "--stop", "y", "--temperature", "0.5", "--receipts", str(file)
+    )
+    assert (result.code, result.out) == (0, "".join(ANSWER))
+    assert "10.0 tokens/s, first token after 100.0 ms (stop); 2 of 2 receipts verified" in result.err
+    assert node.requests == [GenerateRequest("nano", "Tell me", temperature=0.5, seed=5, stop=("x", "y"))]
+    assert verify_file(file).receipts == 2
+    value = cli("run", "nano", "Tell me", "--json").json
+    assert (value["text"], value["receipts_verified"], value["reason"]) == ("".join(ANSWER), 2, "stop")
+    assert "bundle" not in value
+
+
+def test_run_reads_its_prompt_from_stdin(cli: Cli, node: FakeNode) -> None:
+    assert cli("run", "nano", "-", stdin="über\n".encode()).code == 0
+    assert node.requests == [GenerateRequest("nano", "über\n")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--max-tokens", "0"), "max_tokens must be a whole number from 1"),
+        (("--max-tokens", "99999999999"), "max_tokens"),
+        (("--max-tokens", "many"), "not a valid integer"),
+        (("--temperature", "-1"), "temperature"),
+        (("--temperature", "nan"), "not a number"),
+        (("--top-p", "0"), "top_p"),
+        (("--seed", "-1"), "seed"),
+        (("--stages", "0"), "stages"),
+        (("--receipts", "/nowhere/at/all"), "cannot write"),
+        (("--receipts", "x", "--no-receipts"), "exclude"),
+        (("--timeout", "0"), "above 0"),
+    ],
+)
+def test_run_refuses_what_makes_no_sense(cli: Cli, node: FakeNode, arguments: tuple[str, ...], says: str) -> None:
+    result = cli("run", "nano", "x", *arguments)
+    assert result.code == (1 if "/nowhere/at/all" in arguments else 2)
+    assert says in result.err
+    assert result.out == ""
+    assert node.requests == []
+
+
+def test_text_that_is_not_utf8_is_refused(cli: Cli, node: FakeNode) -> None:
+    argument = os.fsdecode(b"caf\xe9")
+    for arguments, stdin in (
+        (("run", "nano", argument), b""),
+        (("run", "nano", "-"), b"caf\xe9"),
+        (("embed", argument), b""),
+        (("embed", "-"), b"\xff"),
+    ):
+        result = cli(*arguments, stdin=stdin)
+        assert result.code == 2
+        assert "not valid UTF-8" in result.err
+    assert node.requests == []
+
+
+def test_an_empty_prompt_is_refused(cli: Cli, node: FakeNode) -> None:
+    assert cli("run", "nano", "").code == 2
+    assert cli("run", "nano", "-", stdin=b"").code == 2
+
+
+def test_a_run_that_fails_half_way_keeps_what_came_and_says_why(cli: Cli, node: FakeNode) -> None:
+    result = cli("run", "nano", "fail half way")
+    assert (result.code, result.out) == (1, "".join(ANSWER[:2]))
+    assert "error: node-1 is gone" in result.err
+
+
+def test_an_answer_whose_receipts_do_not_all_hold_is_a_failure(cli: Cli, node: FakeNode) -> None:
+    result = cli("run", "nano", "unverified")
+    assert result.code == 7
+    assert "1 of 2 receipts verified" in result.err
+    assert cli("run", "nano", "unverified", "--json").code == 7
+    assert cli("run", "nano", "unverified", "--no-receipts").code == 0
+
+
+def test_a_timeout_ends_the_command_and_the_work(cli: Cli, node: FakeNode) -> None:
+    result = cli("run", "nano", "wait", "--timeout", "0.5")
+    assert result.code == 6
+    assert "within 0.5 s" in result.err
+
+
+def test_embed(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
+    result = cli("embed", "one", "two", "--receipts", str(tmp_path / "proof"))
+    assert [json.loads(line) for line in result.out.splitlines()] == [[0.5, -0.25, 1e-9]] * 2
+    assert "2 of 2 receipts verified" in result.err
+    assert node.requests == [EmbedRequest(("one", "two"))]
+    assert len(cli("embed", "one", "--json").json["embeddings"]) == 1
+    assert cli("embed").code == 2
+
+
+def test_receipts_verify_needs_nothing_but_the_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "no" / "such" / "home"))
+    file = tmp_path / "proof"
+    file.write_bytes(bundle().to_bytes())
+    result = cli("receipts", "verify", str(file))
+    assert result.code == 0
+    assert result.out.endswith("2 of 2 receipts verified\n")
+    assert cli("receipts", "verify", str(file), "--json").json["report"]["coordinator"] == COORDINATOR.peer_id
+
+
+def test_a_proof_that_does_not_hold_has_exit_code_7(cli: Cli, tmp_path: Path) -> None:
+    good = bundle().to_bytes()
+    file = tmp_path / "proof"
+    for content in (good[:-1], good + b"\0", b"", b"garbage", good[:-1] + bytes([good[-1] ^ 1])):
+        file.write_bytes(content)
+        result = cli("receipts", "verify", str(file), "--json")
+        assert (result.code, result.out) == (7, "")
+    assert "receipt 2 of 2" in result.err
+    assert cli("receipts", "verify", str(tmp_path / "none")).code == 5
+
+
+def test_doctor_says_what_is_wrong_and_what_to_do(cli: Cli, home: Home) -> None:
+    fine = cli("doctor", "--json")
+    levels = {check["name"]: check["level"] for check in fine.json["checks"]}
+    assert fine.code == 0
+    assert (levels["python"], levels["data directory"], levels["torch"], levels["daemon"]) == ("pass", "pass", "pass", "warn")
+    home.identity_file.chmod(0o644)
+    broken = cli("doctor")
+    assert broken.code == 1
+    assert "chmod 600" in broken.out
+
+
+def test_errors_are_plain_without_colour(cli: Cli, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in cli("status").err
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = """
+import sys
+sys.argv = ["nexus", "--help"]
+from nexus_cli.main import main
+try:
+    main()
+except SystemExit:
+    pass
+heavy = {"torch", "libp2p", "transformers", "trio", "httpx", "rich", "starlette", "numpy", "nacl"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
