@@ -6,8 +6,8 @@ again. Wall-clock times are Unix milliseconds and end in `_ms`; intervals are in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from nexus.core.errors import VerificationError
 from nexus.core.hashing import tagged_hash
@@ -16,6 +16,12 @@ from nexus.core.manifest import LAYERS_MAX
 from nexus.core.record import Record, digest, many, nested, raw, text, uint
 
 RECORD_BYTES_MAX = 32 * 1024
+ADDRESSES_MAX = 16
+ADDRESS_BYTES_MAX = 256
+HOLDINGS_MAX = 256
+HELD_RANGES_MAX = 64
+# A signature and the heads of the arrays around the record.
+ENVELOPE_BYTES = 128
 RECORD_LIFETIME_MS = 10 * 60 * 1000
 CLOCK_SKEW_MS = 5 * 60 * 1000
 # A record is signed anew while most of its life is left, so that what peers hold of a live node never expires.
@@ -48,7 +54,7 @@ class Holding(Record):
 
     name: str = text(64)
     model_root: bytes = digest()
-    held: tuple[LayerRange, ...] = many(nested(LayerRange), 64)
+    held: tuple[LayerRange, ...] = many(nested(LayerRange), HELD_RANGES_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,11 @@ class NodeRecord(Record):
     issued_ms: int = uint(2**53)
     agent: str = text(64)
     name: str = text(64)
-    addresses: tuple[str, ...] = many(text(256), 16)
+    addresses: tuple[str, ...] = many(text(ADDRESS_BYTES_MAX), ADDRESSES_MAX)
     memory_bytes: int = uint(2**56)
     speed: int = uint(2**48)
     serves: int = uint(1)
-    models: tuple[Holding, ...] = many(nested(Holding), 256)
+    models: tuple[Holding, ...] = many(nested(Holding), HOLDINGS_MAX)
 
     @property
     def peer_id(self) -> str:
@@ -109,6 +115,34 @@ def should_renew(issued_ms: int, now_ms: int) -> bool:
 def next_issue_ms(previous_ms: int, now_ms: int) -> int:
     """The time for a new record: now, and later than the one before even if the clock was set back."""
     return max(now_ms, previous_ms + 1)
+
+
+def fit_record(record: NodeRecord) -> NodeRecord:
+    """The record within the bounds of its form, so that no peer refuses it: long texts cut, the longest held ranges and as many
+    models kept as go in."""
+    models = tuple(
+        replace(holding, name=_cut(holding.name, 64), held=_longest(holding.held, HELD_RANGES_MAX)) for holding in record.models
+    )
+    addresses = tuple(address for address in record.addresses if len(address.encode()) <= ADDRESS_BYTES_MAX)[:ADDRESSES_MAX]
+    short = replace(record, agent=_cut(record.agent, 64), name=_cut(record.name, 64), addresses=addresses, models=())
+    room = RECORD_BYTES_MAX - len(short.to_bytes()) - ENVELOPE_BYTES
+    kept = 0
+    for holding in models[:HOLDINGS_MAX]:
+        room -= len(holding.to_bytes())
+        if room < 0:
+            break
+        kept += 1
+    return replace(short, models=models[:kept])
+
+
+def _cut(text: str, bytes_max: int) -> str:
+    return text.encode()[:bytes_max].decode(errors="ignore")
+
+
+def _longest(ranges: Sequence[LayerRange], most: int) -> tuple[LayerRange, ...]:
+    """The longest ranges, in order of layers."""
+    chosen = sorted(ranges, key=lambda held: (held.start - held.end, held.start))[:most]
+    return tuple(sorted(chosen, key=lambda held: held.start))
 
 
 def newest(one: SignedNodeRecord, other: SignedNodeRecord) -> SignedNodeRecord:

@@ -1,0 +1,308 @@
+"""Who is in the swarm and what they offer, `/nexus/node/1` and the topic `nexus/nodes/1`. Both ends are here.
+
+On contact each side sends its own signed record, the dialler first, and then up to INTRODUCTIONS_MAX addresses of nodes that it
+knows. A record counts only from the node that it is about, so nobody can speak for another; an introduction is only a hint where
+to dial. Gossip carries no records: just who has a new one, and of when.
+
+What this node holds is announced on the DHT under one key per model, paced and renewed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+import trio
+
+from nexus.core.errors import CapacityError, MalformedError, NexusError, PeerError, TimedOutError, UnreachableError, UsageError
+from nexus.core.keys import Identity, peer_id_of, public_key_of
+from nexus.core.record import Record, many, nested, raw, text, uint
+from nexus.network.transport import Message, PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.swarm.membership import (
+    PROVIDE_PACE_S,
+    RECORD_BYTES_MAX,
+    MemberTable,
+    NodeRecord,
+    SignedNodeRecord,
+    fit_record,
+    next_issue_ms,
+    next_to_provide,
+    provider_key,
+    should_renew,
+)
+
+log = structlog.get_logger("nexus.membership")
+
+NODE = ProtocolSpec("/nexus/node/1", frame_max=RECORD_BYTES_MAX, read_timeout_s=10.0, streams_per_peer_max=4)
+TOPIC = "nexus/nodes/1"
+INTRODUCTIONS_MAX = 32
+# A node that knows this many others needs no more introductions; a larger swarm is found through its models on the DHT.
+ACQUAINTANCES_WANTED = 128
+STRANGERS_MAX = 256
+STRANGER_FORGOTTEN_S = 300.0
+CONTACTS_AT_ONCE = 8
+EXCHANGE_TIMEOUT_S = 15.0
+PROVIDE_TIMEOUT_S = 30.0
+PUBLISH_TIMEOUT_S = 10.0
+POLL_S = 1.0
+GOSSIP_EVERY_S = 120.0
+GOSSIP_SOONEST_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction(Record):
+    """A node that the sender has a live record of, and where it says it can be dialled."""
+
+    node: bytes = raw(32)
+    addresses: tuple[str, ...] = many(text(256), 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Introductions(Record):
+    nodes: tuple[Introduction, ...] = many(nested(Introduction), INTRODUCTIONS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class News(Record):
+    """Gossip: the publisher has a record of that time."""
+
+    issued_ms: int = uint(2**53)
+
+
+class Membership:
+    """This node's view of the swarm.
+
+    `describe`: what this node says of itself now; node key and issue time are filled in here. `now_ms`: Unix time.
+    """
+
+    def __init__(
+        self, transport: Transport, identity: Identity, describe: Callable[[], NodeRecord], now_ms: Callable[[], int]
+    ) -> None:
+        self._transport = transport
+        self._identity = identity
+        self._describe = describe
+        self._now_ms = now_ms
+        self._table = MemberTable()
+        self._own: SignedNodeRecord | None = None
+        self._strangers: OrderedDict[str, float | None] = OrderedDict()
+        self._in_contact: set[str] = set()
+        self._changed = False
+        self._wake = trio.Event()
+        self._provided_s: dict[bytes, float] = {}
+        self._tried_s: dict[bytes, float] = {}
+
+    def records(self) -> list[NodeRecord]:
+        """What the other nodes say of themselves, live ones only, sorted by key."""
+        return self._table.live(self._now_ms())
+
+    def own(self) -> SignedNodeRecord:
+        """This node's record as it is sent now: described and signed anew after `announce_soon`, and when it is no longer fresh."""
+        now_ms = self._now_ms()
+        if self._own is None or self._changed or should_renew(self._own.record.issued_ms, now_ms):
+            issued_ms = next_issue_ms(self._own.record.issued_ms if self._own is not None else 0, now_ms)
+            record = fit_record(replace(self._describe(), node=self._identity.public_key, issued_ms=issued_ms))
+            self._own = SignedNodeRecord.sign(record, self._identity)
+            self._changed = False
+        return self._own
+
+    def announce_soon(self) -> None:
+        """What this node offers has changed: tell the others."""
+        self._changed = True
+        self._wake.set()
+
+    async def refresh(self, peer_id: str) -> NodeRecord:
+        """Exchange records with a peer now. Raises PeerError (also for a record that does not hold), TimedOutError, CapacityError."""
+        if peer_id == self._transport.peer_id:
+            return self.own().record
+        now_s = trio.current_time()
+        self._table.asked(peer_id, now_s)
+        try:
+            with _deadline(peer_id):
+                record = await self._exchange(peer_id)
+        except NexusError:
+            self._table.failed(peer_id)
+            raise
+        self._strangers.pop(peer_id, None)
+        return record
+
+    async def discover(self, model_root: bytes) -> None:
+        """Find nodes that announce a model on the DHT and get their records; those that do not answer are left out."""
+        with trio.move_on_after(PROVIDE_TIMEOUT_S):
+            for peer in await self._transport.find_providers(provider_key(model_root)):
+                self._transport.learn(peer)
+                if self._table.get(peer.peer_id, self._now_ms()) is None:
+                    await self._contact(peer.peer_id)
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve, keep records fresh and announce, until cancelled."""
+        self._transport.serve(NODE, self._handle)
+        async with self._transport.subscribe(TOPIC) as messages, trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_fresh)
+            nursery.start_soon(self._publish)
+            nursery.start_soon(self._provide)
+            nursery.start_soon(self._listen, messages)
+            task_status.started()
+
+    # --- the exchange -------------------------------------------------------------------------------------------------------
+
+    async def _exchange(self, peer_id: str) -> NodeRecord:
+        stream = await self._transport.open_stream(peer_id, NODE)
+        try:
+            await stream.send(self.own().to_bytes())
+            await stream.send(self._introductions(peer_id).to_bytes())
+            record = await self._receive(stream)
+            await stream.close()
+        except trio.EndOfChannel:
+            await stream.reset()
+            raise UnreachableError(f"peer {peer_id} closed the stream before it had said who it is", peer=peer_id) from None
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+            raise
+        return record
+
+    async def _handle(self, stream: Stream) -> None:
+        with _deadline(stream.peer_id):
+            await self._receive(stream)
+            await stream.send(self.own().to_bytes())
+            await stream.send(self._introductions(stream.peer_id).to_bytes())
+
+    async def _receive(self, stream: Stream) -> NodeRecord:
+        try:
+            signed = SignedNodeRecord.from_bytes(await stream.receive())
+            record = self._table.accept(signed, stream.peer_id, self._now_ms())
+            introductions = Introductions.from_bytes(await stream.receive())
+        except PeerError as error:
+            error.peer = error.peer or stream.peer_id
+            raise
+        self._transport.learn(PeerAddress(stream.peer_id, record.addresses))
+        for introduction in introductions.nodes:
+            self._meet(introduction)
+        return record
+
+    def _introductions(self, to: str) -> Introductions:
+        """Those that the peer most likely lacks: the newest records first."""
+        newest = sorted(self.records(), key=lambda record: (-record.issued_ms, record.node))
+        known = [record for record in newest if record.peer_id != to and record.addresses]
+        return Introductions(tuple(Introduction(one.node, one.addresses[:4]) for one in known[:INTRODUCTIONS_MAX]))
+
+    def _meet(self, introduction: Introduction) -> None:
+        """Remember to dial a node that a peer told us of, unless we know it or enough others. Costs at most one dial each."""
+        peer_id = peer_id_of(introduction.node)
+        if peer_id == self._transport.peer_id or peer_id in self._strangers or not introduction.addresses:
+            return
+        records = self.records()
+        if len(records) >= ACQUAINTANCES_WANTED or any(record.node == introduction.node for record in records):
+            return
+        self._transport.learn(PeerAddress(peer_id, introduction.addresses))
+        self._strangers[peer_id] = None
+        while len(self._strangers) > STRANGERS_MAX:
+            self._strangers.popitem(last=False)
+
+    # --- what goes on in the background ---------------------------------------------------------------------------------------
+
+    async def _contact(self, peer_id: str) -> None:
+        """Exchange records; a failure is noted in the table and is nobody's error."""
+        if peer_id in self._in_contact:
+            return
+        self._in_contact.add(peer_id)
+        try:
+            await self.refresh(peer_id)
+        except (PeerError, TimedOutError, CapacityError, UsageError) as error:
+            log.info("no_record", peer_id=peer_id, reason=error.cause)
+        finally:
+            self._in_contact.discard(peer_id)
+
+    async def _keep_fresh(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                now_s, now_ms = trio.current_time(), self._now_ms()
+                connected = {connection.peer_id for connection in self._transport.connections()}
+                for peer_id in [*self._table.due(connected, now_s, now_ms), *self._new_strangers(now_s)]:
+                    if len(self._in_contact) >= CONTACTS_AT_ONCE:
+                        break
+                    nursery.start_soon(self._contact, peer_id)
+                    # `asked` here and not only in the task, so that the next round does not start it again.
+                    self._table.asked(peer_id, now_s)
+                    if peer_id in self._strangers:
+                        self._strangers[peer_id] = now_s
+                    await trio.lowlevel.checkpoint()
+                self._table.forget_gone(connected, now_s, now_ms)
+                await trio.sleep(POLL_S)
+
+    def _new_strangers(self, now_s: float) -> list[str]:
+        """Nodes that we were told of and never tried; those tried long ago are forgotten, and may be told of again."""
+        for peer_id in [
+            one for one, tried in self._strangers.items() if tried is not None and now_s - tried >= STRANGER_FORGOTTEN_S
+        ]:
+            del self._strangers[peer_id]
+        return [peer_id for peer_id, tried in self._strangers.items() if tried is None]
+
+    async def _publish(self) -> None:
+        """Tell the swarm when this node has something new to say, and now and then all the same: gossip may be lost."""
+        while True:
+            self._wake = trio.Event()
+            if self._transport.connections():
+                news = News(self.own().record.issued_ms)
+                try:
+                    with trio.move_on_after(PUBLISH_TIMEOUT_S):
+                        await self._transport.publish(TOPIC, news.to_bytes())
+                except (PeerError, TimedOutError, CapacityError) as error:
+                    log.info("gossip_failed", reason=error.cause)
+            await trio.sleep(GOSSIP_SOONEST_S)
+            with trio.move_on_after(GOSSIP_EVERY_S):
+                await self._wake.wait()
+
+    async def _listen(self, messages: trio.MemoryReceiveChannel[Message]) -> None:
+        async with trio.open_nursery() as nursery:
+            async for message in messages:
+                if self._is_news(message) and len(self._in_contact) < CONTACTS_AT_ONCE:
+                    nursery.start_soon(self._contact, message.peer_id)
+                    await trio.lowlevel.checkpoint()
+
+    def _is_news(self, message: Message) -> bool:
+        """Whether a message is a reason to ask its publisher for its record."""
+        try:
+            news = News.from_bytes(message.data)
+            public_key_of(message.peer_id)
+        except MalformedError:
+            return False
+        known = self._table.get(message.peer_id, self._now_ms())
+        if message.peer_id == self._transport.peer_id or (known is not None and known.issued_ms >= news.issued_ms):
+            return False
+        return self._table.may_ask(message.peer_id, trio.current_time())
+
+    async def _provide(self) -> None:
+        """Announce every model that this node holds some of on the DHT, one key at a time, as soon as there is anyone to tell."""
+        while True:
+            wanted = {provider_key(holding.model_root) for holding in self.own().record.models if holding.held}
+            for gone in self._provided_s.keys() - wanted:
+                del self._provided_s[gone]
+            self._tried_s = {key: at_s for key, at_s in self._tried_s.items() if key in wanted}
+            key = next_to_provide(wanted, self._tried_s, self._provided_s, trio.current_time())
+            if key is not None and self._transport.connections():
+                await self._provide_one(key)
+            await trio.sleep(PROVIDE_PACE_S)
+
+    async def _provide_one(self, key: bytes) -> None:
+        self._tried_s[key] = trio.current_time()
+        try:
+            with trio.move_on_after(PROVIDE_TIMEOUT_S) as scope:
+                await self._transport.provide(key)
+        except (PeerError, TimedOutError, CapacityError) as error:
+            log.info("provide_failed", key=key.hex()[:12], reason=error.cause)
+            return
+        if not scope.cancelled_caught:
+            self._provided_s[key] = trio.current_time()
+
+
+@contextmanager
+def _deadline(peer_id: str) -> Iterator[None]:
+    with trio.move_on_after(EXCHANGE_TIMEOUT_S) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimedOutError(f"peer {peer_id} did not exchange records within {EXCHANGE_TIMEOUT_S:g} s")
