@@ -39,7 +39,7 @@ log = structlog.get_logger("nexus.membership")
 
 NODE = ProtocolSpec("/nexus/node/1", frame_max=RECORD_BYTES_MAX, read_timeout_s=10.0, streams_per_peer_max=4)
 TOPIC = "nexus/nodes/1"
-INTRODUCTIONS_MAX = 32
+INTRODUCTIONS_MAX = 16
 # A node that knows this many others needs no more introductions; a larger swarm is found through its models on the DHT.
 ACQUAINTANCES_WANTED = 128
 STRANGERS_MAX = 256
@@ -115,7 +115,7 @@ class Membership:
         self._wake.set()
 
     async def refresh(self, peer_id: str) -> NodeRecord:
-        """Exchange records with a peer now. Raises PeerError (also for a record that does not hold), TimedOutError, CapacityError."""
+        """Exchange records with a peer now. Raises PeerError, also for a record that does not hold, TimedOutError, CapacityError."""
         if peer_id == self._transport.peer_id:
             return self.own().record
         now_s = trio.current_time()
