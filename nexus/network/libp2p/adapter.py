@@ -117,8 +117,7 @@ async def open_libp2p(identity: Identity, options: NetworkOptions | None = None)
         async with transport.running([Multiaddr(str(endpoint)) for endpoint in listen]):
             for peer_id, endpoint in bootstrap:
                 if peer_id != identity.peer_id:
-                    transport.learn(PeerAddress(peer_id, (str(endpoint),)))
-                    nursery.start_soon(transport.stay_connected, peer_id)
+                    nursery.start_soon(transport.stay_connected, PeerAddress(peer_id, (str(endpoint),)))
             nursery.start_soon(transport.renew_forever)
             nursery.start_soon(transport.refresh_forever)
             if options.mdns:
@@ -286,18 +285,19 @@ class Libp2pTransport:
             del self._dials[peer_id]
             done.set()
 
-    async def stay_connected(self, peer_id: str) -> None:
+    async def stay_connected(self, peer: PeerAddress) -> None:
         """Keep a connection to a bootstrap peer, with longer and longer pauses while it does not answer."""
         shortest_s, longest_s = BOOTSTRAP_RETRY_S
         pause_s = shortest_s
         while True:
+            # Again each time: the book drops addresses that fail, and the user named this one.
+            self.learn(peer)
             try:
-                conn = await self._connection(peer_id)
+                conn = await self._connection(peer.peer_id)
                 pause_s = shortest_s
                 await conn.event_closed.wait()
             except UnreachableError as error:
                 log.info("bootstrap peer: %s; next try in %.0f s", error, pause_s)
-                # A failing address is dropped from the book in time; this one was given by the user.
             await trio.sleep(pause_s * (0.75 + 0.5 * random.random()))  # noqa: S311 - spreads load, keeps no secret
             pause_s = min(longest_s, 2 * pause_s)
 

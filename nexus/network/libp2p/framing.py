@@ -49,55 +49,49 @@ class FrameStream:
             raise self._gone() from error
 
     async def receive(self) -> bytes:
-        if not self._partial:
-            # The way of a small frame: it came whole, and alone.
-            try:
-                data = self._muxed.take()
-            except MuxedStreamReset:
-                raise self._gone() from None
-            if self._is_one_frame(data):
-                await trio.lowlevel.checkpoint_if_cancelled()
-                frame = data[LENGTH_BYTES:]
-                return frame if self._protocol.bytes_per_peer_s is None else await self._paced(frame)
-            self._partial += data
-        else:
-            await trio.lowlevel.checkpoint()
-        timeout_s = self._protocol.read_timeout_s
-        with trio.move_on_after(math.inf if timeout_s is None else timeout_s) as scope:
-            frame = await self._assemble(scope)
-        if scope.cancelled_caught:
-            self._muxed.reset_now()
-            raise TimedOutError(f"peer {self._peer_id} sent nothing on {self._protocol.id} for {timeout_s:g} s")
-        return frame if self._protocol.bytes_per_peer_s is None else await self._paced(frame)
+        frame = await self._next()
+        if self._protocol.bytes_per_peer_s is not None and (
+            pause_s := self._limits.delay_s(self._peer_id, self._protocol, len(frame), trio.current_time())
+        ):
+            await trio.sleep(pause_s)
+        return frame
 
-    async def _assemble(self, scope: trio.CancelScope) -> bytes:
-        partial = self._partial
-        muxed = self._muxed
+    async def _next(self) -> bytes:
+        """The next frame. Whatever has arrived is taken at once and cut here, so a small frame costs one wake-up and one copy."""
+        muxed, partial = self._muxed, self._partial
+        timeout_s = self._protocol.read_timeout_s
         length = -1
+        deadline_s = extended_s = 0.0
         while True:
-            if length < 0 and len(partial) >= LENGTH_BYTES:
-                (length,) = _length.unpack_from(partial)
-                if length > self._protocol.frame_max:
-                    muxed.reset_now()
-                    raise PeerError(
-                        f"a frame of {length} bytes on {self._protocol.id}, where {self._protocol.frame_max} are allowed",
-                        peer=self._peer_id,
-                    )
-                scope.deadline += length / SLOWEST_BYTES_PER_S
-            if length >= 0 and len(partial) >= LENGTH_BYTES + length:
-                frame = bytes(memoryview(partial)[LENGTH_BYTES : LENGTH_BYTES + length])
-                del partial[: LENGTH_BYTES + length]
-                return frame
+            if partial:
+                if length < 0 and len(partial) >= LENGTH_BYTES:
+                    length = self._checked_length(partial)
+                    extended_s = length / SLOWEST_BYTES_PER_S
+                if 0 <= length <= len(partial) - LENGTH_BYTES:
+                    frame = bytes(memoryview(partial)[LENGTH_BYTES : LENGTH_BYTES + length])
+                    del partial[: LENGTH_BYTES + length]
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    return frame
             try:
                 data = muxed.take()
             except MuxedStreamReset:
                 raise self._gone() from None
             if data:
                 if not partial and self._is_one_frame(data):
+                    await trio.lowlevel.checkpoint_if_cancelled()
                     return data[LENGTH_BYTES:]
                 partial += data
             elif not muxed.receive_closed:
-                await muxed.wait_readable()
+                if timeout_s is None:
+                    await muxed.wait_readable(math.inf)
+                    continue
+                if not deadline_s:
+                    deadline_s = trio.current_time() + timeout_s
+                try:
+                    await muxed.wait_readable(deadline_s + extended_s)
+                except trio.TooSlowError:
+                    muxed.reset_now()
+                    raise TimedOutError(f"peer {self._peer_id} sent nothing on {self._protocol.id} for {timeout_s:g} s") from None
             elif partial:
                 raise UnreachableError(
                     f"peer {self._peer_id} closed {self._protocol.id} in the middle of a frame", peer=self._peer_id
@@ -105,14 +99,20 @@ class FrameStream:
             else:
                 raise trio.EndOfChannel
 
+    def _checked_length(self, partial: bytearray) -> int:
+        """Before a byte of the frame is kept."""
+        length: int = _length.unpack_from(partial)[0]
+        if length > self._protocol.frame_max:
+            self._muxed.reset_now()
+            raise PeerError(
+                f"a frame of {length} bytes on {self._protocol.id}, where {self._protocol.frame_max} are allowed",
+                peer=self._peer_id,
+            )
+        return length
+
     def _is_one_frame(self, data: bytes) -> bool:
         size = len(data) - LENGTH_BYTES
         return 0 <= size <= self._protocol.frame_max and _length.unpack_from(data)[0] == size
-
-    async def _paced(self, frame: bytes) -> bytes:
-        if pause_s := self._limits.delay_s(self._peer_id, self._protocol, len(frame), trio.current_time()):
-            await trio.sleep(pause_s)
-        return frame
 
     async def close(self) -> None:
         await self._muxed.close()

@@ -54,7 +54,7 @@ from nexus.core.errors import LocalError
 from nexus.core.keys import Identity
 from nexus.network.libp2p.noise import NoiseTransport
 from nexus.network.libp2p.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
-from nexus.network.libp2p.yamux import Budget, YamuxConnection
+from nexus.network.libp2p.yamux import Budget, YamuxConnection, YamuxStream
 from nexus.network.transport import GOSSIP_BYTES_MAX
 
 log = logging.getLogger(__name__)
@@ -268,6 +268,10 @@ class HardenedHost(BasicHost):
                 if scope.cancelled_caught:
                     await stream.reset()
             finally:
+                # The library's handlers leave their side open when they return.
+                muxed = stream.muxed_stream  # type: ignore[attr-defined]
+                if isinstance(muxed, YamuxStream):
+                    muxed.abandon()
                 self._per_peer[key] -= 1
                 if not self._per_peer[key]:
                     del self._per_peer[key]

@@ -35,9 +35,9 @@ from nexus.core.keys import public_key_of
 TAG_BYTES = 16
 PLAIN_MAX = 65535 - TAG_BYTES
 PACKET_MAX = 2 + 65535
-RECEIVE_BYTES = 256 * 1024
+RECEIVE_BYTES = 192 * 1024
 # Sealed bytes that wait in this process for the socket. Small, so that a small frame never queues behind megabytes of bulk.
-PENDING_HIGH_BYTES = 192 * 1024
+PENDING_HIGH_BYTES = 128 * 1024
 PENDING_MAX_BYTES = 4 << 20
 WRITE_STALL_S = 30.0
 _nonce = struct.Struct("<4xQ").pack

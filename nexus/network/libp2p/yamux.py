@@ -10,10 +10,11 @@ its credit, opens more streams than allowed, or floods with control frames loses
 from __future__ import annotations
 
 import logging
+import math
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import trio
@@ -45,10 +46,10 @@ PAYLOAD_MAX = PLAIN_MAX - HEADER_BYTES  # a frame is one Noise message
 STREAM_ID_MAX = 2**32 - 1
 
 WINDOW_BYTES = 256 * 1024  # by the specification, what both sides may send at first
-WINDOW_GROWN_BYTES = 1 << 20  # for a stream that carries bulk
+WINDOW_GROWN_BYTES = 512 * 1024  # for a stream that carries bulk
 GROW_AFTER_BYTES = 1 << 20
 # A writer that never has to wait still lets others run, this often.
-YIELD_EVERY_BYTES = 256 * 1024
+YIELD_EVERY_BYTES = 128 * 1024
 
 CONTROL_FRAMES_PER_S = 5_000
 CONTROL_FRAMES_BURST = 20_000
@@ -57,6 +58,7 @@ ORPHAN_BYTES_BURST = 16 << 20
 PING_AFTER_S = 15.0
 DEAD_AFTER_S = 45.0
 LINGER_S = 10.0
+KEEPER_ROUND_S = 5.0
 GO_AWAY_NORMAL, GO_AWAY_PROTOCOL_ERROR = 0, 1
 
 
@@ -71,6 +73,13 @@ class Budget:
     bytes_max: int
     streams_max: int
     used: int = 0
+    connections: dict[YamuxConnection, None] = field(default_factory=dict)
+
+    def enforce(self) -> None:
+        """Over the bound, the connection that holds most of it goes, not the one that happened to fill it."""
+        while self.used > self.bytes_max and self.connections:
+            most = max(self.connections, key=YamuxConnection.buffered)
+            most.drop("it makes this node buffer more than it has room for")
 
 
 class YamuxStream(IMuxedStream):
@@ -94,6 +103,8 @@ class YamuxStream(IMuxedStream):
         self.abandoned_s: float | None = None
         self._chunks: deque[bytes] = deque()
         self._reader: trio.lowlevel.Task | None = None
+        self.deadline_s = math.inf
+        self._late = False
         self._credit = trio.lowlevel.ParkingLot()
         self._writing = trio.Lock()
         self._sent_since_yield = 0
@@ -170,20 +181,37 @@ class YamuxStream(IMuxedStream):
             self.receive_credit += owed
             self.conn.send_control(WINDOW_UPDATE, 0, self.stream_id, owed)
 
-    async def wait_readable(self) -> None:
-        """Wait for bytes, the end, or a reset. One reader at a time."""
+    async def wait_readable(self, deadline_s: float = math.inf) -> None:
+        """Wait for bytes, the end, or a reset. One reader at a time. Raises TooSlowError at the deadline.
+
+        The connection's keeper watches the deadline: a cancel scope for each frame would cost a tenth of an echo.
+        """
         if self._chunks or self.receive_closed:
             await trio.lowlevel.checkpoint()
             return
         if self._reader is not None:
             raise trio.BusyResourceError("another task reads this stream")
         self._reader = trio.lowlevel.current_task()
+        self.deadline_s = deadline_s
+        self.conn.watch(deadline_s)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             self._reader = None
+            self.deadline_s = math.inf
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
+        self.deadline_s = math.inf
+        if self._late:
+            self._late = False
+            if not (self._chunks or self.receive_closed):
+                raise trio.TooSlowError
+
+    def be_late(self) -> None:
+        """The reader's deadline has passed."""
+        if self._reader is not None:
+            self._late = True
+            self._wake_reader()
 
     async def read(self, n: int | None = None) -> bytes:
         """At least one byte and at most n. Raises MuxedStreamEOF or MuxedStreamReset."""
@@ -341,6 +369,9 @@ class YamuxConnection(IMuxedConn):
         self._orphans = TokenBucket(ORPHAN_BYTES_PER_S, ORPHAN_BYTES_BURST, now_s)
         self._heard_s = now_s
         self._now_s = now_s
+        self._pinged_s = now_s
+        self._alarm = trio.Event()
+        self._alarm_s = now_s
 
     @property
     def is_initiator(self) -> bool:
@@ -359,7 +390,8 @@ class YamuxConnection(IMuxedConn):
         try:
             async with background_nursery() as nursery:
                 nursery.start_soon(self._flush, nursery.cancel_scope)
-                nursery.start_soon(self._keep_alive, nursery.cancel_scope)
+                nursery.start_soon(self._keep, nursery.cancel_scope)
+                self.budget.connections[self] = None
                 self.event_started.set()
                 await self._receive()
         except Exception:  # the boundary: no peer may end the node
@@ -379,9 +411,17 @@ class YamuxConnection(IMuxedConn):
         except IOException as error:
             self.close_reason = str(error)
         except ProtocolError as error:
-            self.close_reason = f"the peer broke the rules of yamux: {error}"
-            log.warning("dropping the connection to peer %s: %s", self.peer_id, error)
-            self.send_control(GO_AWAY, 0, 0, GO_AWAY_PROTOCOL_ERROR)
+            self.drop(f"the peer broke the rules: {error}")
+
+    def buffered(self) -> int:
+        return sum(stream.buffered for stream in self.streams.values())
+
+    def drop(self, reason: str) -> None:
+        """End the connection at once, by the peer's fault, and keep nothing of it."""
+        log.warning("dropping the connection to peer %s: %s", self.peer_id, reason)
+        self.close_reason = reason
+        self.send_control(GO_AWAY, 0, 0, GO_AWAY_PROTOCOL_ERROR)
+        self._end(keep_buffers=False)
 
     async def _flush(self, scope: trio.CancelScope) -> None:
         try:
@@ -390,24 +430,40 @@ class YamuxConnection(IMuxedConn):
             self.close_reason = "the peer does not take what is sent to it"
         scope.cancel()
 
-    async def _keep_alive(self, scope: trio.CancelScope) -> None:
-        """Notice a peer that is gone without a word, and end streams that linger."""
+    def watch(self, deadline_s: float) -> None:
+        """Have the keeper wake up by then. Costs nothing for a deadline further away than its next round."""
+        if deadline_s < self._alarm_s:
+            self._alarm_s = deadline_s
+            self._alarm.set()
+
+    async def _keep(self, scope: trio.CancelScope) -> None:
+        """Notice a peer that is gone without a word, end streams that linger, wake readers whose time is up."""
         while True:
-            await trio.sleep(PING_AFTER_S / 3)
             now_s = trio.current_time()
+            self._alarm = trio.Event()
+            self._alarm_s = now_s + KEEPER_ROUND_S
+            for stream in list(self.streams.values()):
+                if stream.deadline_s <= now_s:
+                    stream.be_late()
+                elif stream.abandoned_s is not None and now_s - stream.abandoned_s > LINGER_S:
+                    stream.reset_now()
+                else:
+                    self._alarm_s = min(self._alarm_s, stream.deadline_s)
             if now_s - self._heard_s > DEAD_AFTER_S:
                 self.close_reason = f"the peer has been silent for {DEAD_AFTER_S:g} s"
                 scope.cancel()
                 return
-            if now_s - self._heard_s > PING_AFTER_S:
+            if now_s - max(self._heard_s, self._pinged_s) > PING_AFTER_S:
+                self._pinged_s = now_s
                 self.send_control(PING, SYN, 0, 0)
-            for stream in list(self.streams.values()):
-                if stream.abandoned_s is not None and now_s - stream.abandoned_s > LINGER_S:
-                    stream.reset_now()
+            with trio.move_on_at(self._alarm_s):
+                await self._alarm.wait()
 
     # Taking frames apart. A payload goes to its stream as it comes, whole or in pieces.
 
     def _deliver(self, plain: bytes) -> None:
+        if self.channel.closed:
+            return  # what came along with the reason for the end
         self._now_s = self._heard_s = trio.current_time()
         at = 0
         end = len(plain)
@@ -449,7 +505,7 @@ class YamuxConnection(IMuxedConn):
         elif size:
             stream.feed(piece)
             if self.budget.used > self.budget.bytes_max:
-                raise ProtocolError("the bytes buffered for all peers are at their bound")
+                self.budget.enforce()
         if not self._body_left:
             self._apply_ends(stream, self._body_flags)
 
@@ -552,11 +608,12 @@ class YamuxConnection(IMuxedConn):
             await self.channel.close_gently(1.0)
         self._end()
 
-    def _end(self) -> None:
+    def _end(self, *, keep_buffers: bool = True) -> None:
         self.channel.abort()
+        self.budget.connections.pop(self, None)
         self.event_closed.set()
         for stream in list(self.streams.values()):
-            stream.break_off(keep_buffer=True)
+            stream.break_off(keep_buffer=keep_buffers)
         self.streams.clear()
         self._accepted.clear()
         self._accepting.unpark_all()
