@@ -45,7 +45,7 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
     from nexus.core.errors import LocalError, NexusError, TimedOutError
     from nexus.storage.home import create_home, lock_holder, open_home
     from nexus_cli.client import Daemon
-    from nexus_cli.processes import POLL_S, log_tail, spawn_daemon
+    from nexus_cli.processes import POLL_S, log_size, spawn_daemon, why_it_ended
     from nexus_config.settings import control_socket
 
     if init and not (shared.path / "identity.key").exists():
@@ -57,6 +57,7 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
         raise LocalError(f"a daemon runs already, with pid {holder}", "Use it, or stop it with: nexus stop")
     began = time.monotonic()
     timeout_s = shared.timeout_s or START_TIMEOUT_S
+    since = log_size(home.log_file)
     process = spawn_daemon(shared.path, arguments, home.log_file, os.environ)
     reason = "it has not answered yet"
     # The socket is there before the node is open: what it has not read yet must not hold us past the deadline.
@@ -65,8 +66,8 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
         while time.monotonic() - began < timeout_s:
             code = process.poll()
             if code is not None:
-                cause = f"the daemon ended at once (exit code {code}); the end of its log:\n{log_tail(home.log_file)}"
-                raise LocalError(cause, f"Correct what it says; all of its log is in {home.log_file}")
+                cause = f"the daemon ended at once, with exit code {code}. It says:\n{why_it_ended(home.log_file, since)}"
+                raise LocalError(cause, f"Correct that; all of its log is in {home.log_file}")
             try:
                 daemon.get("/readyz")
             except NexusError as error_:
@@ -77,8 +78,8 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
     finally:
         daemon.close()
     raise TimedOutError(
-        f"the daemon (pid {process.pid}) is not ready after {timeout_s:g} s: {reason}; end of its log:\n{log_tail(home.log_file)}",
-        "It goes on starting: look at nexus status and nexus doctor, or end it with: nexus stop",
+        f"the daemon (pid {process.pid}) is not ready after {timeout_s:g} s: {reason}",
+        f"It goes on starting, and its log is {home.log_file}; end it with: kill {process.pid}",
     )
 
 

@@ -99,12 +99,18 @@ def spawn_daemon(home: Path, arguments: Sequence[str], log_file: Path, environ: 
         os.close(descriptor)
 
 
-def log_tail(log_file: Path) -> str:
-    """The last lines of a log, for the message about why a daemon did not start."""
+def log_size(log_file: Path) -> int:
+    """Where the log ends now; what comes after is the next daemon's."""
+    return log_file.stat().st_size if log_file.exists() else 0
+
+
+def why_it_ended(log_file: Path, since: int = 0) -> str:
+    """What a daemon wrote last: its error and fix if it got so far, otherwise the end of its log."""
     try:
         with log_file.open("rb") as stream:
-            stream.seek(max(0, log_file.stat().st_size - LOG_TAIL_BYTES))
+            stream.seek(max(since, log_file.stat().st_size - LOG_TAIL_BYTES))
             lines = stream.read().decode("utf-8", "replace").splitlines()
     except OSError:
-        return ""
-    return "\n".join(lines[-12:])
+        return "it left no log"
+    errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
+    return "\n".join(lines[errors[-1] :] if errors else lines[-12:])

@@ -173,7 +173,7 @@ class Testnet:
 
     def _spawn(self, node: TestnetNode) -> TestnetNode:
         from nexus.core.errors import LocalError
-        from nexus_cli.processes import find_process, log_tail, spawn_daemon
+        from nexus_cli.processes import find_process, spawn_daemon, why_it_ended
 
         home = Path(node.home)
         # Settings of the user's own node must not leak into the testnet, nor a pool of threads per process beside the engine's one.
@@ -182,17 +182,19 @@ class Testnet:
         process = find_process(child.pid)
         if process is None:
             child.wait()
-            raise LocalError(f"{node.name} ended at once:\n{log_tail(home / 'nexusd.log')}", "Correct what its log says")
+            raise LocalError(
+                f"{node.name} ended at once. It says:\n{why_it_ended(home / 'nexusd.log')}", "Correct what its log says"
+            )
         return dataclasses.replace(node, pid=process.pid, started=process.started)
 
     def _wait_ready(self, nodes: Sequence[TestnetNode], until: float, timeout_s: float) -> None:
         from nexus.core.errors import LocalError, TimedOutError
-        from nexus_cli.processes import POLL_S, is_running, log_tail
+        from nexus_cli.processes import POLL_S, is_running, why_it_ended
 
         while True:
             for node in nodes:
                 if not is_running(node.process):
-                    cause = f"{node.name} ended while starting; the end of its log:\n{log_tail(Path(node.home) / 'nexusd.log')}"
+                    cause = f"{node.name} ended while starting. It says:\n{why_it_ended(Path(node.home) / 'nexusd.log')}"
                     raise LocalError(cause, "Correct what its log says")
             states = [(node, _status(node.socket)) for node in nodes]
             if all(status is not None and status.ready and status.peers >= len(nodes) - 1 for _, status in states):

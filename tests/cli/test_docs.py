@@ -1,0 +1,76 @@
+"""Every command, option and setting is documented. (The idea is sqlite-utils'.)"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from nexus.gateway.control import _ROUTES
+from nexus_cli.daemon import nexusd
+from nexus_cli.main import nexus
+from nexus_config.settings import default_text, setting_names
+
+ROOT = Path(__file__).parents[2]
+CLI, CONFIGURATION = ((ROOT / "docs" / name).read_text("utf-8") for name in ("cli.md", "configuration.md"))
+
+
+def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from commands(child, f"{path} {name}")
+
+
+ALL = [*commands(nexus, "nexus"), *commands(nexusd, "nexusd")]
+GROUPS_WITHOUT_A_TASK = {path for path, command in ALL if isinstance(command, click.Group) and command.callback is None}
+
+
+@pytest.mark.parametrize(("path", "command"), ALL, ids=[path for path, _ in ALL])
+def test_a_command_is_documented(path: str, command: click.Command) -> None:
+    if path not in GROUPS_WITHOUT_A_TASK:
+        assert f"**`{path}`**" in CLI
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            for name in parameter.opts:
+                assert f"`{name}`" in CLI, f"{path} {name}"
+            assert parameter.help, f"{path} {parameter.name} has no help"
+    assert command.help, path
+
+
+def test_no_command_or_option_is_documented_that_is_not_there() -> None:
+    paths = {path for path, _ in ALL}
+    assert set(re.findall(r"\*\*`(nexus[^`]*)`\*\*", CLI)) <= paths
+    options = {name for _, command in ALL for parameter in command.params for name in parameter.opts} | {"--help"}
+    assert set(re.findall(r"`(--[a-z-]+)`", CLI)) <= options
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    document = tomllib.loads(default_text())
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", CONFIGURATION, re.MULTILINE))
+    settings = {key: value for key, value in rows.items() if key in setting_names()}
+    assert set(settings) == set(setting_names())
+    for key, shown in settings.items():
+        section, name = key.split(".")
+        if shown.startswith("`") and document[section][name] != "":
+            assert tomllib.loads(f"x = {shown.strip('`')}")["x"] == document[section][name], key
+
+
+def test_every_path_of_the_control_api_is_documented() -> None:
+    for _, path, _ in _ROUTES:
+        assert f"`{path}" in CLI, path
+
+
+def test_the_default_named_in_help_is_the_one_that_holds() -> None:
+    from nexus.node.api import EmbedRequest, GenerateRequest
+
+    request = GenerateRequest("", "")
+    shown = {parameter.name: parameter for parameter in nexus.commands["run"].params if isinstance(parameter, click.Option)}
+    for name, default in (("max_tokens", request.max_tokens), ("temperature", request.temperature), ("top_p", request.top_p)):
+        assert f"[default: {default:g}]" in str(shown[name].help)
+    embed = {parameter.name: parameter for parameter in nexus.commands["embed"].params if isinstance(parameter, click.Option)}
+    assert f"[default: {EmbedRequest(()).model}]" in str(embed["model"].help)
