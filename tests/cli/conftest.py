@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nexus.storage.home import Home, create_home
+from nexus_cli import processes
 from tests.gateway.fake_node import FakeNode, served
 
 FAKE_NEXUSD = Path(__file__).with_name("fake_nexusd.py")
@@ -66,6 +67,18 @@ def node(home: Home) -> Iterator[FakeNode]:
     node = FakeNode()
     with served(node, home.socket):
         yield node
+
+
+@pytest.fixture
+def fake_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let --detach start the fake nexusd."""
+    popen = subprocess.Popen
+
+    def spawn(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        assert command[:3] == [sys.executable, "-m", "nexus_cli.daemon"]
+        return popen([sys.executable, str(FAKE_NEXUSD), *command[3:]], **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", spawn)  # type: ignore[attr-defined]
 
 
 @pytest.fixture

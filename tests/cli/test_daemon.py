@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from nexus.storage.home import Home, lock_holder
 from nexus_cli import processes, systemd
-from tests.cli.conftest import FAKE_NEXUSD, Cli
+from tests.cli.conftest import Cli
 
 Nexusd = Callable[..., "subprocess.Popen[str]"]
 DEADLINE_S = 30
@@ -162,18 +161,6 @@ def test_the_watchdog_is_fed_only_where_it_is_ours() -> None:
     assert systemd.watchdog_interval_s({"WATCHDOG_USEC": "10000000"}, 5) == 5.0
     assert systemd.watchdog_interval_s({"WATCHDOG_USEC": "10000000", "WATCHDOG_PID": "6"}, 5) is None
     assert systemd.watchdog_interval_s({"WATCHDOG_USEC": "soon"}, 5) is None
-
-
-@pytest.fixture
-def fake_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let --detach start the fake nexusd."""
-    popen = subprocess.Popen
-
-    def spawn(command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        assert command[:3] == [sys.executable, "-m", "nexus_cli.daemon"]
-        return popen([sys.executable, str(FAKE_NEXUSD), *command[3:]], **options)  # type: ignore[call-overload, no-any-return]
-
-    monkeypatch.setattr(processes.subprocess, "Popen", spawn)  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("fake_spawn")
