@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import random
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -111,10 +110,9 @@ async def open_libp2p(identity: Identity, options: NetworkOptions | None = None)
     check_version()
     set_constants()
     _quieten()
-    await _check_ports(listen)
     async with background_nursery() as nursery:
         transport = Libp2pTransport(identity, options, nursery)
-        async with transport.running([Multiaddr(str(endpoint)) for endpoint in listen]):
+        async with transport.running(listen):
             for peer_id, endpoint in bootstrap:
                 if peer_id != identity.peer_id:
                     nursery.start_soon(transport.stay_connected, PeerAddress(peer_id, (str(endpoint),)))
@@ -158,7 +156,7 @@ class Libp2pTransport:
         self._discovered_dials = trio.CapacityLimiter(DISCOVERED_DIALS_AT_ONCE)
 
     @asynccontextmanager
-    async def running(self, listen: list[Multiaddr]) -> AsyncIterator[None]:
+    async def running(self, listen: list[Endpoint]) -> AsyncIterator[None]:
         # Gossip runs before anything can connect: its notifee would block the first connection.
         async with (
             background_trio_service(self._swarm),
@@ -167,9 +165,9 @@ class Libp2pTransport:
         ):
             await self._pubsub.wait_until_ready()
             async with background_trio_service(self._dht):
-                for address in listen:
-                    if not await self._swarm.listen(address):
-                        raise LocalError(f"cannot listen on {address}", "Choose another address or port in `network.listen`")
+                for endpoint in listen:
+                    self._swarm.tcp.bound[str(endpoint)] = await _bind(endpoint)
+                    await self._swarm.listen(Multiaddr(str(endpoint)))
                 try:
                     yield
                 finally:
@@ -177,7 +175,9 @@ class Libp2pTransport:
                         await self._goodbye()
 
     async def _goodbye(self) -> None:
-        """End all connections at once: each takes a moment to say goodbye."""
+        """Stop listening, which the library forgets when it is cancelled, and end all connections side by side."""
+        for listener in list(self._swarm.listeners.values()):
+            await listener.close()
         async with trio.open_nursery() as nursery:
             for conn in self._swarm.get_connections():
                 nursery.start_soon(conn.close)
@@ -527,24 +527,18 @@ def _listen_endpoint(text: str) -> Endpoint:
     return endpoint
 
 
-async def _check_ports(endpoints: list[Endpoint]) -> None:
-    """Raise LocalError for a port that is in use: the library binds with SO_REUSEPORT and would share it without a word."""
-    for endpoint in endpoints:
-        family = socket.AF_INET6 if endpoint.kind == "ip6" else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((endpoint.host, endpoint.port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise LocalError(
-                        f"port {endpoint.port} is in use on {endpoint.host}",
-                        "Stop what uses it, or choose another port (0 takes a free one) in `network.listen`",
-                    ) from error
-                raise LocalError(
-                    f"cannot listen on {endpoint}: {error.strerror}", "Choose another address in `network.listen`"
-                ) from error
-    await trio.lowlevel.checkpoint()
+async def _bind(endpoint: Endpoint) -> list[trio.SocketListener]:
+    """Raises LocalError with the fix."""
+    try:
+        return list(await trio.open_tcp_listeners(endpoint.port, host=endpoint.host))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise LocalError(
+                f"port {endpoint.port} is in use on {endpoint.host}",
+                "Stop what uses it, or choose another port (0 takes a free one) in `network.listen`",
+            ) from error
+        reason = error.strerror or str(error)
+        raise LocalError(f"cannot listen on {endpoint}: {reason}", "Choose another address in `network.listen`") from error
 
 
 def _expanded(addresses: list[Multiaddr]) -> list[Multiaddr]:

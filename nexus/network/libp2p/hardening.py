@@ -23,9 +23,10 @@ from libp2p.abc import IHost, IMuxedConn, INetConn, INetStream, IRawConnection, 
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.custom_types import StreamHandlerFn, THandler, TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
 from libp2p.kad_dht.provider_store import ProviderStore
@@ -45,7 +46,8 @@ from libp2p.pubsub.score import ScoreParams, TopicScoreParams
 from libp2p.records.validator import NamespacedValidator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
-from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.exceptions import OpenConnectionError
+from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
@@ -116,6 +118,40 @@ class HardenedMuxers(MuxerMultistream):
         return self._annotate_connection(YamuxConnection(conn, peer_id, self._budget), conn, protocol)
 
 
+class BoundListener(TCPListener):
+    """Serves a socket that is bound already. The library binds with SO_REUSEPORT, so that two daemons share a port unawares."""
+
+    def __init__(self, handler_function: THandler, bound: dict[str, list[trio.SocketListener]]) -> None:
+        super().__init__(handler_function)
+        self._bound = bound
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        async def serve(stream: trio.SocketStream) -> None:
+            try:
+                await self.handler(TrioTCPStream(stream))
+            except Exception as error:  # noqa: BLE001 - the boundary: a stranger's handshake may fail in any way
+                log.debug("an inbound connection failed: %r", error)
+
+        listeners = self._bound.pop(str(maddr), None)
+        if listeners is None:
+            raise OpenConnectionError(f"{maddr} is not bound")
+        await self._spawn_background_task()
+        assert self._nursery is not None
+        self._nursery.start_soon(trio.serve_listeners, serve, listeners)
+        self.listeners.extend(listeners)
+
+
+class BoundTcp(TCP):
+    """TCP that listens on sockets which the caller has bound, by multiaddr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound: dict[str, list[trio.SocketListener]] = {}
+
+    def create_listener(self, handler_function: THandler) -> BoundListener:
+        return BoundListener(handler_function, self.bound)
+
+
 class NoAutoConnector(AutoConnector):
     """The library's dials whatever addresses it has heard of until half of all connections are in use, watermarks or not."""
 
@@ -146,7 +182,8 @@ class HardenedSwarm(Swarm):
             inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
             outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
         )
-        super().__init__(peer_id, peerstore, upgrader, [TCP()], RetryConfig(max_retries=0), config)
+        self.tcp = BoundTcp()
+        super().__init__(peer_id, peerstore, upgrader, [self.tcp], RetryConfig(max_retries=0), config)
         self.auto_connector = NoAutoConnector(self)
         self._connections_per_ip_max = connections_per_ip_max
         self._per_ip: Counter[str] = Counter()

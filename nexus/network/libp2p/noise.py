@@ -7,6 +7,7 @@ sealing and sending are one step that cannot be interrupted, so that a cancelled
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections import deque
@@ -81,6 +82,7 @@ class SecureChannel(BaseSession):
         self.pending_bytes = 0
         self._flush_wanted = trio.Event()
         self._drained = trio.lowlevel.ParkingLot()
+        self._emptied = trio.lowlevel.ParkingLot()
         self.closed = False
 
     # Sending.
@@ -144,6 +146,8 @@ class SecureChannel(BaseSession):
             raise ConnectionClosedError(f"the connection broke: {error}", transport="tcp") from error
         if self.pending_bytes <= PENDING_HIGH_BYTES:
             self._drained.unpark_all()
+        if not self._pending:
+            self._emptied.unpark_all()
 
     # Receiving.
 
@@ -209,16 +213,15 @@ class SecureChannel(BaseSession):
         self.abort()
         await trio.lowlevel.checkpoint()
 
-    async def close_gently(self, patience_s: float) -> None:
-        """Give what is pending some time to leave first."""
+    async def finish_sending(self, patience_s: float) -> None:
+        """Let what is pending leave, for a while, and tell the peer's TCP that no more comes."""
         with trio.move_on_after(patience_s):
             while self._pending and not self.closed:
-                await trio.lowlevel.wait_writable(self._fd)
-                try:
-                    self._flush_now()
-                except ConnectionClosedError:
-                    return
-        self.abort()
+                self._flush_wanted.set()
+                await self._emptied.park()
+        if not self.closed:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
 
     def abort(self) -> None:
         """Close at once. Whoever waits for this channel notices."""
@@ -227,6 +230,7 @@ class SecureChannel(BaseSession):
             self._pending.clear()
             self.pending_bytes = 0
             self._drained.unpark_all()
+            self._emptied.unpark_all()
             self._flush_wanted.set()
             trio.lowlevel.notify_closing(self._fd)
             self._sock.close()

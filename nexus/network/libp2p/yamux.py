@@ -58,6 +58,7 @@ ORPHAN_BYTES_BURST = 16 << 20
 PING_AFTER_S = 15.0
 DEAD_AFTER_S = 45.0
 LINGER_S = 10.0
+GOODBYE_S = 1.0
 KEEPER_ROUND_S = 5.0
 GO_AWAY_NORMAL, GO_AWAY_PROTOCOL_ERROR = 0, 1
 
@@ -369,6 +370,8 @@ class YamuxConnection(IMuxedConn):
         self._orphans = TokenBucket(ORPHAN_BYTES_PER_S, ORPHAN_BYTES_BURST, now_s)
         self._heard_s = now_s
         self._now_s = now_s
+        self._closing = self._receiving = False
+        self._received = trio.Event()
         self._pinged_s = now_s
         self._alarm = trio.Event()
         self._alarm_s = now_s
@@ -403,6 +406,7 @@ class YamuxConnection(IMuxedConn):
                     await self.on_close()
 
     async def _receive(self) -> None:
+        self._receiving = True
         try:
             while not self.channel.closed:
                 if not await self.channel.receive_into(self._deliver):
@@ -412,6 +416,9 @@ class YamuxConnection(IMuxedConn):
             self.close_reason = str(error)
         except ProtocolError as error:
             self.drop(f"the peer broke the rules: {error}")
+        finally:
+            self._receiving = False
+            self._received.set()
 
     def buffered(self) -> int:
         return sum(stream.buffered for stream in self.streams.values())
@@ -576,7 +583,7 @@ class YamuxConnection(IMuxedConn):
         return self.open_stream_now()
 
     def open_stream_now(self) -> YamuxStream:
-        if self.is_closed or self.channel.closed:
+        if self.is_closed or self._closing or self.channel.closed:
             raise MuxedConnUnavailable(self.close_reason)
         if self._outbound >= self.budget.streams_max:
             raise CapacityError(
@@ -600,12 +607,16 @@ class YamuxConnection(IMuxedConn):
         return self._accepted.popleft()
 
     async def close(self) -> None:
-        """Say goodbye, give what is pending a moment, and end everything."""
-        if self.is_closed:
+        """Say goodbye, let what is pending leave and be read, and end everything."""
+        if self.is_closed or self._closing:
             return
+        self._closing = True
         self.send_control(GO_AWAY, 0, 0, GO_AWAY_NORMAL)
         with trio.CancelScope(shield=True):
-            await self.channel.close_gently(1.0)
+            await self.channel.finish_sending(GOODBYE_S)
+            # Closing a socket that holds unread bytes resets it, and takes from the peer what it has not read yet.
+            with trio.move_on_after(GOODBYE_S if self._receiving else 0):
+                await self._received.wait()
         self._end()
 
     def _end(self, *, keep_buffers: bool = True) -> None:
