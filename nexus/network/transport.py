@@ -43,7 +43,12 @@ class Stream(Protocol):
     def peer_id(self) -> str: ...
 
     async def send(self, frame: bytes) -> None:
-        """Send one frame. Waits while the peer does not read. Raises UnreachableError once the stream is gone."""
+        """Send one frame. Waits while the peer does not read. Raises UnreachableError once the stream is gone, CapacityError
+        for a frame over the cap. Cancelled half-way, it breaks this stream, and no other of the connection.
+
+        A frame that can leave at once does so without yielding to other tasks: between two sends of a loop nothing else may run.
+        """
+        ...
 
     async def receive(self) -> bytes:
         """The next frame. Raises trio.EndOfChannel when the peer closed its side in order, UnreachableError when it broke off,

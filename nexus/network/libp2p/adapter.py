@@ -26,7 +26,7 @@ from libp2p.utils.address_validation import get_available_interfaces
 from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from nexus.core.errors import LocalError, MalformedError, PeerError, TimedOutError, UnreachableError, UsageError
+from nexus.core.errors import CapacityError, LocalError, MalformedError, PeerError, TimedOutError, UnreachableError, UsageError
 from nexus.core.keys import Identity, parse_peer_id, public_key_of
 from nexus.network.addresses import AddressBook, Endpoint, no_address, parse_endpoint, parse_peer_address, valid_addresses
 from nexus.network.gossip import Subscribers, check_message
@@ -416,7 +416,7 @@ class Libp2pTransport:
     async def provide(self, key: bytes) -> None:
         check_key(key)
         if key not in self._provided and len(self._provided) >= PROVIDED_MAX:
-            raise LocalError(f"this node announces {PROVIDED_MAX} keys already", "Announce collections, not their parts")
+            raise CapacityError(f"this node announces {PROVIDED_MAX} keys already", "Announce collections, not their parts")
         self._provided[key] = trio.current_time()
         await trio.sleep(self._provide_pace.take(1, trio.current_time()))
         with trio.move_on_after(PROVIDE_TIMEOUT_S):

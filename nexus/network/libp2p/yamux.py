@@ -48,6 +48,8 @@ STREAM_ID_MAX = 2**32 - 1
 WINDOW_BYTES = 256 * 1024  # by the specification, what both sides may send at first
 WINDOW_GROWN_BYTES = 512 * 1024  # for a stream that carries bulk
 GROW_AFTER_BYTES = 1 << 20
+SMALL_CHUNK_BYTES = 256
+JOINED_CHUNK_BYTES = 16 * 1024
 # A writer that never has to wait still lets others run, this often.
 YIELD_EVERY_BYTES = 128 * 1024
 
@@ -102,7 +104,7 @@ class YamuxStream(IMuxedStream):
         self.broken = False
         self.torn = False  # a write was cancelled half-way
         self.abandoned_s: float | None = None
-        self._chunks: deque[bytes] = deque()
+        self._chunks: deque[bytes | bytearray] = deque()
         self._reader: trio.lowlevel.Task | None = None
         self.deadline_s = math.inf
         self._late = False
@@ -120,7 +122,13 @@ class YamuxStream(IMuxedStream):
         self.received += size
         if self.abandoned_s is not None:
             return  # nobody reads: drop it, and let the credit run out
-        self._chunks.append(chunk)
+        if size >= SMALL_CHUNK_BYTES:
+            self._chunks.append(chunk)
+        elif self._chunks and type(tail := self._chunks[-1]) is bytearray and len(tail) < JOINED_CHUNK_BYTES:
+            tail += chunk
+        else:
+            # A million frames of one byte shall not become a million objects.
+            self._chunks.append(bytearray(chunk))
         self.buffered += size
         self.conn.budget.used += size
         self._wake_reader()
@@ -165,7 +173,7 @@ class YamuxStream(IMuxedStream):
             if self.broken and not self.ended:
                 raise MuxedStreamReset
             return b""
-        taken = chunks.popleft() if len(chunks) == 1 else b"".join(chunks)
+        taken = bytes(chunks.popleft()) if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
         self._consumed(len(taken))
         return taken
@@ -222,7 +230,7 @@ class YamuxStream(IMuxedStream):
             if self.receive_closed:
                 raise MuxedStreamEOF
             await self.wait_readable()
-        chunk = self._chunks.popleft()
+        chunk = bytes(self._chunks.popleft())
         if n is not None and n < len(chunk):
             self._chunks.appendleft(chunk[n:])
             chunk = chunk[:n]

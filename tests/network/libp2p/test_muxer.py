@@ -142,6 +142,20 @@ async def test_small_frames_renew_credit_rarely() -> None:
         assert sent <= 10  # a million bytes against a window of a quarter
 
 
+async def test_frames_of_one_byte_do_not_become_an_object_each() -> None:
+    async with connected() as (near, far):
+        stream = await near.open_stream()
+        arriving = await far.accept_stream()
+        one = struct.pack("!BBHII", 0, DATA, 0, stream.stream_id, 1) + b"x"
+        for _ in range(100):
+            near.channel.push(one * 1000)
+        with trio.fail_after(10):
+            while arriving.buffered < 100_000:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert len(arriving._chunks) < 10
+        assert arriving.take() == b"x" * 100_000
+
+
 async def test_a_small_frame_is_one_message_on_the_wire() -> None:
     async with connected() as (near, far):
         sending, arriving = framed(await near.open_stream()), framed(await far.accept_stream())
