@@ -66,7 +66,8 @@ class Models:
 
     @property
     def memory_used_bytes(self) -> int:
-        return sum(loaded.stage.weight_bytes for loaded in self._loaded.values()) + sum(self._kv_bytes.values())
+        weights: int = sum(loaded.stage.weight_bytes for loaded in self._loaded.values())
+        return weights + sum(self._kv_bytes.values())
 
     async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest:
         """The manifest of a root, fetched and checked if it is not here. Raises NotFoundError."""
