@@ -12,7 +12,7 @@ A plan is a chain of stages, each a run of consecutive layers on a node of its o
 4. Then nodes come in this order: the coordinator, so that the prompt may stay at home, the nearer ones, the smaller keys.
 
 Finding the best order of unlike nodes is NP-hard. The search extends sets of nodes stage by stage and keeps the BEAM sets that got
-furthest; up to 8 kinds of nodes (by speed and memory) it keeps them all, so the slowest stage is then truly the fastest possible.
+furthest; up to 8 kinds of nodes (by speed and memory) it keeps them all, and the slowest stage is then within 0.1 % of the best.
 Nothing but integers decides. docs/adr/placement.md says what else was considered.
 """
 
@@ -203,7 +203,7 @@ def _best_chains(costs: StageCosts, serving: Sequence[Candidate], stages: int | 
     # The least bound on the slowest stage that some chain keeps lies in (low, high].
     low = costs.work(0, costs.layers) * _PICO_PER_MICRO // sum(_speed(node) for node in serving) - 1
     high = _slowest(costs, _split(costs, order, _FOREVER))
-    while high - low > (0 if search.exact else high // 64):
+    while high - low > max(1, high // search.precision):
         middle = (low + high) // 2
         found = search.order(middle)
         if found is None:
@@ -241,11 +241,12 @@ class _Search:
         for node in serving:
             kinds.setdefault((_speed(node), node.memory_bytes), []).append(node)
         self._kinds = list(kinds.items())
-        self.exact = len(self._kinds) <= KINDS_EXACT
-        self._beam = None if self.exact else max(4, BEAM * KINDS_EXACT // len(self._kinds))
+        exact = len(self._kinds) <= KINDS_EXACT
+        self.precision = 1000 if exact else 64
+        self._beam = None if exact else max(4, BEAM * KINDS_EXACT // len(self._kinds))
 
     def order(self, bound: int) -> list[Candidate] | None:
-        """Nodes in the order of a chain whose stages all take at most `bound` picoseconds; as few as can be, or as many as asked."""
+        """Nodes in the order of a chain whose stages take at most `bound` picoseconds each; as few as can be, or as asked."""
         reaches = [self._reaches(speed, memory, bound) for (speed, memory), _ in self._kinds]
         alive = [sum(1 << start for start, reach in enumerate(kind) if reach > start) for kind in reaches]
         levels: list[dict[tuple[int, ...], int]] = [{(0,) * len(self._kinds): 1}]

@@ -1,0 +1,300 @@
+"""Placement: every plan is valid and fits, none is slower than it must be, and the order of the nodes does not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, permutations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from nexus.core.errors import CapacityError, MalformedError, UsageError
+from nexus.core.manifest import EMBEDDING, HEAD, Blob, Manifest, layer_name, stage_pieces
+from nexus.swarm.placement import SLACK, Candidate, Placement, StageCosts, place, stage_picoseconds
+
+ME = bytes([1]) * 32
+
+
+def model(
+    layers: Sequence[int], embedding: int = 40, head: int = 40, tied: int = 0, kv_bytes: int = 0, dtype: str = "float32"
+) -> Manifest:
+    """`layers`: bytes of each."""
+    sizes = {EMBEDDING: embedding, **{layer_name(index): size for index, size in enumerate(layers)}, HEAD: head}
+    pieces = tuple(Blob(name, size, name.encode().ljust(32, b".")) for name, size in sizes.items())
+    files = (Blob("config.json", 1, bytes(32)),)
+    return Manifest(1, "causal", "LlamaForCausalLM", dtype, len(layers), 8, 16, 4096, kv_bytes, tied, pieces, files)
+
+
+def node(
+    number: int,
+    memory: int = 10**9,
+    speed: int = 8,
+    held: tuple[tuple[int, int], ...] = (),
+    serves: bool = True,
+    rtt_ms: float | None = None,
+) -> Candidate:
+    return Candidate(bytes([number]) * 32, f"node{number}", memory, speed, rtt_ms, held, serves)
+
+
+def plan(manifest: Manifest, nodes: Sequence[Candidate], stages: int | None = None, context: int = 0) -> Placement:
+    return place(manifest, nodes, coordinator=ME, stages=stages, dtype="float32", context=context)
+
+
+def shape(placement: Placement) -> list[tuple[int, int, int]]:
+    return [(stage.node[0], stage.start, stage.end) for stage in placement.plan.stages]
+
+
+def slowest(manifest: Manifest, nodes: Sequence[Candidate], placement: Placement) -> int:
+    costs, by_key = StageCosts(manifest, "float32", 0), {one.node: one for one in nodes}
+    return max(stage_picoseconds(costs, by_key[stage.node], stage.start, stage.end) for stage in placement.plan.stages)
+
+
+def brute_force(manifest: Manifest, nodes: Sequence[Candidate], stages: int | None) -> int | None:
+    """The least time of the slowest stage over every choice, order and split, by trying them all."""
+    costs = StageCosts(manifest, "float32", 0)
+    best: int | None = None
+    for count in [stages] if stages else range(1, min(len(nodes), manifest.layers) + 1):
+        for order in permutations([one for one in nodes if one.serves], count):
+            for cuts in combinations(range(1, manifest.layers), count - 1):
+                spans = list(zip((0, *cuts), (*cuts, manifest.layers), strict=True))
+                if any(costs.memory(*span) > one.memory_bytes for one, span in zip(order, spans, strict=True)):
+                    continue
+                worst = max(stage_picoseconds(costs, one, *span) for one, span in zip(order, spans, strict=True))
+                best = worst if best is None else min(best, worst)
+    return best
+
+
+@st.composite
+def models(draw: st.DrawFn, layers_max: int = 7) -> Manifest:
+    layers = draw(st.lists(st.integers(1, 60).map(lambda size: 4 * size), min_size=1, max_size=layers_max))
+    ends = [4 * draw(st.integers(0, 100)) for _ in range(2)]
+    return model(layers, *ends, tied=draw(st.integers(0, 1)))
+
+
+@st.composite
+def swarms(draw: st.DrawFn, nodes_max: int = 4, held: bool = False, layers: int = 7) -> list[Candidate]:
+    def holding() -> tuple[tuple[int, int], ...]:
+        low = draw(st.integers(0, layers - 1))
+        return ((low, draw(st.integers(low + 1, layers))),) if held and draw(st.booleans()) else ()
+
+    return [
+        node(number + 1, draw(st.integers(50, 1500)), draw(st.integers(1, 15)), holding(), rtt_ms=draw(st.none() | st.just(1.5)))
+        for number in range(draw(st.integers(1, nodes_max)))
+    ]
+
+
+class TestLaws:
+    @settings(deadline=None, max_examples=300)
+    @given(manifest=models(), nodes=swarms(), stages=st.none() | st.integers(1, 4))
+    def test_no_plan_has_a_faster_slowest_stage(self, manifest: Manifest, nodes: list[Candidate], stages: int | None) -> None:
+        assume(stages is None or stages <= min(len(nodes), manifest.layers))
+        best = brute_force(manifest, nodes, stages)
+        if best is None:
+            with pytest.raises(CapacityError):
+                plan(manifest, nodes, stages)
+        else:
+            placement = plan(manifest, nodes, stages)
+            assert best <= slowest(manifest, nodes, placement) <= best + best // 1000
+            assert stages in (None, len(placement.plan.stages))
+
+    @settings(deadline=None, max_examples=200)
+    @given(manifest=models(), nodes=swarms(nodes_max=6, held=True), data=st.data())
+    def test_plans_are_valid_fit_and_do_not_depend_on_the_order(
+        self, manifest: Manifest, nodes: list[Candidate], data: st.DataObject
+    ) -> None:
+        nodes = [
+            Candidate(one.node, one.name, one.memory_bytes, one.speed, one.rtt_ms, _within(one.held, manifest.layers), True)
+            for one in nodes
+        ]
+        try:
+            placement = plan(manifest, nodes)
+        except CapacityError:
+            return
+        placement.plan.check(manifest)
+        costs, memory = StageCosts(manifest, "float32", 0), {one.node: one.memory_bytes for one in nodes}
+        for stage, needed in zip(placement.plan.stages, placement.memory_bytes, strict=True):
+            assert needed == costs.memory(stage.start, stage.end) <= memory[stage.node]
+        assert plan(manifest, data.draw(st.permutations(nodes))) == placement
+        # Held layers may cost a little speed, and no more.
+        bare = [Candidate(one.node, one.name, one.memory_bytes, one.speed, one.rtt_ms, (), True) for one in nodes]
+        least = slowest(manifest, nodes, plan(manifest, bare))
+        assert slowest(manifest, nodes, placement) <= least + least // SLACK + least // 1000 + 1
+
+    @settings(deadline=None, max_examples=100)
+    @given(manifest=models(), start=st.integers(0, 6), length=st.integers(1, 7), held=st.sets(st.integers(0, 6)))
+    def test_bytes_to_fetch_are_those_of_the_pieces_that_are_not_there(
+        self, manifest: Manifest, start: int, length: int, held: set[int]
+    ) -> None:
+        end = start + length
+        assume(end <= manifest.layers)
+        layers = sorted(layer for layer in held if layer < manifest.layers)
+        here = {piece for layer in layers for piece in stage_pieces(manifest, layer, layer + 1)}
+        expected = sum(piece.size for piece in stage_pieces(manifest, start, end) if piece not in here)
+        costs = StageCosts(manifest, "float32", 0)
+        assert costs.to_fetch(start, end, tuple((layer, layer + 1) for layer in layers)) == expected
+        assert costs.to_fetch(start, end, ()) == costs.stored(start, end)
+
+
+def _within(held: tuple[tuple[int, int], ...], layers: int) -> tuple[tuple[int, int], ...]:
+    return tuple((low, min(high, layers)) for low, high in held if low < layers)
+
+
+class TestChoices:
+    def test_equal_nodes_share_equally_and_the_head_counts(self) -> None:
+        assert shape(plan(model([400] * 8, head=0), [node(n) for n in (1, 2, 3, 4)])) == [
+            (1, 0, 2),
+            (2, 2, 4),
+            (3, 4, 6),
+            (4, 6, 8),
+        ]
+        assert shape(plan(model([400] * 7, head=400), [node(n) for n in (1, 2)])) == [(1, 0, 4), (2, 4, 7)]
+
+    def test_a_faster_node_gets_more(self) -> None:
+        assert shape(plan(model([400] * 8, head=0), [node(1, speed=8), node(2, speed=24)])) in (
+            [(1, 0, 2), (2, 2, 8)],
+            [(2, 0, 6), (1, 6, 8)],
+        )
+
+    def test_memory_bounds_what_speed_asks_for(self) -> None:
+        got = shape(plan(model([400] * 8, head=0), [node(1, memory=440 + 5 * 400), node(2, memory=3 * 400, speed=1024)]))
+        assert {number: end - start for number, start, end in got} == {1: 5, 2: 3}
+
+    def test_a_node_too_slow_to_help_is_left_out_and_said_so(self) -> None:
+        placement = plan(model([400] * 4, head=0), [node(1, speed=1024), node(2, speed=1)])
+        assert shape(placement) == [(1, 0, 4)]
+        assert "left out: node2 (another stage would not make the slowest one faster)" in placement.reason
+
+    def test_a_node_too_small_for_a_layer_is_left_out_and_said_so(self) -> None:
+        placement = plan(model([400] * 4), [node(1), node(2, memory=100)])
+        assert shape(placement) == [(1, 0, 4)]
+        assert "left out: node2 (too small, a layer needs 400 bytes)" in placement.reason
+
+    def test_a_node_that_does_not_serve_is_left_out_even_if_it_asks(self) -> None:
+        placement = plan(model([400] * 4), [node(1, serves=False), node(2)])
+        assert shape(placement) == [(2, 0, 4)]
+        assert "node1 (not serving)" in placement.reason
+
+    def test_no_stage_more_than_speed_asks_for(self) -> None:
+        """Five nodes cannot make the slowest of eight equal layers' stages faster than four can."""
+        assert len(plan(model([400] * 8, head=0), [node(n) for n in range(1, 6)]).plan.stages) == 4
+
+    def test_the_coordinator_comes_first_when_otherwise_equal(self) -> None:
+        nodes = [node(n) for n in (3, 2, 1)]
+        assert shape(plan(model([400] * 6, head=0), nodes))[0][0] == 1
+
+    def test_near_nodes_before_distant_ones(self) -> None:
+        nodes = [node(2, rtt_ms=90.0), node(3, rtt_ms=1.0), node(4), node(5, rtt_ms=2.0)]
+        assert [number for number, _, _ in shape(plan(model([400] * 2, head=0), nodes, stages=2))] == [3, 5]
+
+    def test_nodes_keep_what_they_hold(self) -> None:
+        nodes = [node(1, held=((4, 8),)), node(2, held=((0, 4),)), node(3)]
+        placement = plan(model([400] * 8, head=0), nodes, stages=2)
+        assert shape(placement) == [(2, 0, 4), (1, 4, 8)]
+        assert "nothing to fetch" in placement.reason
+        assert all("holds it already" in reason for reason in placement.reasons)
+
+    def test_a_little_speed_is_given_up_for_layers_that_need_not_move(self) -> None:
+        layers = [100] * 33
+        nodes = [node(1, held=((0, 17),)), node(2, held=((17, 33),))]
+        assert shape(plan(model(layers, head=0), nodes)) == [(1, 0, 17), (2, 17, 33)]
+        nodes = [node(1, held=((0, 18),)), node(2, held=((18, 33),))]
+        assert shape(plan(model(layers, head=0), nodes)) == [(1, 0, 18), (2, 18, 33)]
+        nodes = [node(1, held=((0, 30),)), node(2, held=((30, 33),))]
+        assert shape(plan(model(layers, head=0), nodes)) != [(1, 0, 30), (2, 30, 33)]
+
+    def test_measuring_again_seldom_changes_a_plan(self) -> None:
+        manifest = model([400] * 12)
+        one = plan(manifest, [node(1, speed=52_000), node(2, speed=53_000), node(3, speed=51_500)])
+        other = plan(manifest, [node(1, speed=51_700), node(2, speed=52_800), node(3, speed=53_100)])
+        assert one.plan == other.plan
+
+    def test_the_kv_cache_of_the_context_counts(self) -> None:
+        manifest = model([400] * 4, kv_bytes=10)
+        nodes = [node(1, memory=80 + 4 * 400 + 4 * 10 * 100)]
+        assert plan(manifest, nodes, context=100).memory_bytes == (nodes[0].memory_bytes,)
+        with pytest.raises(CapacityError):
+            plan(manifest, nodes, context=101)
+
+    def test_the_context_of_the_model_is_the_most_that_is_planned_for(self) -> None:
+        manifest = model([400], kv_bytes=1)
+        assert plan(manifest, [node(1)], context=10**9).memory_bytes == (480 + 4096,)
+
+    def test_memory_is_that_of_the_dtype_of_computation(self) -> None:
+        manifest = model([400] * 2, dtype="bfloat16")
+        assert plan(manifest, [node(1)]).memory_bytes == (2 * 880,)
+        half = place(manifest, [node(1)], coordinator=ME, stages=None, dtype="bfloat16", context=0)
+        assert half.memory_bytes == (880,)
+        assert half.plan.dtype == "bfloat16"
+
+    def test_tied_weights_count_on_the_first_and_the_last_node(self) -> None:
+        placement = plan(model([400] * 2, embedding=100, head=4, tied=1), [node(1), node(2)], stages=2)
+        assert placement.memory_bytes == (500, 504)
+
+
+class TestCounts:
+    @pytest.mark.parametrize("stages", [1, 2, 3, 8])
+    def test_exactly_as_many_stages_as_asked_for(self, stages: int) -> None:
+        placement = plan(model([400] * 8), [node(n) for n in range(1, 9)], stages)
+        assert len(placement.plan.stages) == stages
+        assert len(placement.reasons) == len(placement.memory_bytes) == stages
+
+    @pytest.mark.parametrize(
+        ("stages", "match"), [(0, "0 stages"), (-1, "-1 stages"), (5, "4 layers"), (3, "2 nodes serve"), (257, "257")]
+    )
+    def test_impossible_counts_are_refused_with_the_reason(self, stages: int, match: str) -> None:
+        with pytest.raises(UsageError, match=match):
+            plan(model([400] * 4), [node(1), node(2), node(3, serves=False)], stages)
+
+    def test_a_node_named_twice_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="twice"):
+            plan(model([400]), [node(1), node(1)])
+
+    def test_an_unknown_dtype_is_refused(self) -> None:
+        with pytest.raises(MalformedError, match="int3"):
+            plan(model([400], dtype="int3"), [node(1)])
+
+
+class TestNoRoom:
+    def test_what_is_missing_is_said_with_numbers(self) -> None:
+        with pytest.raises(
+            CapacityError, match=r"needs 1\.7 kB and 680 bytes are missing \(node1 offers 600 bytes, node2"
+        ) as caught:
+            plan(model([400] * 4), [node(1, memory=600), node(2, memory=400)])
+        assert "memory_max" in caught.value.fix
+
+    def test_enough_in_sum_but_not_in_one_place(self) -> None:
+        with pytest.raises(CapacityError, match="no split fits"):
+            plan(model([400] * 2, embedding=1000), [node(n, memory=900) for n in range(1, 5)])
+
+    def test_nobody_serves(self) -> None:
+        with pytest.raises(CapacityError, match="no node serves"):
+            plan(model([400]), [node(1, serves=False)])
+        with pytest.raises(CapacityError, match="no node serves"):
+            plan(model([400]), [])
+
+
+def test_reasons_are_in_plain_english_with_numbers() -> None:
+    manifest = model([4_000_000] * 10, embedding=8_000_000, head=8_000_000, kv_bytes=1000)
+    placement = plan(manifest, [node(1, speed=1024), node(2, speed=1024, held=((5, 10),)), node(3, speed=0)], context=2000)
+    assert placement.reason == (
+        "3 stages on 3 serving nodes, so that the slowest (node3) computes 4.2 ms per token by its measured speed; "
+        "76.0 MB of weights and KV cache; 44.0 MB to fetch"
+    )
+    assert placement.reasons == (
+        "4 of 10 layers and the embedding; 33% of the work for 34% of the speed; 32.0 MB of 1.0 GB memory; fetches 24.0 MB",
+        "4 of 10 layers; 33% of the work for 34% of the speed; 24.0 MB of 1.0 GB memory; fetches 4.0 MB",
+        "2 of 10 layers and the head; 33% of the work for 32% of the speed (assumed, not measured); "
+        "20.0 MB of 1.0 GB memory; fetches 16.0 MB",
+    )
+
+
+@pytest.mark.parametrize("count", [16, 40])
+def test_a_swarm_of_unlike_nodes_is_placed_well_and_soon(count: int) -> None:
+    """80 layers on nodes that all differ. The bound is what a split of single layers could reach at best, plus one layer."""
+    manifest = model([4_000_000] * 80, head=4_000_000)
+    nodes = [node(n, memory=40_000_000 + n * 1_000_000, speed=(n * 37) % 200 + 56) for n in range(1, count + 1)]
+    placement = plan(manifest, nodes)
+    costs = StageCosts(manifest, "float32", 0)
+    ideal = costs.work(0, 80) * 10**6 // sum(one.speed for one in nodes)
+    assert slowest(manifest, nodes, placement) < 2.5 * ideal
