@@ -64,10 +64,13 @@ PING_TIMEOUT_S = 10.0
 FIND_TIMEOUT_S = 5.0
 PROVIDE_TIMEOUT_S = 10.0
 # A peer takes 10 announcements in 10 s from one sender, and drops the rest without a word: stay below.
-PROVIDES_PER_S = 0.8
-PROVIDES_BURST = 8
+PROVIDES_PER_S = 0.5
+PROVIDES_BURST = 4
 PROVIDED_MAX = 512
-RENEW_EVERY_S = 20 * 60.0
+# When to announce again, by how many peers confirmed the last time: a node that starts alone has nobody to tell yet.
+RENEW_AFTER_S = {0: 5.0, 1: 60.0, 2: 60.0}
+RENEW_AFTER_MANY_S = 20 * 60.0
+RENEW_CHECK_S = 2.0
 BOOTSTRAP_RETRY_S = (1.0, 60.0)
 REFRESH_PAUSE_S = 2.0
 SHUN_S = 300.0
@@ -417,18 +420,20 @@ class Libp2pTransport:
         check_key(key)
         if key not in self._provided and len(self._provided) >= PROVIDED_MAX:
             raise CapacityError(f"this node announces {PROVIDED_MAX} keys already", "Announce collections, not their parts")
-        self._provided[key] = trio.current_time()
+        self._provided[key] = trio.current_time() + RENEW_AFTER_S[0]
         await trio.sleep(self._provide_pace.take(1, trio.current_time()))
+        confirmed = 0
         with trio.move_on_after(PROVIDE_TIMEOUT_S):
             confirmed = await self._dht.announce(key)
-            log.debug("%d peers keep the announcement of %s", confirmed, key.hex()[:16])
+        log.debug("%d peers keep the announcement of %s", confirmed, key.hex()[:16])
+        self._provided[key] = trio.current_time() + RENEW_AFTER_S.get(confirmed, RENEW_AFTER_MANY_S)
 
     async def renew_forever(self) -> None:
-        """Announce again what was announced, before it expires and for peers that came later."""
+        """Announce again what was announced: before it expires, and for peers that came later."""
         while True:
-            await trio.sleep(RENEW_EVERY_S / 10)
-            for key, announced_s in list(self._provided.items()):
-                if trio.current_time() - announced_s >= RENEW_EVERY_S:
+            await trio.sleep(RENEW_CHECK_S)
+            for key, due_s in list(self._provided.items()):
+                if trio.current_time() >= due_s:
                     await self.provide(key)
 
     async def find_providers(self, key: bytes, limit: int = 20) -> list[PeerAddress]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from contextlib import suppress
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -23,7 +24,8 @@ from multiaddr import Multiaddr
 
 from nexus.core.errors import CapacityError, LocalError, UnreachableError, UsageError
 from nexus.core.keys import Identity
-from nexus.network.libp2p import Caps, NetworkOptions, open_libp2p
+from nexus.network.libp2p import Caps, NetworkOptions, mdns, open_libp2p
+from nexus.network.libp2p.adapter import PROVIDES_BURST, PROVIDES_PER_S
 from nexus.network.libp2p.hardening import HardenedPubsub
 from nexus.network.transport import PeerAddress, ProtocolSpec, Stream
 
@@ -162,13 +164,13 @@ async def test_dials_hold_no_grudge(open_node: OpenNode) -> None:
             assert await node.connect(f"{address}/p2p/{me.peer_id}") == me.peer_id
 
 
-async def test_connecting_is_fast(open_node: OpenNode) -> None:
+async def test_no_dial_waits_for_a_head_start(open_node: OpenNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library waits a fixed 250 ms before every dial that it makes itself."""
+    monkeypatch.setattr("libp2p.network.swarm._HAPPY_EYEBALLS_DELAY", 3600.0)
     async with open_node() as one, open_node() as other:
         one.learn(PeerAddress(other.peer_id, (other.addresses[0].partition("/p2p/")[0],)))
-        begin_s = trio.current_time()
-        await one._swarm.dial_peer(other._swarm.get_peer_id())
-        assert trio.current_time() - begin_s < 0.2
+        with trio.fail_after(DEADLINE_S):
+            await one._swarm.dial_peer(other._swarm.get_peer_id())
 
 
 async def test_dials_to_one_peer_do_not_run_side_by_side(open_node: OpenNode) -> None:
@@ -184,10 +186,8 @@ async def test_a_dial_without_answer_ends(open_node: OpenNode, mock_clock: trio.
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         port = frozen.getsockname()[1]
         async with open_node() as node:
-            begin_s = trio.current_time()
             with pytest.raises(UnreachableError, match="no answer in 10 s"):
                 await node.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{identity().peer_id}")
-            assert trio.current_time() - begin_s < 15
 
 
 async def test_bootstrap_peers_are_dialled_until_they_answer_and_again_when_lost(open_node: OpenNode) -> None:
@@ -239,10 +239,10 @@ async def test_frozen_peers_do_not_hold_up_a_lookup(open_node: OpenNode, mock_cl
             for _ in range(5):
                 stranger = info_from_p2p_addr(Multiaddr(f"{address}/p2p/{identity().peer_id}"))
                 one._swarm.peerstore.add_addrs(stranger.peer_id, [address], 3600)
-            mock_clock.rate = 10
+            mock_clock.rate = 4
             begin_s = trio.current_time()
             found = await one.find_providers(key)
-            assert trio.current_time() - begin_s <= 6
+            assert trio.current_time() - begin_s < 15
             assert [peer.peer_id for peer in found] == [other.peer_id]
 
 
@@ -260,19 +260,32 @@ async def test_what_a_lookup_heard_is_not_kept_as_truth(open_node: OpenNode) -> 
         assert asker._dht.provider_store.get_providers(key) == []
 
 
-async def test_announcements_are_confirmed_and_paced(open_node: OpenNode, mock_clock: trio.testing.MockClock) -> None:
+async def test_announcements_are_confirmed_and_paced(open_node: OpenNode) -> None:
     """Trap 8: a peer takes 10 in 10 s and drops the rest, and `provide()` said True all the same."""
-    mock_clock.rate = 40
-    keys = [os.urandom(32) for _ in range(14)]
+    keys = [os.urandom(32) for _ in range(PROVIDES_BURST + 1)]
     async with open_node() as one, open_node() as other:
         await one.connect(other.addresses[0])
-        async with trio.open_nursery() as nursery:
+        begin_s = trio.current_time()
+        with trio.fail_after(DEADLINE_S):
             for key in keys:
-                nursery.start_soon(one.provide, key)
-        held = [key for key in keys if other._dht.provider_store.get_providers(key)]
-        # The receiver counts by the wall clock, which we do not speed up: what is under test is that we spread them out.
-        assert len(held) >= 8
-        assert one._provide_pace.take(0, trio.current_time()) < 1
+                await one.provide(key)
+                assert other._dht.provider_store.get_providers(key)
+        assert trio.current_time() - begin_s >= 0.5 / PROVIDES_PER_S  # the last one had to wait
+    assert PROVIDES_BURST + 10 * PROVIDES_PER_S < 10  # in any 10 s
+
+
+async def test_a_node_that_announced_alone_tells_peers_that_come_later(
+    open_node: OpenNode, mock_clock: trio.testing.MockClock
+) -> None:
+    key = os.urandom(32)
+    async with open_node() as hub, open_node() as provider:
+        await provider.provide(key)
+        await provider.connect(hub.addresses[0])
+        assert hub._dht.provider_store.get_providers(key) == []
+        mock_clock.rate = 4
+        with trio.fail_after(60):
+            while not hub._dht.provider_store.get_providers(key):  # noqa: ASYNC110
+                await trio.sleep(0.05)
 
 
 async def test_gossip_is_set_up_to_converge_in_seconds(open_node: OpenNode) -> None:
@@ -333,25 +346,22 @@ async def hold(stream: Stream) -> None:
     await stream.receive()
 
 
-async def test_mdns_finds_peers_and_does_not_block_the_loop() -> None:
+async def test_mdns_finds_peers_and_does_not_block_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's start blocks the event loop for 1.6 s."""
+    threads: list[int] = []
+    start = mdns._Discovery.__init__
+
+    def recording(self: mdns._Discovery, *arguments: Any) -> None:
+        threads.append(threading.get_ident())
+        start(self, *arguments)
+
+    monkeypatch.setattr(mdns._Discovery, "__init__", recording)
     options = NetworkOptions(listen=("/ip4/0.0.0.0/tcp/0",))
-    longest_s = 0.0
-
-    async def watch() -> None:
-        nonlocal longest_s
-        while True:
-            begin_s = trio.current_time()
-            await trio.sleep(0.01)
-            longest_s = max(longest_s, trio.current_time() - begin_s)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        async with open_libp2p(identity(), options) as one, open_libp2p(identity(), options) as other:
-            with trio.move_on_after(8) as scope:
-                while not (one.connections() and other.connections()):  # noqa: ASYNC110
-                    await trio.sleep(0.05)
-            assert longest_s < 1.0
-            if scope.cancelled_caught:
-                pytest.skip("this machine carries no multicast")
-        nursery.cancel_scope.cancel()
+    async with open_libp2p(identity(), options) as one, open_libp2p(identity(), options) as other:
+        with trio.move_on_after(10) as scope:
+            while not (one.connections() and other.connections()):  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        assert threads
+        assert threading.get_ident() not in threads
+    if scope.cancelled_caught:
+        pytest.skip("this machine carries no multicast")
