@@ -18,7 +18,16 @@ from typing import Any
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, MalformedError, NexusError, PeerError, TimedOutError, UnreachableError, UsageError
+from nexus.core.errors import (
+    CapacityError,
+    LocalError,
+    MalformedError,
+    NexusError,
+    PeerError,
+    TimedOutError,
+    UnreachableError,
+    UsageError,
+)
 from nexus.core.keys import Identity, peer_id_of, public_key_of
 from nexus.core.record import Record, many, nested, raw, text, uint
 from nexus.network.transport import Message, PeerAddress, ProtocolSpec, Stream, Transport
@@ -104,10 +113,20 @@ class Membership:
         now_ms = self._now_ms()
         if self._own is None or self._changed or should_renew(self._own.record.issued_ms, now_ms):
             issued_ms = next_issue_ms(self._own.record.issued_ms if self._own is not None else 0, now_ms)
-            record = fit_record(replace(self._describe(), node=self._identity.public_key, issued_ms=issued_ms))
+            record = fit_record(replace(self._described(), node=self._identity.public_key, issued_ms=issued_ms))
             self._own = SignedNodeRecord.sign(record, self._identity)
             self._changed = False
         return self._own
+
+    def _described(self) -> NodeRecord:
+        """What this node says now, or said last if it cannot look: a disk that fails is no reason to leave the swarm."""
+        try:
+            return self._describe()
+        except LocalError as error:
+            if self._own is None:
+                raise
+            log.error("describe_failed", reason=error.cause, fix=error.fix)
+            return self._own.record
 
     def announce_soon(self) -> None:
         """What this node offers has changed: tell the others."""
@@ -115,7 +134,7 @@ class Membership:
         self._wake.set()
 
     async def refresh(self, peer_id: str) -> NodeRecord:
-        """Exchange records with a peer now. Raises PeerError, also for a record that does not hold, TimedOutError, CapacityError."""
+        """Exchange records with a peer now. Raises PeerError, also if the record does not hold, TimedOutError, CapacityError."""
         if peer_id == self._transport.peer_id:
             return self.own().record
         now_s = trio.current_time()
@@ -218,10 +237,13 @@ class Membership:
             self._in_contact.discard(peer_id)
 
     async def _keep_fresh(self) -> None:
+        connected: set[str] = set()
         async with trio.open_nursery() as nursery:
             while True:
                 now_s, now_ms = trio.current_time(), self._now_ms()
-                connected = {connection.peer_id for connection in self._transport.connections()}
+                before, connected = connected, {connection.peer_id for connection in self._transport.connections()}
+                for peer_id in before - connected:
+                    self._table.disconnected(peer_id)
                 for peer_id in [*self._table.due(connected, now_s, now_ms), *self._new_strangers(now_s)]:
                     if len(self._in_contact) >= CONTACTS_AT_ONCE:
                         break

@@ -191,6 +191,12 @@ class MemberTable:
             if member.failures >= FAILURES_MAX:
                 member.signed = None
 
+    def disconnected(self, peer_id: str) -> None:
+        """The connection to it ended: ask at once whether it is still there."""
+        member = self._members.get(peer_id)
+        if member is not None:
+            member.asked_s = None
+
     def get(self, peer_id: str, now_ms: int) -> NodeRecord | None:
         """The peer's live record."""
         member = self._members.get(peer_id)
