@@ -30,7 +30,7 @@ from nexus.core.errors import (
 from nexus.core.hashing import HASH_BYTES
 from nexus.core.keys import public_key_of
 from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, chunk_count
-from nexus.core.record import Record, digest, text, uint
+from nexus.core.record import MessageSet, Record, digest, text, uint
 from nexus.network.transport import PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.storage.blobs import BLOB_BYTES_MAX, BlobStore, Partial
 from nexus.storage.catalog import Catalog, parse_manifest
@@ -69,6 +69,9 @@ class Answer(Record):
     frames: int = uint(CHUNKS_MAX)
     cause: str = text(512)
 
+
+ASKS = MessageSet(Ask)
+ANSWERS = MessageSet(Answer)
 
 Result = TypeVar("Result")
 ProgressSink = Callable[[str, int, int], Awaitable[None]]
@@ -148,8 +151,9 @@ class _Provider:
         try:
             stream = await self._opened()
             with _deadline(self._limits.frame_timeout_s, "it took too long to take the request"):
-                await stream.send(ask.to_bytes())
-            answer = Answer.from_bytes(await self._frame(stream))
+                await stream.send(ASKS.pack(ask))
+            answer = ANSWERS.unpack(await self._frame(stream))
+            assert isinstance(answer, Answer)
             if answer.code == NotFoundError.code:
                 return False
             if answer.code != OK:
@@ -531,14 +535,16 @@ class BlobService:
         while True:
             frame = await stream.receive()
             try:
-                await self._answer_in_turn(stream, Ask.from_bytes(frame))
+                ask = ASKS.unpack(frame)
+                assert isinstance(ask, Ask)
+                await self._answer_in_turn(stream, ask)
             except MalformedError as error:
                 error.peer = stream.peer_id
                 raise
 
     async def _answer_in_turn(self, stream: Stream, ask: Ask) -> None:
         if self._answers >= ANSWERS_MAX:
-            await _send(stream, Answer(CapacityError.code, 0, "it answers too many others now").to_bytes())
+            await _send(stream, ANSWERS.pack(Answer(CapacityError.code, 0, "it answers too many others now")))
             return
         self._answers += 1
         try:
@@ -550,14 +556,14 @@ class BlobService:
         try:
             frames = await self._off_thread(lambda: self._look_up(ask))
         except NotFoundError:
-            await _send(stream, Answer(NotFoundError.code, 0, "not here").to_bytes())
+            await _send(stream, ANSWERS.pack(Answer(NotFoundError.code, 0, "not here")))
             return
         except LocalError as error:
             # The owner reads about the disk in the log; to the peer it is a blob that is not here.
             log.error("blob_unreadable", root=ask.root.hex(), reason=error.cause)
-            await _send(stream, Answer(NotFoundError.code, 0, "not here").to_bytes())
+            await _send(stream, ANSWERS.pack(Answer(NotFoundError.code, 0, "not here")))
             return
-        await _send(stream, Answer(OK, len(frames), "").to_bytes())
+        await _send(stream, ANSWERS.pack(Answer(OK, len(frames), "")))
         for read in frames:
             await _send(stream, await self._off_thread(read))
 

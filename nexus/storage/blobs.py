@@ -258,7 +258,7 @@ class BlobStore:
         if self._quota_bytes is not None and self.used_bytes() + size > self._quota_bytes:
             raise CapacityError(
                 f"{size:,} bytes more do not fit: models take {self.used_bytes():,} of {self._quota_bytes:,} bytes",
-                "Remove a model with `nexus model remove NAME`, or raise the quota in the settings",
+                "Raise serve.disk_max_bytes, or keep this model in another data directory (--home)",
             )
         try:
             self._prepare()
@@ -357,7 +357,7 @@ class BlobStore:
     def _damaged(self, root: bytes) -> LocalError:
         return LocalError(
             f"the stored copy of blob {root.hex()[:16]} is damaged",
-            "The disk may be failing: check it. Then remove the model and add or fetch it again",
+            "The disk may be failing: check it. Then add the model again, which replaces what is damaged",
         )
 
 

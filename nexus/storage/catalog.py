@@ -96,12 +96,14 @@ class Catalog:
     def keep(self, manifest: Manifest) -> None:
         """Keep a model without a name. Raises MalformedError for one whose parts do not fit, LocalError."""
         manifest.check()
-        path = self._file(manifest.root)
-        if path.exists():
-            return
-        if len(self.roots()) >= MODELS_MAX:
-            raise UsageError(f"this node knows {MODELS_MAX} models already", "Remove some with `nexus model remove NAME`")
-        replace_file(path, manifest.to_bytes())
+        path, raw = self._file(manifest.root), manifest.to_bytes()
+        if not path.exists() and len(self.roots()) >= MODELS_MAX:
+            raise UsageError(
+                f"this node knows {MODELS_MAX} models already",
+                "Keep models that you do not need in another data directory (--home)",
+            )
+        # Also where it is there already: that mends a damaged one.
+        replace_file(path, raw)
 
     def remove(self, root: bytes) -> None:
         """Forget a model and every name of it; its blobs stay until `BlobStore.collect`. Nothing happens if it is not known."""
@@ -143,7 +145,8 @@ class Catalog:
             return parse_manifest(raw, root)
         except MalformedError as error:
             raise LocalError(
-                f"{path} is damaged: {error.cause}", "The disk may be failing: check it. Then remove the model and add it again"
+                f"{path} is damaged: {error.cause}",
+                "The disk may be failing: check it. Then add the model again, which replaces what is damaged",
             ) from error
 
     def find(self, text: str) -> bytes:

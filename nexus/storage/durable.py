@@ -17,7 +17,7 @@ def storage_error(error: OSError, path: Path) -> LocalError:
     if error.errno in _FULL:
         return LocalError(
             f"the disk that holds {path} is full",
-            "Free some space there, or remove a model with `nexus model remove NAME`, and try again; what was stored is kept",
+            "Free some space there and try again; what was stored is kept",
         )
     reason = error.strerror or type(error).__name__
     return LocalError(f"{path} cannot be used: {reason}", "Check that the disk is healthy and that your user may write there")

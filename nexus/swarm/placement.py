@@ -13,7 +13,7 @@ A plan is a chain of stages, each a run of consecutive layers on a node of its o
 
 Finding the best order of unlike nodes is NP-hard. The search extends sets of nodes stage by stage and keeps the BEAM sets that got
 furthest; up to 8 kinds of nodes (by speed and memory) it keeps them all, and the slowest stage is then within 0.1 % of the best.
-Nothing but integers decides. docs/adr/placement.md says what else was considered.
+Nothing but integers decides. docs/adr/0006-placement-by-slowest-stage.md says what else was considered.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def _no_room(costs: StageCosts, serving: Sequence[Candidate], stages: int | None
         what = f"it needs {_bytes(needed)} and no split {count}fits: the smallest stage has {_bytes(least)}, {ends}"
     return CapacityError(
         f"the model has no room: {what} ({listed}{more})",
-        "Raise serve.memory_max, add a node" + (", or ask for another number of stages" if stages else ""),
+        "Raise serve.memory_max_bytes, add a node" + (", or ask for another number of stages" if stages else ""),
     )
 
 

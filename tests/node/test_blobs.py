@@ -21,6 +21,8 @@ from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.network.transport import PeerAddress, Stream
 from nexus.node import blobs as blobs_module
 from nexus.node.blobs import (
+    ANSWERS,
+    ASKS,
     BLOBS,
     CHUNKS,
     HASHES,
@@ -119,7 +121,8 @@ class Swarm:
 
         async def handle(stream: Stream) -> None:
             while True:
-                ask = Ask.from_bytes(await stream.receive())
+                ask = ASKS.unpack(await stream.receive())
+                assert isinstance(ask, Ask)
                 await twist(stream, ask, self._library.frames(ask))
 
         node.serve(BLOBS, handle)
@@ -147,7 +150,7 @@ def check_whole(mine: Library, blobs: list[Blob]) -> None:
 
 
 async def reply(stream: Stream, frames: list[bytes]) -> None:
-    await stream.send(Answer(OK, len(frames), "").to_bytes())
+    await stream.send(ANSWERS.pack(Answer(OK, len(frames), "")))
     for frame in frames:
         await stream.send(frame)
 
@@ -273,11 +276,11 @@ async def swap_frames(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
 
 
 async def promise_more(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
-    await stream.send(Answer(OK, len(frames) + 1, "").to_bytes())
+    await stream.send(ANSWERS.pack(Answer(OK, len(frames) + 1, "")))
 
 
 async def promise_nothing(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
-    await stream.send(Answer(OK, 0, "").to_bytes())
+    await stream.send(ANSWERS.pack(Answer(OK, 0, "")))
 
 
 async def send_more_than_promised(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
@@ -322,24 +325,24 @@ async def stall(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
 
 
 async def stall_in_the_middle(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
-    await stream.send(Answer(OK, len(frames), "").to_bytes())
+    await stream.send(ANSWERS.pack(Answer(OK, len(frames), "")))
     for frame in frames[: len(frames) // 2]:
         await stream.send(frame)
     await trio.sleep_forever()
 
 
 async def close_in_the_middle(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
-    await stream.send(Answer(OK, len(frames), "").to_bytes())
+    await stream.send(ANSWERS.pack(Answer(OK, len(frames), "")))
     await stream.close()
 
 
 async def break_off_in_the_middle(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
-    await stream.send(Answer(OK, len(frames), "").to_bytes())
+    await stream.send(ANSWERS.pack(Answer(OK, len(frames), "")))
     await stream.reset()
 
 
 async def refuse(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
-    await stream.send(Answer("capacity", 0, "busy \x1b[31m with \n others").to_bytes())
+    await stream.send(ANSWERS.pack(Answer("capacity", 0, "busy \x1b[31m with \n others")))
 
 
 FLAKY = [stall, stall_in_the_middle, close_in_the_middle, break_off_in_the_middle, refuse]
@@ -576,15 +579,15 @@ class TestServing:
         node.learn(source)
         stream = await node.open_stream(source.peer_id, BLOBS)
         ask = replace(Ask(CHUNKS, manifest.piece(layer_name(1)).root, 0, 1), **change)  # type: ignore[arg-type]
-        await stream.send(ask.to_bytes())
+        await stream.send(ASKS.pack(ask))
         with pytest.raises(UnreachableError):
             await stream.receive()
 
     @given(raw=st.binary(max_size=80))
     def test_any_bytes_are_a_request_or_malformed(self, raw: bytes) -> None:
-        for record in (Ask, Answer):
+        for messages in (ASKS, ANSWERS):
             try:
-                assert record.from_bytes(raw).to_bytes() == raw
+                assert messages.pack(messages.unpack(raw)) == raw
             except MalformedError:
                 continue
 
@@ -610,7 +613,7 @@ class TestServing:
         node = await swarm.open()
         node.learn(source)
         stream = await node.open_stream(source.peer_id, BLOBS)
-        await stream.send(Ask(CHUNKS, manifest.piece(layer_name(1)).root, 0, 6).to_bytes())
+        await stream.send(ASKS.pack(Ask(CHUNKS, manifest.piece(layer_name(1)).root, 0, 6)))
         await trio.sleep(2 * blobs_module.SEND_TIMEOUT_S)
         with pytest.raises(UnreachableError):
             await stream.receive()

@@ -108,7 +108,7 @@ class TestPut:
             store.put("fits", 10, [b"0123456789"])
             with pytest.raises(CapacityError, match="do not fit") as caught:
                 store.put("x", 1, [b"x"])
-            assert "nexus model remove" in caught.value.fix
+            assert "disk_max_bytes" in caught.value.fix
         assert store.used_bytes() == len(BIG) + 10
 
     def test_more_than_the_disk_holds_is_refused_before_it_starts(self, store: BlobStore) -> None:

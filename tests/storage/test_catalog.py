@@ -124,6 +124,8 @@ class TestDamage:
             (tmp_path / "models" / f"{manifest.root.hex()}.manifest").write_bytes(wrong)
             with pytest.raises(LocalError, match="damaged"):
                 catalog.manifest(manifest.root)
+        catalog.add("nano", manifest)
+        assert catalog.manifest(manifest.root) == manifest
 
     def test_a_manifest_is_checked_against_the_root_that_was_asked_for(self, store: BlobStore) -> None:
         manifest = model_in(store)
