@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def send_signal(process: Process, number: signal.Signals) -> bool:
     except PermissionError as error:
         raise NotAllowedError(f"process {process.pid} belongs to another user", "Run as the user that started it") from error
     return True
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: an impatient second one must not leave half of a cleanup undone. For short, bounded work only."""
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def wait_for_end(processes: Sequence[Process], timeout_s: float) -> list[Process]:

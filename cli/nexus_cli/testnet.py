@@ -138,24 +138,16 @@ class Testnet:
 
     def down(self, keep: bool = False) -> int:
         """End every node, politely first, and remove the directory unless `keep`. Returns how many were running."""
-        from nexus.core.errors import LocalError
-        from nexus_cli.processes import send_signal, wait_for_end
+        from nexus_cli.processes import undisturbed
 
         processes = [node.process for node in self.nodes() if node.pid]
-        ended = [process for process in processes if send_signal(process, signal.SIGTERM)]
-        stubborn = wait_for_end(ended, TERM_TIMEOUT_S)
-        for process in stubborn:
-            send_signal(process, signal.SIGKILL)
-        left = wait_for_end(stubborn, KILL_TIMEOUT_S)
-        if left:
-            raise LocalError(
-                f"processes {', '.join(str(process.pid) for process in left)} do not end", "They wait for a disk; try again"
-            )
-        if keep:
-            self._state.unlink()
-        else:
-            shutil.rmtree(self.directory)
-        return len(ended)
+        with undisturbed():
+            ended = _end(processes)
+            if keep:
+                self._state.unlink()
+            else:
+                shutil.rmtree(self.directory)
+        return ended
 
     def _prepare(self, count: int) -> list[TestnetNode]:
         """Homes, keys, ports and settings. Every node knows the first one, as in a real network."""
@@ -211,6 +203,22 @@ class Testnet:
         temporary = self._state.with_suffix(".part")
         temporary.write_text(json.dumps({"schema": 1, "nodes": [dataclasses.asdict(node) for node in nodes]}, indent=1), "utf-8")
         temporary.replace(self._state)
+
+
+def _end(processes: Sequence[Process]) -> int:
+    """SIGTERM, then SIGKILL for those that do not go. Returns how many were running. Raises LocalError if any still is."""
+    from nexus.core.errors import LocalError
+    from nexus_cli.processes import send_signal, wait_for_end
+
+    asked = [process for process in processes if send_signal(process, signal.SIGTERM)]
+    stubborn = wait_for_end(asked, TERM_TIMEOUT_S)
+    for process in stubborn:
+        send_signal(process, signal.SIGKILL)
+    left = wait_for_end(stubborn, KILL_TIMEOUT_S)
+    if left:
+        shown = ", ".join(str(process.pid) for process in left)
+        raise LocalError(f"the processes {shown} do not end", "They may be waiting for a disk; try again")
+    return len(asked)
 
 
 def _config_text(node: TestnetNode, bootstrap: Sequence[str]) -> str:

@@ -241,7 +241,7 @@ class Control:
         return JsonResponse({"name": "nexus", "version": self.node.status().version, "api": API_VERSION})
 
 
-_ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]], ...] = (
+ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]], ...] = (
     ("GET", "/v0/status", Control.status),
     ("GET", "/v0/id", Control.id),
     ("GET", "/v0/peers", Control.peers),
@@ -263,6 +263,6 @@ _ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]
 def control_app(control: Control) -> Starlette:
     """The ASGI application of the control API."""
     return Starlette(
-        routes=[Route(path, _guarded(partial(method, control)), methods=[verb]) for verb, path, method in _ROUTES],
+        routes=[Route(path, _guarded(partial(method, control)), methods=[verb]) for verb, path, method in ROUTES],
         exception_handlers={HTTPException: _http_error},
     )

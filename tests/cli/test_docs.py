@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from nexus.gateway.control import _ROUTES
+from nexus.gateway.control import ROUTES
 from nexus_cli.daemon import nexusd
 from nexus_cli.main import nexus
 from nexus_config.settings import default_text, setting_names
@@ -61,7 +61,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 
 def test_every_path_of_the_control_api_is_documented() -> None:
-    for _, path, _ in _ROUTES:
+    for _, path, _ in ROUTES:
         assert f"`{path}" in CLI, path
 
 
