@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nexus.core.errors import CapacityError, LocalError, MalformedError, NexusError, NotFoundError, UnreachableError
 from nexus.core.keys import Identity
 from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, layer_name, stage_pieces
+from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.network.transport import PeerAddress, Stream
 from nexus.node import blobs as blobs_module
@@ -678,3 +679,22 @@ def test_a_provider_is_dropped_for_lies_at_once_and_for_failures_in_the_end() ->
     gone = UnreachableError("gone")
     assert notes(MalformedError("bad")) == ([None], Dropped("peer", "bad", True))
     assert notes(gone, gone, gone) == ([1.0, 2.0, None], Dropped("peer", "gone", False))
+
+
+async def test_the_same_over_the_real_network_and_real_threads(library: Library, manifest: Manifest, tmp_path: Path) -> None:
+    options = NetworkOptions(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False)
+    mine = Library.at(tmp_path / "mine")
+    async with (
+        open_libp2p(Identity(bytes([1]) * 32), options) as one,
+        open_libp2p(Identity(bytes([2]) * 32), options) as two,
+        open_libp2p(Identity(bytes([3]) * 32), options) as me,
+    ):
+        for node in (one, two):
+            BlobService(node, library.store, library.catalog).start()
+        sources = [PeerAddress(node.peer_id, tuple(text.rpartition("/p2p/")[0] for text in node.addresses)) for node in (one, two)]
+        fetcher = Fetcher(me, mine.store, mine.catalog)
+        with trio.fail_after(60):
+            assert await fetcher.manifest(manifest.root, sources) == manifest
+            fetched = await fetcher.blobs(manifest, everything(manifest), sources)
+    check_whole(mine, everything(manifest))
+    assert fetched.dropped == ()
