@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from nexus.core.errors import CapacityError, MalformedError, UsageError
@@ -128,7 +128,7 @@ def place(
     Raises UsageError for more stages than nodes or layers, CapacityError where the model fits nowhere.
     """
     costs = StageCosts(manifest, dtype, context)
-    serving = _serving(nodes, coordinator)
+    serving = _serving(nodes, coordinator, manifest.layers)
     _check_count(stages, serving, manifest.layers)
     chains = _best_chains(costs, serving, stages)
     if chains is None:
@@ -165,8 +165,8 @@ def _speed(node: Candidate) -> int:
     return speed >> shift << shift
 
 
-def _serving(nodes: Sequence[Candidate], coordinator: bytes) -> list[Candidate]:
-    """The nodes to choose from, the preferred ones first."""
+def _serving(nodes: Sequence[Candidate], coordinator: bytes, layers: int) -> list[Candidate]:
+    """The nodes to choose from, the preferred ones first; what they say they hold put in order."""
     if len({node.node for node in nodes}) != len(nodes):
         raise UsageError("a node is named twice among those to place on")
 
@@ -174,7 +174,20 @@ def _serving(nodes: Sequence[Candidate], coordinator: bytes) -> list[Candidate]:
         held = sum(end - start for start, end in node.held)
         return node.node != coordinator, -held, float("inf") if node.rtt_ms is None else node.rtt_ms, node.node
 
-    return sorted((node for node in nodes if node.serves), key=preference)
+    return sorted((replace(node, held=_merged(node.held, layers)) for node in nodes if node.serves), key=preference)
+
+
+def _merged(held: Sequence[tuple[int, int]], layers: int) -> tuple[tuple[int, int], ...]:
+    """The same layers as disjoint ranges in order. Peers may claim a layer twice, or one that is not."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted((max(low, 0), min(high, layers)) for low, high in held):
+        if low >= high:
+            continue
+        if merged and low <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return tuple(merged)
 
 
 def _check_count(stages: int | None, serving: Sequence[Candidate], layers: int) -> None:

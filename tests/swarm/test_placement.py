@@ -203,6 +203,12 @@ class TestChoices:
         nodes = [node(1, held=((0, 30),)), node(2, held=((30, 33),))]
         assert shape(plan(model(layers, head=0), nodes)) != [(1, 0, 30), (2, 30, 33)]
 
+    def test_who_boasts_of_holding_everything_many_times_gains_nothing_by_it(self) -> None:
+        boasts = ((0, 8),) * 50 + ((5, 2), (7, 4000), (4000, 4096), (8, 8), (-3, 2))
+        honest, boaster = node(2, held=((0, 8),)), node(3, held=boasts)
+        once = node(3, held=((0, 8),))
+        assert plan(model([400] * 8), [honest, boaster]) == plan(model([400] * 8), [honest, once])
+
     def test_measuring_again_seldom_changes_a_plan(self) -> None:
         manifest = model([400] * 12)
         one = plan(manifest, [node(1, speed=52_000), node(2, speed=53_000), node(3, speed=51_500)])
