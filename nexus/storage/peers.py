@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from nexus.core.errors import MalformedError, NexusError
+from nexus.core.errors import LocalError, MalformedError, NexusError
 from nexus.core.keys import public_key_of
 from nexus.storage.durable import move_aside, replace_file, storage_error
 
@@ -80,10 +80,15 @@ class AddressBook:
 
     def save(self) -> None:
         """Write the file if anything changed since the last time. Raises LocalError."""
-        if self._changed:
-            listed = [{"peer_id": peer.peer_id, "addresses": peer.addresses, "seen_ms": peer.seen_ms} for peer in self.peers()]
+        if not self._changed:
+            return
+        self._changed = False  # before looking, so that what changes meanwhile is written next time
+        listed = [{"peer_id": peer.peer_id, "addresses": peer.addresses, "seen_ms": peer.seen_ms} for peer in self.peers()]
+        try:
             replace_file(self._path, json.dumps({"spec": 1, "peers": listed}, indent=1).encode() + b"\n")
-            self._changed = False
+        except LocalError:
+            self._changed = True
+            raise
 
     def _trim(self) -> None:
         for peer in self.peers()[self._peers_max :]:
