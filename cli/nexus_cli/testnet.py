@@ -72,8 +72,10 @@ class NodeState:
 class Testnet:
     """The nodes under one directory. Everything it knows is in the state file, so any process can look, kill or clean up."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, threads: int = 1) -> None:
+        """`threads`: of each node's engine; one, so that the nodes do not fight over the cores of one machine."""
         self.directory = directory
+        self._threads = threads
         self._state = directory / STATE_FILE
 
     def exists(self) -> bool:
@@ -160,7 +162,7 @@ class Testnet:
             nodes.append(TestnetNode(f"node-{index}", str(home.path), peer_id, port, 0, ""))
         for node in nodes:
             bootstrap = [nodes[0].address] if node is not nodes[0] else []
-            (Path(node.home) / "config.toml").write_text(_config_text(node, bootstrap), "utf-8")
+            (Path(node.home) / "config.toml").write_text(_config_text(node, bootstrap, self._threads), "utf-8")
         return nodes
 
     def _spawn(self, node: TestnetNode) -> TestnetNode:
@@ -169,7 +171,7 @@ class Testnet:
 
         home = Path(node.home)
         # Settings of the user's own node must not leak into the testnet, nor a pool of threads per process beside the engine's one.
-        environ = {key: value for key, value in os.environ.items() if not key.startswith("NEXUS_")} | {"OMP_NUM_THREADS": "1"}
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("NEXUS_")}
         child = spawn_daemon(home, [], home / "nexusd.log", environ)
         process = find_process(child.pid)
         if process is None:
@@ -221,11 +223,11 @@ def _end(processes: Sequence[Process]) -> int:
     return len(asked)
 
 
-def _config_text(node: TestnetNode, bootstrap: Sequence[str]) -> str:
+def _config_text(node: TestnetNode, bootstrap: Sequence[str], threads: int) -> str:
     return (
         f'[node]\nname = "{node.name}"\n'
         f'[network]\nlisten = ["/ip4/127.0.0.1/tcp/{node.port}"]\nbootstrap = {json.dumps(list(bootstrap))}\nmdns = false\n'
-        "[control]\ndrain_timeout_s = 2.0\n[engine]\nthreads = 1\n"
+        f"[control]\ndrain_timeout_s = 2.0\n[engine]\nthreads = {threads}\n"
     )
 
 
