@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import cast
 
@@ -30,6 +30,8 @@ from nexus.node.api import Event, ModelView, NodeApi
 
 API_VERSION = "v0"
 BODY_TIMEOUT_S = 30.0
+FLUSH_S = 0.02
+LINES_MAX = 256
 
 log = structlog.get_logger(__name__)
 
@@ -71,28 +73,45 @@ class EventStream(Response):
 
     async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> dict[str, Json] | None:
         """Send everything; the problem if there was one before anything was sent."""
-        started = False
+        put, get = trio.open_memory_channel[bytes](LINES_MAX)
         problem: dict[str, Json] | None = None
-        try:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    if not started:
-                        await self._send_start(send)
-                        started = True
-                    await _send_line(send, event_to_json(event))
-        except NexusError as error:
-            problem = problems.problem_of(error)
-        except Exception:  # the one boundary of a stream: the daemon outlives any one request
-            log.exception("request failed", path=scope["path"])
-            problem = problems.internal_problem()
-        if not started and problem is not None:
-            return problem
+        sent = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write, get, send)
+            async with put:
+                try:
+                    async with aclosing(self._events) as events:
+                        async for event in events:
+                            await put.send(_line(event_to_json(event)))
+                            sent = True
+                except NexusError as error:
+                    problem = problems.problem_of(error)
+                except Exception:  # the one boundary of a stream: the daemon outlives any one request
+                    log.exception("request failed", path=scope["path"])
+                    problem = problems.internal_problem()
+                if problem is not None and not sent:
+                    nursery.cancel_scope.cancel()
+                elif problem is not None:
+                    await put.send(_line({"event": ERROR_EVENT, "problem": problem}))
+        return None if sent else problem
+
+    async def _write(self, lines: trio.MemoryReceiveChannel[bytes], send: Send) -> None:
+        """Lines as they come, those that come within FLUSH_S of a write together: a write costs more than a small model's token,
+        and nobody reads faster than the screen changes."""
+        started = False
+        async for line in lines:
+            batch = [line]
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    batch.append(lines.receive_nowait())
+            if not started:
+                await self._send_start(send)
+                started = True
+            await send({"type": "http.response.body", "body": b"".join(batch), "more_body": True})
+            await trio.sleep(FLUSH_S)
         if not started:
             await self._send_start(send)
-        if problem is not None:
-            await _send_line(send, {"event": ERROR_EVENT, "problem": problem})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return None
 
     async def _send_start(self, send: Send) -> None:
         headers = [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")]
@@ -105,8 +124,8 @@ async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> No
     scope.cancel()
 
 
-async def _send_line(send: Send, line: Json) -> None:
-    await send({"type": "http.response.body", "body": _dump(line) + b"\n", "more_body": True})
+def _line(value: Json) -> bytes:
+    return _dump(value) + b"\n"
 
 
 def _dump(value: Json) -> bytes:
