@@ -168,7 +168,7 @@ class NetworkSettings:
     listen: tuple[str, ...] = _setting(_list(_listen_address, 16))
     bootstrap: tuple[str, ...] = _setting(_list(_peer_address, 64))
     mdns: bool = _setting(_boolean)
-    dht: str = _setting(_choice("server", "client", "off"))
+    dht: str = _setting(_choice("server", "client"))
 
 
 @dataclass(frozen=True, slots=True)

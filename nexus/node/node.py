@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 import trio
 
-from nexus.core.errors import NexusError, PeerError, TimedOutError, UsageError
+from nexus.core.errors import LocalError, NexusError, NotFoundError, PeerError, TimedOutError, UsageError
 from nexus.core.keys import Identity, parse_peer_id
 from nexus.core.manifest import Manifest
 from nexus.models import BUILTIN_NAMES, builtin_path
@@ -74,7 +74,14 @@ class Node:
         )
         self._infer = InferService(transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max)
         self._runner = Runner(
-            transport, identity, self._models, self._membership.records, self._describe, nursery, options.sessions_max
+            transport,
+            identity,
+            self._models,
+            self._membership.records,
+            self._describe,
+            nursery,
+            options.sessions_max,
+            self._import_builtin,
         )
         self._add_lock = trio.Lock()
         self._draining = False
@@ -187,7 +194,12 @@ class Node:
         fits = sorted(peer_id for peer_id, name in known.items() if text and (name == text or peer_id.startswith(text)))
         if len(fits) > 1:
             raise UsageError(f"{text!r} fits {len(fits)} peers", f"Say more of the id: {', '.join(fits[:4])}")
-        return fits[0] if fits else parse_peer_id(text)
+        if fits:
+            return fits[0]
+        try:
+            return parse_peer_id(text)  # not met yet, but the DHT may know it
+        except UsageError:
+            raise NotFoundError(f"no peer in reach is called {text!r}", "`nexus peers` lists them") from None
 
     async def add_model(self, source: Path | str, name: str | None) -> AsyncGenerator[Progress | ModelView, None]:
         """Import a model; one at a time, since each reads and writes as fast as the disk goes."""
@@ -233,6 +245,13 @@ class Node:
         self._catalog.add(name, manifest)
         return manifest
 
+    async def _import_builtin(self, name: str) -> None:
+        """The first use of a built-in model takes it in; it came with the program."""
+        async with self._add_lock:
+            if name not in self._catalog.names():
+                await trio.to_thread.run_sync(self._import, builtin_path(name), name, lambda *_: None)
+        self._membership.announce_soon()
+
     async def models(self) -> list[ModelView]:
         """Models with a name here, then those that peers announce and this node knows no other name for."""
         views = [self._view(name, self._catalog.manifest(root)) for name, root in self._catalog.names().items()]
@@ -261,7 +280,7 @@ class Node:
 
     async def plan(self, model: str, stages: int | None) -> PlanView:
         name, manifest = await self._runner.manifest(model)
-        return self._runner.plan_view(name, manifest, self._runner.place(manifest, stages))
+        return self._runner.plan_view(name, manifest, await self._runner.place(manifest, stages))
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         return self._runner.generate(request)
@@ -281,7 +300,11 @@ class Node:
         options = self._options
         holdings = []
         for root in self._catalog.roots():
-            held = held_layers(self._catalog.manifest(root), self._blobs)
+            try:
+                held = held_layers(self._catalog.manifest(root), self._blobs)
+            except LocalError as error:
+                log.warning("model_not_announced", model=root.hex()[:16], reason=error.cause)
+                continue
             if held:
                 ranges = tuple(LayerRange(start, end) for start, end in held)
                 holdings.append(Holding(self._catalog.name_of(root), root, ranges))

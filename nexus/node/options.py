@@ -12,7 +12,7 @@ class NodeOptions:
 
     `home`: the data directory (mode 0700, see `nexus.storage.home`), already locked by the caller.
     `listen`: multiaddrs without /p2p; `bootstrap`: multiaddrs that end in /p2p/<peer id>.
-    `dht`: "server", "client" or "off". `serve`: whether this node takes stages for others.
+    `dht`: "server" or "client". `serve`: whether this node takes stages for others.
     `memory_max_bytes`: weights and KV caches together. `disk_max_bytes`: everything under `models/`; never 0, already resolved.
     `sessions_max`: sessions at once, own and served. `auto_fetch`: fetch fragments that a plan asks of this node.
     `threads`: of the engine; at least 1, already resolved.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from secrets import randbits, token_bytes
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from nexus.core.errors import (
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, Manifest, stage_pieces
+from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
     Embedding,
@@ -99,6 +101,7 @@ class Runner:
         own: Callable[[], NodeRecord],
         nursery: trio.Nursery,
         sessions_max: int,
+        import_builtin: Callable[[str], Awaitable[None]],
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -107,20 +110,26 @@ class Runner:
         self._own = own
         self._nursery = nursery
         self._sessions_max = sessions_max
+        self._import_builtin = import_builtin
         self.live = Live()
 
-    def resolve(self, name: str) -> tuple[str, bytes]:
-        """The model that `name` stands for: a local name or root, else what a peer announces. Raises NotFoundError, UsageError."""
+    async def resolve(self, name: str) -> tuple[str, bytes]:
+        """The model that `name` stands for: a local name or root, else a built-in, else what a peer announces.
+
+        A built-in's name never means a stranger's model. Raises NotFoundError, UsageError.
+        """
         try:
-            root = self._models.catalog.find(name)
-            return self._models.catalog.name_of(root), root
+            return self._find(name)
         except NotFoundError:
-            announced = {
-                holding.model_root: holding.name
-                for record in self._records()
-                for holding in record.models
-                if holding.name == name or (len(name) >= 8 and holding.model_root.hex().startswith(name.lower()))
-            }
+            if name in BUILTIN_NAMES:
+                await self._import_builtin(name)
+                return self._find(name)
+        announced = {
+            holding.model_root: holding.name
+            for record in self._records()
+            for holding in record.models
+            if holding.name == name or (len(name) >= 8 and holding.model_root.hex().startswith(name.lower()))
+        }
         if not announced:
             raise NotFoundError(f"no model {name!r} here, and no peer announces one", "`nexus model list`; `nexus model add PATH`")
         if len(announced) > 1:
@@ -128,6 +137,10 @@ class Runner:
             raise UsageError(f"peers announce different models as {name!r}", f"Say which by its root: {roots}")
         (root,) = announced
         return announced[root] or root.hex()[:16], root
+
+    def _find(self, name: str) -> tuple[str, bytes]:
+        root = self._models.catalog.find(name)
+        return self._models.catalog.name_of(root), root
 
     def sources(self, model_root: bytes) -> list[PeerAddress]:
         """Peers that announce pieces of a model."""
@@ -138,10 +151,10 @@ class Runner:
         ]
 
     async def manifest(self, name: str) -> tuple[str, Manifest]:
-        found, root = self.resolve(name)
+        found, root = await self.resolve(name)
         return found, await self._models.manifest(root, self.sources(root))
 
-    def place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset()) -> Placement:
+    async def place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset()) -> Placement:
         """Who computes what, over the nodes known now."""
         own = self._own()
         records = [own, *(record for record in self._records() if record.node != own.node and record.node not in without)]
@@ -158,7 +171,9 @@ class Runner:
             for record in records
         ]
         tokens = min(manifest.context, PLANNED_TOKENS)
-        return place(manifest, candidates, coordinator=own.node, stages=stages, dtype=DTYPE, context=tokens)
+        # Off the trio thread: with many unlike nodes the search takes a noticeable part of a second.
+        search = partial(place, manifest, candidates, coordinator=own.node, stages=stages, dtype=DTYPE, context=tokens)
+        return await trio.to_thread.run_sync(search)
 
     def plan_view(self, name: str, manifest: Manifest, placement: Placement) -> PlanView:
         names = {record.node: record.name for record in (self._own(), *self._records())}
@@ -262,7 +277,7 @@ class Runner:
         without: frozenset[bytes] = frozenset()
         with self.live.one():
             for attempt in range(1, ATTEMPTS_MAX + 1):
-                placement = self.place(job.manifest, job.stages, without)
+                placement = await self.place(job.manifest, job.stages, without)
                 coordinator = self._coordinator(job, placement)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
                 started = False
