@@ -1,10 +1,10 @@
 """The inference protocols, both ends of each.
 
 `/nexus/infer/1`, coordinator to stage, one stream per session and stage: Open, then Progress* and Accepted, then Feed and Finish
-one way and Output and Done the other (first and last stage), at the end a Report from every stage. A Failed may come at any time.
-Closing the stream ends the session on that stage.
+one way and Output, Receipts and Done the other (first and last stage), at the end a Report from every stage. A Failed may come at
+any time. Closing the stream ends the session on that stage.
 
-`/nexus/link/1`, stage to the next stage of the ring, one stream per session: Hello, then Push* and Finish.
+`/nexus/link/1`, stage to the next stage of the ring, one stream per session: Hello, then Push and Receipts, and Finish.
 
 What may follow what, and what is checked before it is used, is decided by the state machines in `nexus.swarm.session`.
 """
@@ -37,7 +37,7 @@ from nexus.core.errors import (
 )
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, Manifest
-from nexus.core.plan import Plan
+from nexus.core.plan import STAGES_MAX, Plan
 from nexus.core.record import MessageSet, Record, digest, many, nested, raw, text, uint
 from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.node.live import Live
@@ -54,7 +54,9 @@ from nexus.swarm.session import (
     SendDone,
     SendFinish,
     SendOutput,
+    SendReceipts,
     SendStep,
+    ShowReceipts,
     StageAction,
     StageSession,
     Verified,
@@ -122,19 +124,25 @@ class FeedInput(Record):
 
 @dataclass(frozen=True, slots=True)
 class Finish(Record):
-    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+    """No more steps come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output(Record):
     step: int = uint(STEPS_MAX)
     payload: bytes = raw(most=PAYLOAD_MAX)
-    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipts(Record):
+    """For one window: of every stage up to the sender, in order; from the last stage to the first, its own alone."""
+
+    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), STAGES_MAX)
 
 
 @dataclass(frozen=True, slots=True)
 class Done(Record):
-    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
+    """Every step is shown and receipted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +169,10 @@ class Hello(Record):
 class Push(Record):
     step: int = uint(STEPS_MAX)
     payload: bytes = raw(most=PAYLOAD_MAX)
-    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), 256)
 
 
-INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, Done, Report, Failed)
-LINK_MESSAGES = MessageSet(Hello, Push, Finish)
+INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, Receipts, Done, Report, Failed)
+LINK_MESSAGES = MessageSet(Hello, Push, Receipts, Finish)
 
 
 # What a stage's refusal is here; by its code, so that the exit code still says what kind of failure it was.
@@ -426,8 +433,8 @@ class _Served:
                 match message:
                     case FeedInput(step, payload):
                         await self._handle(partial(self._machine.feed, step, payload))
-                    case Finish(receipts):
-                        await self._handle(partial(self._machine.finish, receipts))
+                    case Finish():
+                        await self._handle(self._machine.finish)
                     case _:
                         raise MalformedError(f"{type(message).__name__} is not for a stage")
         except trio.EndOfChannel:
@@ -449,10 +456,12 @@ class _Served:
             while not self._over.is_set():
                 message = LINK_MESSAGES.unpack(await link.receive())
                 match message:
-                    case Push(step, payload, receipts):
-                        await self._handle(partial(self._machine.push, step, payload, receipts))
-                    case Finish(receipts):
-                        await self._handle(partial(self._machine.finish, receipts))
+                    case Push(step, payload):
+                        await self._handle(partial(self._machine.push, step, payload))
+                    case Receipts(receipts):
+                        await self._handle(partial(self._machine.receipts, receipts))
+                    case Finish():
+                        await self._handle(self._machine.finish)
                     case _:
                         raise MalformedError(f"{type(message).__name__} does not belong on a link")
         except trio.EndOfChannel:
@@ -481,14 +490,18 @@ class _Served:
             match action:
                 case Compute(step, payload):
                     await self._compute(step, payload)
-                case SendStep(step, payload, receipts):
-                    await self._send_link(Push(step, payload, receipts))
-                case SendFinish(receipts):
-                    await self._send_link(Finish(receipts))
-                case SendOutput(step, payload, receipts):
-                    await self._send_control(Output(step, payload, receipts))
-                case SendDone(receipts):
-                    await self._send_control(Done(receipts))
+                case SendStep(step, payload):
+                    await self._send_link(Push(step, payload))
+                case SendReceipts(receipts):
+                    await self._send_link(Receipts(receipts))
+                case SendFinish():
+                    await self._send_link(Finish())
+                case SendOutput(step, payload):
+                    await self._send_control(Output(step, payload))
+                case ShowReceipts(receipts):
+                    await self._send_control(Receipts(receipts))
+                case SendDone():
+                    await self._send_control(Done())
                 case Close():
                     self._service.totals.receipts += self._machine.receipts_signed
                     await self._send_control(Report(self.step, self._machine.receipts_signed, int(self._compute_s * 1e6)))
@@ -504,7 +517,7 @@ class _Served:
         service.totals.steps += 1
         await self._perform(self._machine.computed(step, output))
 
-    async def _send_link(self, message: Push | Finish) -> None:
+    async def _send_link(self, message: Push | Receipts | Finish) -> None:
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
             if self._link_out is None:
                 following = _address(self._opened.next)
@@ -671,12 +684,14 @@ class Coordinator:
             case Accepted():
                 # In a task of its own: whoever feeds may have to wait until somebody reads the results.
                 self._nursery.start_soon(self._feed, self._machine.accepted(stage))
-            case Output(step, payload, receipts) if last:
-                for action in self._machine.output(step, payload, receipts):
+            case Output(step, payload) if last:
+                for action in self._machine.output(step, payload):
                     if isinstance(action, Result):
                         await self._emit(action)
-            case Done(receipts) if last:
-                for action in self._machine.done(receipts):
+            case Receipts(receipts) if last:
+                self._machine.receipts(receipts)
+            case Done() if last:
+                for action in self._machine.done():
                     if isinstance(action, Verified):
                         self._bundle = action.bundle
             case Report(steps, receipts_signed, compute_us):
@@ -701,7 +716,7 @@ class Coordinator:
                 case Feed(step, payload):
                     await self._send_first(FeedInput(step, payload))
                 case AskFinish():
-                    await self._send_first(Finish(()))
+                    await self._send_first(Finish())
 
     async def _send_first(self, message: FeedInput | Finish) -> None:
         stream = self._streams[0]

@@ -6,9 +6,10 @@ the last stage shows each result to the coordinator and, for a causal model, fee
     coordinator --Feed--> stage 0 --Step--> stage 1 --Step--> ... last stage --Output--> coordinator
                              ^------------------- Step (the new token) ---------'
 
-Every `Terms.window` steps each stage signs a receipt, which rides with the step that completes the window. A stage checks the
-receipt of the stage before against the bytes that it received itself, before it uses the last of them. `Finish` runs round the
-same way, so that the steps of the last, shorter window are receipted too.
+Every `Terms.window` steps each stage signs a receipt. Receipts run behind the step that completes the window, one hop at a time, so
+that nobody waits for a signature: a stage first pushes its output on, and signs when it has checked the receipt of the stage before
+against the bytes that it received itself. No step of the next window is taken before that. When the session ends, the same happens
+for the last, shorter window; `Finish` follows the receipts round.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ class SendStep:
 
     step: int
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SendReceipts:
+    """Hand on to the next stage of the ring: those of all stages up to this one; from the last stage to the first, its own."""
+
     receipts: tuple[SignedReceipt, ...]
 
 
@@ -65,6 +72,12 @@ class SendOutput:
 
     step: int
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShowReceipts:
+    """Show the coordinator every stage's receipt for the window that is complete."""
+
     receipts: tuple[SignedReceipt, ...]
 
 
@@ -72,14 +85,10 @@ class SendOutput:
 class SendFinish:
     """Tell the next stage of the ring that no more steps come."""
 
-    receipts: tuple[SignedReceipt, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class SendDone:
     """Tell the coordinator that every step is receipted."""
-
-    receipts: tuple[SignedReceipt, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,7 @@ class Close:
     """This stage has no further part in the session."""
 
 
-StageAction: TypeAlias = Compute | SendStep | SendOutput | SendFinish | SendDone | Close
+StageAction: TypeAlias = Compute | SendStep | SendReceipts | SendOutput | ShowReceipts | SendFinish | SendDone | Close
 
 
 class StageSession:
@@ -120,7 +129,9 @@ class StageSession:
         self._fed_back: list[bytes] = []  # first stage: leaf hashes of the tokens that came back, the last stage's outputs
         self._prev: Receipt | None = None
         self._parent: Receipt | None = None  # the newest receipt of the stage before this one in the ring
-        self._passing: tuple[SignedReceipt, ...] = ()  # receipts of earlier stages for the open window
+        self._awaited: bytes | None = None  # first stage: the root that the last stage's next receipt must have
+        self._finish_wanted = False
+        self._ended = False  # last stage: it has told the first one to finish
         self.closed = False
         self.receipts_signed = 0
 
@@ -137,43 +148,69 @@ class StageSession:
             raise VerificationError("the input is not the one that the session's terms name")
         return self._take(step, payload)
 
-    def push(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
+    def push(self, step: int, payload: bytes) -> list[StageAction]:
         """A step from the stage before."""
-        if self.closed:
+        if self.closed or self._finish_wanted:
             return []
+        if self._is_full or self._awaited is not None:
+            raise VerificationError(f"stage {self.before} pushes on without having signed the window that it completed")
+        if self._terms.window and self._window % self._terms.window:
+            raise VerificationError(f"stage {self.before} pushes on after it signed for a last, short window")
         if self._first:
-            self._take_back(step, payload, receipts)
-            return self._take(step, payload)
-        actions = self._take(step, payload)
-        self._take_receipts(receipts, len(self._inputs) if completes_window(self._terms, step) else 0)
-        return actions
+            self._take_back(step, payload)
+        return self._take(step, payload)
 
     def computed(self, step: int, output: bytes) -> list[StageAction]:
         """What the stage made of the step that it was told to compute."""
         if self._terms.window:
             self._outputs.append(leaf_hash(output))
-        receipts = self._sign_window() if completes_window(self._terms, step) else ()
+        actions: list[StageAction] = []
         if not self._last:
-            return [SendStep(step, output, receipts)]
-        shown = SendOutput(step, output, receipts)
-        if not self._feeds_back:
-            return [shown]
-        if self._ends(step, output):
-            return [shown, SendFinish(())]
-        # The token goes round first: the ring waits for it, the user's eyes do not.
-        return [SendStep(step + 1, output, receipts[-1:]), shown]
+            actions.append(SendStep(step, output))
+        elif self._feeds_back and not self._ends(step, output):
+            # The token goes round first: the ring waits for it, the user's eyes do not.
+            actions += [SendStep(step + 1, output), SendOutput(step, output)]
+        else:
+            actions.append(SendOutput(step, output))
+            if self._feeds_back:
+                self._ended = True
+                actions.append(SendFinish())
+        if self._first and self._is_full and self._awaited is None:
+            actions += self._sign(())
+        return actions
 
-    def finish(self, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
+    def receipts(self, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
+        """Receipts from the stage before: of all earlier stages for the open window; at the first stage, of the last one alone, for
+        the window before."""
+        if self.closed:
+            return []
+        if not self._first:
+            self._check_earlier(receipts)
+            return self._sign(receipts)
+        self._check_last(receipts)
+        actions = self._sign(()) if self._is_full else []
+        return actions + (self._finish() if self._finish_wanted else [])
+
+    def finish(self) -> list[StageAction]:
         """No more steps come: from the coordinator or the last stage to the first, from stage to stage after that."""
         if self.closed:
             return []
+        if self._awaited is not None:
+            self._finish_wanted = True  # the last stage's receipt is on its way, and ours for the rest must name it
+            return []
+        if not self._first and self._inputs:
+            raise VerificationError(f"stage {self.before} finishes without having signed for its last steps")
+        return self._finish()
+
+    def _finish(self) -> list[StageAction]:
+        actions = self._sign(()) if self._inputs else []
         self.closed = True
-        if not self._first:
-            self._take_receipts(receipts, len(self._inputs))
-        elif receipts:
-            raise MalformedError("the first stage is told to finish with receipts that it did not ask for")
-        signed = self._sign_window() if self._inputs else ()
-        return [SendDone(signed) if self._last else SendFinish(signed), Close()]
+        return [*actions, SendDone() if self._last else SendFinish(), Close()]
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether the open window is complete and not signed yet."""
+        return 0 < self._terms.window == len(self._inputs)
 
     def _check_step(self, step: int) -> None:
         if self.closed or step != self._step or step >= self._terms.steps_max:
@@ -194,39 +231,38 @@ class StageSession:
         self._step = step + 1
         return [Compute(step, payload)]
 
-    def _take_back(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> None:
-        """The token that came round, and at the start of a window the last stage's receipt for the window before."""
+    def _take_back(self, step: int, payload: bytes) -> None:
+        """The token that came round."""
         if not self._feeds_back or step == 0 or len(payload) != 4:
             raise MalformedError("what came back to the first stage is not one token")
         self._check_step(step)
-        if not completes_window(self._terms, step - 1):
-            if receipts:
-                raise MalformedError("a receipt came in the middle of a window")
-            if self._terms.window:
-                self._fed_back.append(leaf_hash(payload))
+        if not self._terms.window:
             return
         self._fed_back.append(leaf_hash(payload))
-        if len(receipts) != 1:
-            raise VerificationError("the last stage did not sign the window that it completed")
+        if len(self._fed_back) == self._terms.window:
+            self._awaited = merkle_root(self._fed_back)
+            self._fed_back = []
+
+    def _check_last(self, receipts: Sequence[SignedReceipt]) -> None:
+        """At the first stage: the last stage signed for the tokens that came round."""
+        if len(receipts) != 1 or self._awaited is None:
+            raise VerificationError("a receipt came from the last stage that is not due")
         receipt = self._check_before(receipts[0])
-        if receipt.n != self._terms.window or receipt.out_root != merkle_root(self._fed_back):
+        if receipt.n != self._terms.window or receipt.out_root != self._awaited:
             raise VerificationError("the last stage signed for other tokens than those that it sent")
-        self._fed_back.clear()
+        self._awaited = None
         self._parent = receipt
 
-    def _take_receipts(self, receipts: Sequence[SignedReceipt], steps: int) -> None:
-        """Receipts of all earlier stages, due when a window of `steps` steps is complete. Ours must build on the last of them."""
-        if len(receipts) != (self.stage if steps else 0):
-            raise VerificationError(f"{len(receipts)} receipts came where {self.stage if steps else 0} are due")
-        if not steps:
-            return
+    def _check_earlier(self, receipts: Sequence[SignedReceipt]) -> None:
+        """Receipts of all earlier stages for the open window. Ours must build on the last of them."""
+        if len(receipts) != self.stage or not self._inputs:
+            raise VerificationError(f"{len(receipts)} receipts of {self.stage} earlier stages came for {len(self._inputs)} steps")
         receipt = self._check_before(receipts[-1])
         for earlier, later in pairwise(receipts):
             check_parent(later.receipt, earlier.receipt)
-        if (receipt.n, receipt.kv_len) != (steps, self.kv_len) or receipt.out_root != merkle_root(self._inputs):
+        if (receipt.n, receipt.kv_len) != (len(self._inputs), self.kv_len) or receipt.out_root != merkle_root(self._inputs):
             raise VerificationError(f"stage {self.before} signed for other bytes than those that it sent")
         self._parent = receipt
-        self._passing = tuple(receipts)
 
     def _check_before(self, signed: SignedReceipt) -> Receipt:
         """A receipt of the stage before this one: signed by it, in this session, next after its previous one."""
@@ -235,8 +271,8 @@ class StageSession:
         check_place(receipt, self._plan, self._terms, self.before, self._request_before, previous)
         return receipt
 
-    def _sign_window(self) -> tuple[SignedReceipt, ...]:
-        """Sign for the open window and start the next: the receipts of all stages up to this one."""
+    def _sign(self, earlier: Sequence[SignedReceipt]) -> list[StageAction]:
+        """Sign for the open window, start the next, and hand the receipt on behind those of the `earlier` stages."""
         if len(self._outputs) != len(self._inputs):
             raise RuntimeError("a window is signed only after all of it is computed")
         parent = None if self._first and not self._feeds_back else self._parent
@@ -260,13 +296,16 @@ class StageSession:
         )
         if parent and not self._first:
             check_input(receipt, parent)  # sign only what holds
-        signed = (*self._passing, SignedReceipt.sign(receipt, self._identity))
-        self._passing = ()
+        own = SignedReceipt.sign(receipt, self._identity)
         self._prev = receipt
         self._window += receipt.n
         self._inputs, self._outputs = [], []
         self.receipts_signed += 1
-        return signed
+        if not self._last:
+            return [SendReceipts((*earlier, own))]
+        shown = ShowReceipts((*earlier, own))
+        goes_on = self._feeds_back and not self._ended and receipt.n == self._terms.window
+        return [SendReceipts((own,)), shown] if goes_on else [shown]
 
     def _ends(self, step: int, output: bytes) -> bool:
         return step + 1 >= self._terms.steps_max or tokens_from_bytes(output)[0] in self._terms.end_tokens
@@ -341,18 +380,26 @@ class CoordinatorSession:
             actions += self.stop()
         return actions
 
-    def output(self, step: int, payload: bytes, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
+    def output(self, step: int, payload: bytes) -> list[CoordinatorAction]:
         """The last stage shows a result."""
         if self._waiting or step != len(self._outputs) or step >= self._terms.steps_max:
             raise VerificationError(f"a result for step {step} came where step {len(self._outputs)} is due")
         expected = 4 if self._manifest.kind == CAUSAL else 4 * self._manifest.hidden_size
         if len(payload) != expected:
             raise MalformedError(f"a result of {len(payload)} bytes where {expected} are due")
-        if len(receipts) != (len(self._plan.stages) if completes_window(self._terms, step) else 0):
-            raise VerificationError(f"{len(receipts)} receipts came with step {step}")
+        if completes_window(self._terms, step - 1) and self._chain.steps != step:
+            raise VerificationError(f"the stages go on to step {step} without having signed for those before")
         self._outputs.append(payload)
-        self._accept(receipts)
         return [Result(step, payload)]
+
+    def receipts(self, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
+        """The last stage shows every stage's receipt for a window."""
+        if len(receipts) != len(self._plan.stages):
+            raise VerificationError(f"{len(receipts)} receipts came from {len(self._plan.stages)} stages")
+        for signed in receipts:
+            self._chain.accept(signed)
+            self._receipts.append(signed)
+        return []
 
     def stop(self) -> list[CoordinatorAction]:
         """No more steps are wanted. What is under way still arrives and is receipted."""
@@ -361,9 +408,8 @@ class CoordinatorSession:
         self._asked_to_finish = True
         return [AskFinish()]
 
-    def done(self, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
-        """The last stage has signed for the last window."""
-        self._accept(receipts)
+    def done(self) -> list[CoordinatorAction]:
+        """The last stage has nothing more to show."""
         if not self._asked_to_finish and (not self._outputs or self.ends_with(len(self._outputs) - 1, self._outputs[-1]) is None):
             raise VerificationError("the stages ended the session before the answer was over")
         self._chain.finish(first_stage_inputs(self._manifest, self._inputs, self._outputs), self._outputs)
@@ -379,11 +425,6 @@ class CoordinatorSession:
             receipts=tuple(self._receipts),
         )
         return [Verified(bundle)]
-
-    def _accept(self, receipts: Sequence[SignedReceipt]) -> None:
-        for signed in receipts:
-            self._chain.accept(signed)
-            self._receipts.append(signed)
 
     def ends_with(self, step: int, payload: bytes) -> str | None:
         """Why the answer is over after this result: "stop", "length", or None while it goes on."""

@@ -22,7 +22,9 @@ from nexus.swarm.session import (
     SendDone,
     SendFinish,
     SendOutput,
+    SendReceipts,
     SendStep,
+    ShowReceipts,
     StageSession,
     Verified,
 )
@@ -111,7 +113,7 @@ class Ring:
                     case Feed(step, payload):
                         send(-1, 0, ("feed", step, payload))
                     case AskFinish():
-                        send(-1, 0, ("finish", ()))
+                        send(-1, 0, ("finish",))
                     case Result(step, payload):
                         self.results.append(payload)
                         if self.stop_at == step:
@@ -125,14 +127,18 @@ class Ring:
                 match action:
                     case Compute(step, payload):
                         perform(stage, machine.computed(step, toy_compute(self.model, self.plan, stage, step, payload)))
-                    case SendStep(step, payload, receipts):
-                        send(stage, (stage + 1) % stages, ("push", step, payload, receipts))
-                    case SendOutput(step, payload, receipts):
-                        send(stage, -1, ("output", step, payload, receipts))
-                    case SendFinish(receipts):
-                        send(stage, (stage + 1) % stages, ("finish", receipts))
-                    case SendDone(receipts):
-                        send(stage, -1, ("done", receipts))
+                    case SendStep(step, payload):
+                        send(stage, (stage + 1) % stages, ("push", step, payload))
+                    case SendReceipts(receipts):
+                        send(stage, (stage + 1) % stages, ("receipts", receipts))
+                    case SendOutput(step, payload):
+                        send(stage, -1, ("output", step, payload))
+                    case ShowReceipts(receipts):
+                        send(stage, -1, ("receipts", receipts))
+                    case SendFinish():
+                        send(stage, (stage + 1) % stages, ("finish",))
+                    case SendDone():
+                        send(stage, -1, ("done",))
                     case Close():
                         pass
 

@@ -95,10 +95,10 @@ def test_a_flipped_bit_on_the_wire_is_found(stages: int, victim: int, at: int) -
         if seen - 1 != victim % 150:
             return message
         match message:
-            case (kind, int() as step, bytes() as payload, *rest):
-                return (kind, step, _flip(payload, at), *rest)
-            case ("done", (SignedReceipt() as first, *others)):
-                return ("done", (replace(first, signature=_flip(first.signature, at)), *others))
+            case (kind, int() as step, bytes() as payload):
+                return (kind, step, _flip(payload, at))
+            case ("receipts", (*others, SignedReceipt() as last)):
+                return ("receipts", (*others, replace(last, signature=_flip(last.signature, at))))
         return message
 
     ring.tamper = tamper
@@ -147,10 +147,10 @@ def test_a_stage_that_signs_a_lie_is_found_by_the_next_one(lie: dict[str, object
         if message[0] == "done":
             reached_the_end = True
         match message:
-            case ("push" | "output" as kind, step, payload, (*earlier, SignedReceipt() as own)) if sender == liar:
+            case ("receipts", (*earlier, SignedReceipt() as own)) if sender == liar:
                 if lie == {"stage": 0} and liar == 0:
-                    return (kind, step, payload, (*earlier, _lie(own, identity(1), stage=1)))
-                return (kind, step, payload, (*earlier, _lie(own, identity(liar + 1), **lie)))
+                    return ("receipts", (*earlier, _lie(own, identity(1), stage=1)))
+                return ("receipts", (*earlier, _lie(own, identity(liar + 1), **lie)))
         return message
 
     ring.tamper = tamper
@@ -167,8 +167,8 @@ def test_a_receipt_replayed_from_another_session_is_refused() -> None:
 
     def tamper(_: int, message: Message) -> Message:
         match message:
-            case ("push", step, payload, (SignedReceipt(),)):
-                return ("push", step, payload, foreign.receipts[:1])
+            case ("receipts", (SignedReceipt(),)):
+                return ("receipts", foreign.receipts[:1])
         return message
 
     ring.tamper = tamper
@@ -202,13 +202,31 @@ def test_dropped_reordered_or_repeated_receipts_are_found() -> None:
             verify_bundle(replace(bundle, receipts=changed))
 
 
+@pytest.mark.parametrize("sender", [0, 1, 2])
+def test_a_window_without_its_receipts_goes_no_further(sender: int) -> None:
+    """Nobody takes a step of the next window from a stage that has not signed the last one."""
+    ring = causal_ring(3, 3 * WINDOW)
+    reached = 0
+
+    def tamper(by: int, message: Message) -> Message | None:
+        nonlocal reached
+        if message[0] == "output":
+            reached = max(reached, int(message[1]))  # type: ignore[call-overload]
+        return None if by == sender and message[0] == "receipts" else message
+
+    ring.tamper = tamper
+    with pytest.raises(VerificationError, match="without having signed"):
+        ring.run()
+    assert reached <= WINDOW
+
+
 def test_an_answer_cut_short_is_found() -> None:
     """The last stage cannot pass off a part of the answer as the whole."""
     ring = causal_ring(2, 40)
 
     def tamper(sender: int, message: Message) -> Message:
         if sender == 1 and message[0] == "push" and message[1] == 7:
-            return ("finish", ())
+            return ("finish",)
         return message
 
     ring.tamper = tamper

@@ -25,6 +25,7 @@ from nexus.node.infer import (
     Open,
     Output,
     Push,
+    Receipts,
 )
 from nexus.proof.receipts import Refusal, SignedRefusal
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
@@ -134,14 +135,15 @@ def wire_vectors() -> dict[str, object]:
             "Open": INFER_MESSAGES.pack(Open(0, "toy", bundle.plan, bundle.terms, bundle.requests[0], following, ())).hex(),
             "Accepted": INFER_MESSAGES.pack(Accepted()).hex(),
             "FeedInput": INFER_MESSAGES.pack(FeedInput(0, bundle.inputs[0])).hex(),
-            "Finish": INFER_MESSAGES.pack(Finish(())).hex(),
-            "Output": INFER_MESSAGES.pack(Output(0, bundle.outputs[0], ())).hex(),
+            "Finish": INFER_MESSAGES.pack(Finish()).hex(),
+            "Output": INFER_MESSAGES.pack(Output(0, bundle.outputs[0])).hex(),
             "Failed": INFER_MESSAGES.pack(Failed(refusal)).hex(),
         },
         "/nexus/link/1": {
             "Hello": LINK_MESSAGES.pack(Hello(bundle.terms.session, 1)).hex(),
-            "Push": LINK_MESSAGES.pack(Push(15, bytes(16), bundle.receipts[:1])).hex(),
-            "Finish": LINK_MESSAGES.pack(Finish(bundle.receipts[2:3])).hex(),
+            "Push": LINK_MESSAGES.pack(Push(15, bytes(16))).hex(),
+            "Receipts": LINK_MESSAGES.pack(Receipts(bundle.receipts[:1])).hex(),
+            "Finish": LINK_MESSAGES.pack(Finish()).hex(),
         },
         "node record": _record(SignedNodeRecord.sign(record, identity(1))),
     }
