@@ -71,6 +71,7 @@ OPEN_TIMEOUT_S = 30.0
 LINK_TIMEOUT_S = 15.0
 STEP_TIMEOUT_S = 60.0
 SESSION_IDLE_S = 300.0
+INLINE_STEP_S = 0.002
 REPORT_TIMEOUT_S = 2.0
 SECOND_HAND_WAIT_S = 0.5
 PAYLOAD_MAX = FRAME_MAX - 64 * 1024
@@ -212,12 +213,22 @@ class ServedTotals:
 class InferService:
     """Serves stages: answers both protocols, one `_Served` per live session."""
 
-    def __init__(self, transport: Transport, identity: Identity, source: StageSource, *, serve: bool, sessions_max: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        source: StageSource,
+        *,
+        serve: bool,
+        sessions_max: int,
+        inline_step_s: float = INLINE_STEP_S,
+    ) -> None:
         self._transport = transport
         self._identity = identity
         self._source = source
         self._serve = serve
         self._sessions_max = sessions_max
+        self._inline_step_s = inline_step_s
         self._served: dict[tuple[bytes, int], _Served] = {}
         self.live = Live()
         # Sessions wait in line here, one step each, so a long prompt delays the others by one step and no more. Two threads,
@@ -334,13 +345,20 @@ class InferService:
             raise NotAllowedError("no such session here")
         await served.take_link(link)
 
-    async def compute(self, stage: Stage, session: bytes, payload: bytes) -> tuple[bytes, float]:
-        """One step, off the trio thread: what came out, and the seconds that it took without the waiting."""
+    async def compute(self, stage: Stage, session: bytes, payload: bytes, expected_s: float | None) -> tuple[bytes, float]:
+        """One step: what came out, and the seconds that it took without the waiting.
+
+        Off the trio thread, but for steps so short that the two hand-overs between threads would cost a good part of them: see
+        docs/adr/0007.
+        """
 
         def step() -> tuple[bytes, float]:
             began = perf_counter()
             return stage.step(session, payload), perf_counter() - began
 
+        if expected_s is not None and expected_s < self._inline_step_s and not self._compute.borrowed_tokens:
+            await trio.lowlevel.checkpoint()
+            return step()
         return await trio.to_thread.run_sync(step, limiter=self._compute)
 
 
@@ -363,6 +381,7 @@ class _Served:
         self._link_scope = trio.CancelScope()
         self._idle = trio.move_on_after(SESSION_IDLE_S)
         self._compute_s = 0.0
+        self._token_s: float | None = None  # what a step of one token takes lately
         self._token_kv_bytes = stage_kv_bytes(manifest, opened.plan, opened.stage)
         self.step = 0
 
@@ -511,8 +530,11 @@ class _Served:
     async def _compute(self, step: int, payload: bytes) -> None:
         service = self._service
         service._source.reserve_kv(self._session, self._token_kv_bytes * self._machine.kv_len)
-        output, compute_s = await service.compute(self._stage, self._session, payload)
+        is_token = len(payload) == self._stage.input_size(1)
+        output, compute_s = await service.compute(self._stage, self._session, payload, self._token_s if is_token else None)
         self._compute_s += compute_s
+        if is_token:
+            self._token_s = compute_s if self._token_s is None else self._token_s + (compute_s - self._token_s) / 4
         self.step = step + 1
         service.totals.steps += 1
         await self._perform(self._machine.computed(step, output))

@@ -19,6 +19,7 @@ from nexus.network.transport import PeerAddress, Transport
 from nexus.node.infer import (
     INFER,
     INFER_MESSAGES,
+    INLINE_STEP_S,
     LINK,
     LINK_MESSAGES,
     Coordinator,
@@ -42,6 +43,10 @@ class ToyStage:
         self._before = before
         self.sessions: dict[bytes, int] = {}
         self.weight_bytes = 0
+        self._width = 4 if stage == 0 else 4 * model.hidden_size
+
+    def input_size(self, tokens: int) -> int:
+        return tokens * self._width
 
     def open(self, session: bytes, sampling: object) -> None:
         self.sessions[session] = 0
@@ -131,8 +136,12 @@ async def swarm(
         for stage in range(stages):
             node = await stack.enter_async_context(network.open(identity(stage + 1)))
             hook = (lambda step, stage=stage: before(stage, step)) if before else (lambda _: None)
+            # What blocks in `before` must do so on a thread.
+            inline_step_s = 0.0 if before else INLINE_STEP_S
             source = ToySource(model, plan, stage, hook)
-            service = InferService(node, identity(stage + 1), source, serve=True, sessions_max=sessions_max)
+            service = InferService(
+                node, identity(stage + 1), source, serve=True, sessions_max=sessions_max, inline_step_s=inline_step_s
+            )
             service.start()
             transports.append(node)
             services.append(service)
