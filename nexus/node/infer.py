@@ -69,7 +69,10 @@ log = structlog.get_logger("nexus.infer")
 
 OPEN_TIMEOUT_S = 30.0
 LINK_TIMEOUT_S = 15.0
-STEP_TIMEOUT_S = 60.0
+ALIVE_EVERY_S = 2.0
+SILENCE_MAX_S = 10.0
+# A stage that is alive may read a long prompt for minutes.
+STEP_TIMEOUT_S = 600.0
 SESSION_IDLE_S = 300.0
 INLINE_STEP_S = 0.002
 REPORT_TIMEOUT_S = 2.0
@@ -172,7 +175,12 @@ class Push(Record):
     payload: bytes = raw(most=PAYLOAD_MAX)
 
 
-INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, Receipts, Done, Report, Failed)
+@dataclass(frozen=True, slots=True)
+class Alive(Record):
+    """The stage is still at it: sent every ALIVE_EVERY_S, whatever else is, so that a stopped process is told from a slow one."""
+
+
+INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, Receipts, Done, Report, Failed, Alive)
 LINK_MESSAGES = MessageSet(Hello, Push, Receipts, Finish)
 
 
@@ -199,6 +207,30 @@ class StageSource(Protocol):
 
     def reserve_kv(self, session: bytes, n_bytes: int) -> None:
         """Count `n_bytes` of KV cache to `session`; 0 gives all back. Raises CapacityError when the node has no room."""
+
+
+@asynccontextmanager
+async def alive(control: Stream) -> AsyncIterator[None]:
+    """Tells the coordinator now and then that this process runs."""
+
+    async def beat() -> None:
+        while True:
+            await trio.sleep(ALIVE_EVERY_S)
+            try:
+                await control.send(INFER_MESSAGES.pack(Alive()))
+            except UnreachableError:
+                return  # whoever reads the stream finds out as well, and says so
+
+    failure: NexusError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(beat)
+        try:
+            yield
+        except NexusError as error:  # bare, not as a group of one
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure:
+        raise failure
 
 
 @dataclass
@@ -251,11 +283,12 @@ class InferService:
             raise MalformedError("a session begins with Open")
         served: _Served | None = None
         try:
-            manifest = await self._admit(control, message)
-            async with self._hold_stage(control, message, manifest) as stage:
-                served = _Served(self, control, message, manifest, stage)
-                with self.live.one():
-                    await served.run()
+            async with alive(control):
+                manifest = await self._admit(control, message)
+                async with self._hold_stage(control, message, manifest) as stage:
+                    served = _Served(self, control, message, manifest, stage)
+                    with self.live.one():
+                        await served.run()
         except NexusError as error:
             step = served.step if served else 0
             log.warning(
@@ -650,13 +683,13 @@ class Coordinator:
         return self._machine.ends_with(result.step, result.payload)
 
     async def _watch(self) -> None:
-        """The deadline of the whole: something must be heard every STEP_TIMEOUT_S, and reports end the wait soon after Done."""
+        """The deadline of the whole: something must come out every STEP_TIMEOUT_S, and reports end the wait soon after Done."""
         with self._quiet:
             await trio.sleep_forever()
         if self._bundle:
             self._reported.set()
             return
-        raise TimedOutError(f"no stage was heard of for {STEP_TIMEOUT_S:.0f} s", "See `nexus peers`; then run it again")
+        raise TimedOutError(f"nothing came out for {STEP_TIMEOUT_S:.0f} s", "The prompt may be too long for these machines")
 
     async def _run_stage(self, stage: int) -> None:
         peer_id = peer_id_of(self._plan.stages[stage].node)
@@ -670,7 +703,11 @@ class Coordinator:
             if scope.cancelled_caught:
                 raise TimedOutError(f"stage {stage} ({peer_id}) did not take the session within {OPEN_TIMEOUT_S:.0f} s")
             while True:
-                await self._take(stage, INFER_MESSAGES.unpack(await stream.receive()))
+                with trio.move_on_after(SILENCE_MAX_S) as scope:
+                    frame = await stream.receive()
+                if scope.cancelled_caught:
+                    raise TimedOutError(f"not a sign of life for {SILENCE_MAX_S:.0f} s")
+                await self._take(stage, INFER_MESSAGES.unpack(frame))
         except trio.EndOfChannel:
             if self._reports[stage] is None and not self._reported.is_set():
                 raise UnreachableError(f"stage {stage} ({peer_id}) closed the session", "Run it again", peer_id) from None
@@ -701,6 +738,8 @@ class Coordinator:
     async def _take(self, stage: int, message: Record) -> None:
         last = stage == len(self._plan.stages) - 1
         match message:
+            case Alive():
+                return
             case OpenProgress(phase, done, total):
                 await self._emit(StageProgress(stage, phase, done, total))
             case Accepted():

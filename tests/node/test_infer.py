@@ -313,7 +313,7 @@ async def test_a_plan_that_names_another_node_is_refused() -> None:
         assert answer.refusal.verify().code == VerificationError.code
 
 
-async def test_silence_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stage_that_is_stuck_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nexus.node.infer.STEP_TIMEOUT_S", 0.3)
     release = trio.Event()
 
@@ -322,7 +322,34 @@ async def test_silence_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
             trio.from_thread.run(release.wait)
 
     async with swarm(2, before=before) as nodes:
-        with pytest.raises(TimedOutError, match="heard of"):
+        with pytest.raises(TimedOutError, match="nothing came out"):
+            await nodes.run(10)
+        release.set()
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+async def test_a_stopped_process_is_named_in_seconds(monkeypatch: pytest.MonkeyPatch, silent: int) -> None:
+    """Its connections stay open and nothing comes any more: no step, no sign of life."""
+    monkeypatch.setattr("nexus.node.infer.SILENCE_MAX_S", 0.5)
+    monkeypatch.setattr("nexus.node.infer.ALIVE_EVERY_S", 0.1)
+    release = trio.Event()
+
+    async with swarm(3) as nodes:
+        compute = nodes.services[silent].compute
+
+        async def stop(*arguments: object) -> tuple[bytes, float]:
+            stopped = nodes.services[silent]
+            if stopped.totals.steps == 3:
+                for served in stopped._served.values():
+                    monkeypatch.setattr(served._control, "send", forever)
+                await release.wait()
+            return await compute(*arguments)  # type: ignore[arg-type]
+
+        async def forever(frame: bytes) -> None:
+            await release.wait()
+
+        monkeypatch.setattr(nodes.services[silent], "compute", stop)
+        with pytest.raises(TimedOutError, match=f"stage {silent} .*sign of life"):
             await nodes.run(10)
         release.set()
 
