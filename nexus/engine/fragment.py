@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 from nexus.core.errors import ModelFormatError
 from nexus.core.manifest import CAUSAL
 from nexus.engine.architecture import Config, find_layers, model_arguments, model_class
-from nexus.engine.kv import KVCache, ViewCache, windows_of
+from nexus.engine.decoder_step import DecoderStep
+from nexus.engine.kv import KVCache, StepCache, windows_of
 
 # transformers writes progress bars and advice to stderr, which belongs to the daemon's log.
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -127,14 +128,20 @@ class Fragment:
         eager = self.model.config._attn_implementation == "eager"
         self._one_token_mask = torch.zeros(1, 1, 1, 1, dtype=dtype) if eager else None
         self._traced: Callable[..., torch.Tensor] | None = None
+        self._step: DecoderStep | None = None
         # A recording has no branches, and these take one at some position.
         if self.causal and "dynamic" not in config.rope_types:
-            self._traced = self._checked_trace()
+            self._record()
 
     @property
     def is_traced(self) -> bool:
         """Whether decode steps run as a recorded graph, without Python between the operations."""
         return self._traced is not None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether that graph is the one of `DecoderStep`, with fewer operations."""
+        return self._step is not None
 
     def new_cache(self) -> KVCache:
         return KVCache(self.windows, self.context)
@@ -172,44 +179,61 @@ class Fragment:
 
     def _decode(self, x: torch.Tensor, cache: KVCache, position: int) -> torch.Tensor:
         assert self._traced is not None
+        table = x if self._step is None else self._step.table(position)
         # Without the profiling executor: it would recompile for new shapes in the middle of a session.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            out = self._traced(x, torch.tensor([[position]]), *cache.views(position + 1))
+            out = self._traced(x, torch.tensor(position), table, *cache.buffers(position + 1))
         cache.set_length(position + 1)
         return out
 
-    def _step(self, x: torch.Tensor, positions: torch.Tensor, *views: torch.Tensor) -> torch.Tensor:
-        cache = ViewCache(views, _CHECK_PROMPT)
-        return self._call({"input_ids" if self.first else "inputs_embeds": x}, positions, cache, self._one_token_mask)
+    def _general_step(self, x: torch.Tensor, position: torch.Tensor, table: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
+        """One token as transformers computes it. `table` is for the other kind of step."""
+        cache = StepCache(buffers, position, _CHECK_PROMPT)
+        inputs = {"input_ids" if self.first else "inputs_embeds": x}
+        return self._call(inputs, position.view(1, 1), cache, self._one_token_mask)
 
     @torch.inference_mode()
-    def _checked_trace(self) -> Callable[..., torch.Tensor] | None:
-        """The decode step of one token as a recorded graph, or None where that does not give the bits of the general way.
+    def _record(self) -> None:
+        """Record the decode step of one token as a graph, the fastest that gives the bits of the general way, if any does.
 
-        At this size most of a step is Python between the operations, which the recording leaves out; the operations are the same.
+        At this size most of a step is Python between the operations, which the recording leaves out.
         """
-        generator = torch.Generator().manual_seed(0)
-        cache, other = self.new_cache(), self.new_cache()
-        xs = [self._example(n, generator) for n in (_CHECK_PROMPT, *(1 for _ in range(_CHECK_STEPS)))]
         if self._untraced_from <= _CHECK_PROMPT + _CHECK_STEPS or self.context < _CHECK_PROMPT + _CHECK_STEPS:
-            return None
-        for kv in (cache, other):
-            self._forward(xs[0], kv, 0)
-        try:
-            with warnings.catch_warnings():
-                # Tracing warns of sizes that it takes for constants (the check below tells) and that it is deprecated.
-                warnings.simplefilter("ignore")
-                example = (xs[1], torch.tensor([[_CHECK_PROMPT]]), *other.views(_CHECK_PROMPT + 1))
-                self._traced = torch.jit.trace(self._step, example, check_trace=False)  # type: ignore[no-untyped-call]
-            for step, x in enumerate(xs[1:]):
-                position = _CHECK_PROMPT + step
-                wanted, got = self._forward(x, cache, position), self._decode(x, other, position)
-                pairs = [(wanted, got), *zip(cache.views(position + 1), other.views(position + 1), strict=True)]
-                if not all(torch.equal(a, b) for a, b in pairs):
-                    return None
-        except RuntimeError:
-            return None
-        return self._traced
+            return
+        generator = torch.Generator().manual_seed(0)
+        xs = [self._example(n, generator) for n in (_CHECK_PROMPT, *(1 for _ in range(_CHECK_STEPS)))]
+        wanted, _ = self._run(xs)
+        for fused in (True, False):
+            try:
+                self._step = DecoderStep(self.model, self.first, self.last, self.context) if fused else None
+                self._traced = None
+                _, cache = self._run(xs[:1])
+                self._traced = self._trace(xs[1], cache)
+                got, _ = self._run(xs)
+            except (RuntimeError, ValueError):
+                continue
+            if all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)):
+                return
+        self._traced = self._step = None
+
+    def _run(self, xs: list[torch.Tensor]) -> tuple[list[torch.Tensor], KVCache]:
+        """The outputs of one pass after the other, then the keys and values, as `forward` computes them now; and the cache."""
+        cache, position, outputs = self.new_cache(), 0, []
+        for x in xs:
+            outputs.append(self.forward(x, cache, position))
+            position += x.shape[1]
+        return outputs + [buffer[:, :, :position] for buffer in cache.buffers(position)], cache
+
+    def _trace(self, x: torch.Tensor, cache: KVCache) -> Callable[..., torch.Tensor]:
+        step = self._general_step if self._step is None else self._step.forward
+        table = x if self._step is None else self._step.table(_CHECK_PROMPT)
+        example = (x, torch.tensor(_CHECK_PROMPT), table, *cache.buffers(_CHECK_PROMPT + 1))
+        with warnings.catch_warnings():
+            # Tracing warns of sizes that it takes for constants (the check tells whether they are) and that it is deprecated.
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(step, example, check_trace=False)  # type: ignore[no-untyped-call]
+        torch._C._jit_pass_cse(traced.graph)
+        return cast("Callable[..., torch.Tensor]", traced)
 
     def _example(self, tokens: int, generator: torch.Generator) -> torch.Tensor:
         settings = self.model.base_model.config

@@ -7,7 +7,7 @@ values, their order and what each layer sees are the same, and so are the result
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -18,7 +18,7 @@ _CAPACITY_MIN = 64
 
 
 class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, each [1, heads, capacity, head size]; the first `length` positions are filled.
+    """Keys and values of one layer in one buffer, [1, 2 * heads, capacity, head size], keys first; `length` positions are filled.
 
     `window`: how many positions a sliding layer looks back, itself included. Older ones stay in the buffer and are not shown.
     """
@@ -29,45 +29,42 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.sliding_window = window
         self.length = 0
         self._context = context
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffer: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers or ())
+        return 0 if self._buffer is None else self._buffer.nbytes
 
-    def _room(self, length: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buffers for at least `length` positions of the form of these keys and values."""
-        capacity = self._buffers[0].shape[-2] if self._buffers else 0
-        if self._buffers is None or length > capacity:
+    def _room(self, length: int, like: torch.Tensor, heads: int) -> torch.Tensor:
+        """The buffer, with space for at least `length` positions of `heads` keys and values together, of the form of `like`."""
+        old = self._buffer
+        capacity = 0 if old is None else old.shape[2]
+        if old is None or length > capacity:
             # Beyond the context nothing is ever needed; growing by half keeps the cost of copying per token constant.
             wanted = max(length, min(self._context, max(_CAPACITY_MIN, capacity + capacity // 2)))
-            old = self._buffers or (None, None)
-            self._buffers = self._grown(old[0], keys, wanted), self._grown(old[1], values, wanted)
-        return self._buffers
-
-    def _grown(self, old: torch.Tensor | None, like: torch.Tensor, capacity: int) -> torch.Tensor:
-        new = like.new_empty((*like.shape[:-2], capacity, like.shape[-1]))
-        if old is not None:
-            new[..., : self.length, :] = old[..., : self.length, :]
-        return new
+            self._buffer = like.new_empty((1, heads, wanted, like.shape[3]))
+            if old is not None:
+                self._buffer[:, :, : self.length] = old[:, :, : self.length]
+            return self._buffer
+        return old
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + key_states.shape[-2]
-        keys, values = self._room(end, key_states, value_states)
-        keys[..., self.length : end, :] = key_states
-        values[..., self.length : end, :] = value_states
+        end = self.length + key_states.shape[2]
+        heads = key_states.shape[1]
+        buffer = self._room(end, key_states, 2 * heads)
+        buffer[:, :heads, self.length : end] = key_states
+        buffer[:, heads:, self.length : end] = value_states
         start = self._first_seen()
         self.length = end
-        return keys[..., start:end, :], values[..., start:end, :]
+        return buffer[:, :heads, start:end], buffer[:, heads:, start:end]
 
-    def views(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of positions [0, length). The layer must have been filled before, so that their form is known."""
-        if self._buffers is None:
+    def buffer(self, length: int) -> torch.Tensor:
+        """The buffer, with space for `length` positions. The layer must have been filled before, so that its form is known."""
+        if self._buffer is None:
             raise RuntimeError("an empty cache layer has no form yet")
-        keys, values = self._room(length, *self._buffers)
-        return keys.narrow(2, 0, length), values.narrow(2, 0, length)
+        return self._room(length, self._buffer, self._buffer.shape[1])
 
     def _first_seen(self) -> int:
         return 0 if self.sliding_window is None else max(0, self.length - self.sliding_window + 1)
@@ -96,26 +93,30 @@ class KVCache(Cache):
         for layer in self._kv:
             layer.length = length
 
-    def views(self, length: int) -> list[torch.Tensor]:
-        """Keys and values of each layer, one after the other, for positions [0, length)."""
-        return [view for layer in self._kv for view in layer.views(length)]
+    def buffers(self, length: int) -> list[torch.Tensor]:
+        """The buffer of each layer (see `KVLayer`), with space for `length` positions."""
+        return [layer.buffer(length) for layer in self._kv]
 
 
-class ViewCache(Cache):
-    """A cache over views from `KVCache.views`, whose last position each layer fills: what a decode step is traced with."""
+class StepCache(Cache):
+    """A cache over buffers from `KVCache.buffers`, of which each layer fills one position: what a decode step is traced with."""
 
-    def __init__(self, views: Sequence[torch.Tensor], length: int) -> None:
-        super().__init__(layers=[KVLayer(None, length) for _ in range(len(views) // 2)])
-        self.views = views
+    def __init__(self, buffers: Sequence[torch.Tensor], position: torch.Tensor, length: int) -> None:
+        """`position` []: the one to fill, which is data, as opposed to `length`, which a recording takes for a constant."""
+        super().__init__(layers=[KVLayer(None, length) for _ in buffers])
         self.length = length
+        self._buffers = buffers
+        self._position = position
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.views[2 * layer_idx], self.views[2 * layer_idx + 1]
-        keys[:, :, -1:].copy_(key_states)
-        values[:, :, -1:].copy_(value_states)
-        return keys, values
+        keys, values = self._buffers[layer_idx].chunk(2, 1)
+        # In a recording a tensor as an index is data, a number would be a constant.
+        at, seen = cast(int, self._position), cast(int, self._position + 1)
+        keys.select(2, at).copy_(key_states[:, :, 0])
+        values.select(2, at).copy_(value_states[:, :, 0])
+        return keys.narrow(2, 0, seen), values.narrow(2, 0, seen)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length

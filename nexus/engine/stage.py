@@ -60,6 +60,11 @@ class Stage:
         """Whether decode steps take the fast way (see `Fragment.is_traced`)."""
         return self._fragment.is_traced
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether they take the fastest way (see `Fragment.is_fused`)."""
+        return self._fragment.is_fused
+
     def input_size(self, tokens: int) -> int:
         """Bytes of the payload that brings `tokens` tokens in."""
         return tokens * (_TOKEN_BYTES if self._fragment.first else self._width)

@@ -15,6 +15,7 @@ import torch
 
 from nexus.core.errors import MalformedError, ModelFormatError, NotFoundError, UsageError
 from nexus.core.manifest import Manifest
+from nexus.engine.decoder_step import LLAMA_FORM
 from nexus.engine.kv import KVLayer
 from nexus.engine.sampling import Sampling
 from nexus.engine.stage import Stage, load_stage
@@ -69,6 +70,8 @@ def test_shards_are_the_whole_model(name: str, imported: Imported) -> None:
     for count in (1, 2, 3, 8):
         chain = load_chain(manifest, folder, count)
         assert all(stage.is_traced for stage in chain) == (name != "llama-dynamic"), "the fast way is not the same bits here"
+        fused = any(name.startswith(prefix) for prefix in LLAMA_FORM) and name != "llama-dynamic"
+        assert all(stage.is_fused for stage in chain) == fused, "the fused step is not the same bits here"
         for stage in chain:
             stage.open(SESSION, None)
         payload = tokens_to_bytes(PROMPT)
