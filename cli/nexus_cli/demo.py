@@ -75,7 +75,7 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
     from nexus.core.errors import VerificationError
     from nexus.node.api import PlanView
     from nexus_cli.client import Daemon
-    from nexus_cli.model import plan_path, plan_table
+    from nexus_cli.model import plan_path, print_plan
     from nexus_cli.receipts import verify_file, write_bundle
     from nexus_cli.run import check_verified, closing_line
 
@@ -90,7 +90,7 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
         )
         plan = daemon.get_as(PlanView, plan_path(DEMO_MODEL, len(members)))
         if not shared.json:
-            show.console(shared).print(plan_table(plan))
+            print_plan(shared, plan)
             click.echo(f"> {show.printable(prompt)}")
         text, finished = _answer(shared, daemon, prompt, max_tokens, len(members))
     finally:
@@ -133,9 +133,10 @@ def _add_model(shared: Shared, daemon: Daemon) -> ModelView:
 def _answer(shared: Shared, daemon: Daemon, prompt: str, max_tokens: int, stages: int) -> tuple[str, Finished]:
     from nexus.gateway.wire import Json
     from nexus.node.api import Finished, Progress, Token
-    from nexus_cli.run import check_finished, end_line, waiting, write_text
+    from nexus_cli.run import Writer, check_finished, waiting
 
     pieces: list[str] = []
+    writer = Writer()
     finished: Finished | None = None
     body: dict[str, Json] = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": max_tokens, "stages": stages}
     with waiting(shared) as progress:
@@ -147,13 +148,12 @@ def _answer(shared: Shared, daemon: Daemon, prompt: str, max_tokens: int, stages
                     progress(None)
                     pieces.append(event.text)
                     if not shared.json:
-                        write_text(event.text)
+                        writer.write(event.text)
                 case Finished():
                     finished = event
-    text = "".join(pieces)
     if not shared.json:
-        end_line(text)
-    return text, check_finished(finished)
+        writer.end()
+    return "".join(pieces), check_finished(finished)
 
 
 def _print_who_did_what(shared: Shared, finished: Finished) -> None:
@@ -207,5 +207,7 @@ def terminate_as_interrupt() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaned up, and about to say so with the exit code
+        raise
+    signal.signal(signal.SIGTERM, previous)
