@@ -59,7 +59,7 @@ def encode(value: Value) -> bytes:
     return b"".join(out)
 
 
-def _read(data: bytes, at: int, depth: int) -> tuple[Value, int]:
+def _read(data: bytes, at: int, depth: int, left: list[int]) -> tuple[Value, int]:
     if depth > MAX_DEPTH:
         raise MalformedError(f"nested deeper than {MAX_DEPTH} arrays")
     if at >= len(data):
@@ -89,9 +89,12 @@ def _read(data: bytes, at: int, depth: int) -> tuple[Value, int]:
     if argument > len(data) - at:
         raise MalformedError("a length runs past the end")
     if major == _ARRAY:
+        left[0] -= argument
+        if left[0] < 0:
+            raise MalformedError("more values than there may be")
         items = []
         for _ in range(argument):
-            item, at = _read(data, at, depth + 1)
+            item, at = _read(data, at, depth + 1, left)
             items.append(item)
         return tuple(items), at
     raw = data[at : at + argument]
@@ -104,9 +107,13 @@ def _read(data: bytes, at: int, depth: int) -> tuple[Value, int]:
         raise MalformedError("text is not UTF-8") from error
 
 
-def decode(data: bytes) -> Value:
-    """The value whose only encoding is `data`; arrays come back as tuples. Raises MalformedError."""
-    value, end = _read(data, 0, 0)
+def decode(data: bytes, values_max: int | None = None) -> Value:
+    """The value whose only encoding is `data`; arrays come back as tuples. Raises MalformedError.
+
+    `values_max`: items of all arrays together. A value may be one byte long and is some fifty as an object, so what a peer sends
+    is bounded by its meaning (see `Record`) and not by its length alone. None: by its length.
+    """
+    value, end = _read(data, 0, 0, [len(data) if values_max is None else values_max])
     if end != len(data):
         raise MalformedError("bytes left over after the value")
     return value

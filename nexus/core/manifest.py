@@ -37,7 +37,7 @@ class Manifest(Record):
     `tied`: 1 where the head shares the embedding's weights, so that the last stage needs the embedding piece too.
     """
 
-    spec: int = uint(1)
+    spec: int = uint(1, least=1)
     kind: str = text(16)
     architecture: str = text(64)
     dtype: str = text(16)

@@ -10,6 +10,9 @@ from nexus.core.manifest import LAYERS_MAX, Manifest
 from nexus.core.record import Record, digest, many, nested, raw, text, uint
 
 STAGES_MAX = 256
+# What receipts may say was computed; a node signs for no other arithmetic than its own.
+PROFILES = ("float",)
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class PlanStage(Record):
 class Plan(Record):
     """`profile`: the arithmetic, "float" for now. `dtype`: what it computes in."""
 
-    spec: int = uint(1)
+    spec: int = uint(1, least=1)
     model_root: bytes = digest()
     profile: str = text(16)
     dtype: str = text(16)
@@ -36,7 +39,10 @@ class Plan(Record):
         return tagged_hash("plan", self.to_bytes())
 
     def check(self, manifest: Manifest) -> Plan:
-        """This plan, if it covers every layer of this model exactly once, in order, each node once. Raises MalformedError."""
+        """This plan, if it covers every layer of this model exactly once, in order, each node once, in arithmetic that there is.
+        Raises MalformedError."""
+        if self.profile not in PROFILES or self.dtype not in DTYPES:
+            raise MalformedError(f"the plan asks for unknown arithmetic: profile {self.profile!r}, dtype {self.dtype!r}")
         if self.model_root != manifest.root:
             raise MalformedError("the plan is for another model")
         covered = 0

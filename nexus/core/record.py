@@ -5,7 +5,8 @@
         nonce: bytes = raw(16)
         hops: int = uint(255)
 
-`Ping.from_bytes` refuses anything but the one encoding of a Ping: count, type, range and length of every field are checked.
+`Ping.from_bytes` refuses anything but the one encoding of a Ping: count, type, range and length of every field are checked. How
+many values there may be follows from the fields and is checked while they are decoded: a frame full of tiny values costs no more.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ Pack = Callable[[Any], Value]
 Unpack = Callable[[Value], Any]
 
 
-def _field(pack: Pack, unpack: Unpack) -> Any:
-    return dataclasses.field(metadata={"pack": pack, "unpack": unpack})
+def _field(pack: Pack, unpack: Unpack, values: int = 0) -> Any:
+    """`values`: the most that the arrays inside the field hold together."""
+    return dataclasses.field(metadata={"pack": pack, "unpack": unpack, "values": values})
 
 
 def _same(value: Any) -> Value:
     return value  # type: ignore[no-any-return]
 
 
-def uint(most: int = UINT64_MAX) -> Any:
-    """An int in [0, most]."""
+def uint(most: int = UINT64_MAX, least: int = 0) -> Any:
+    """An int in [least, most]."""
 
     def unpack(value: Value) -> int:
-        if type(value) is not int or not 0 <= value <= most:
-            raise MalformedError(f"expected a number from 0 to {most}")
+        if type(value) is not int or not least <= value <= most:
+            raise MalformedError(f"expected a number from {least} to {most}")
         return value
 
     return _field(_same, unpack)
@@ -80,7 +82,7 @@ def text(most: int) -> Any:
 
 def nested(record: type[Record]) -> Any:
     """Another record."""
-    return _field(lambda value: value.to_value(), record.from_value)
+    return _field(lambda value: value.to_value(), record.from_value, record.values_max())
 
 
 def many(item: Any, most: int) -> Any:
@@ -93,7 +95,7 @@ def many(item: Any, most: int) -> Any:
             raise MalformedError(f"expected a list of at most {most}")
         return tuple(unpack_item(entry) for entry in value)
 
-    return _field(lambda values: tuple(pack_item(entry) for entry in values), unpack)
+    return _field(lambda values: tuple(pack_item(entry) for entry in values), unpack, most * (1 + item.metadata["values"]))
 
 
 @cache
@@ -113,6 +115,11 @@ class Record:
         return encode(self.to_value())
 
     @classmethod
+    def values_max(cls) -> int:
+        """The most that all arrays in the encoding of such a record hold together."""
+        return sum(1 + field.metadata["values"] for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
     def from_value(cls, value: Value) -> Self:
         fields = _fields(cast(Hashable, cls))
         if type(value) is not tuple or len(value) != len(fields):
@@ -127,7 +134,7 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        return cls.from_value(decode(data))
+        return cls.from_value(decode(data, cls.values_max()))
 
 
 class MessageSet:
@@ -136,6 +143,7 @@ class MessageSet:
     def __init__(self, *records: type[Record]) -> None:
         self._records = records
         self._kinds = {record: kind for kind, record in enumerate(records)}
+        self._values_max = 1 + max(record.values_max() for record in records)
 
     def pack(self, message: Record) -> bytes:
         fields = cast(Sequence[Value], message.to_value())
@@ -143,7 +151,7 @@ class MessageSet:
 
     def unpack(self, frame: bytes) -> Record:
         """Raises MalformedError for anything that is not one of the messages."""
-        value = decode(frame)
+        value = decode(frame, self._values_max)
         if type(value) is not tuple or not value or type(value[0]) is not int or not 0 <= value[0] < len(self._records):
             raise MalformedError("not a message of this protocol")
         return self._records[value[0]].from_value(value[1:])

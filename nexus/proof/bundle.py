@@ -7,8 +7,11 @@ show is that the arithmetic in between was done right: that is what audits are f
 
 from __future__ import annotations
 
+import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from nexus.core.errors import MalformedError, NexusError, VerificationError
 from nexus.core.hashing import leaf_hash
@@ -41,7 +44,7 @@ class Bundle(Record):
     `receipts`: windows in order, and within a window the stages in order.
     """
 
-    spec: int = uint(1)
+    spec: int = uint(1, least=1)
     model_name: str = text(64)
     manifest: Manifest = nested(Manifest)
     plan: Plan = nested(Plan)
@@ -115,6 +118,8 @@ def verify_bundle(bundle: Bundle) -> BundleReport:
     if not 0 < steps <= terms.steps_max:
         raise VerificationError(f"the session ran {steps} steps where its terms allow {terms.steps_max}")
 
+    if any(ends_answer(bundle.manifest, terms, payload) for payload in bundle.outputs[:-1]):
+        raise VerificationError("the session went on after a token that ends it")
     chain = ChainVerifier(bundle.manifest, plan, terms, requests)
     for number, signed in enumerate(bundle.receipts):
         try:
@@ -122,7 +127,7 @@ def verify_bundle(bundle: Bundle) -> BundleReport:
         except NexusError as error:
             raise VerificationError(f"receipt {number + 1} of {len(bundle.receipts)}: {error.cause}") from error
     chain.finish(inputs, bundle.outputs)
-    counts = [sum(1 for signed in bundle.receipts if signed.receipt.stage == stage) for stage in range(stages)]
+    counts = Counter(signed.receipt.stage for signed in bundle.receipts)
     return BundleReport(
         model_name=bundle.model_name,
         model_root=plan.model_root,
@@ -134,7 +139,7 @@ def verify_bundle(bundle: Bundle) -> BundleReport:
         steps=steps,
         receipts=len(bundle.receipts),
         receipts_by_stage=tuple(
-            (peer_id_of(stage.node), stage.start, stage.end, count) for stage, count in zip(plan.stages, counts, strict=True)
+            (peer_id_of(stage.node), stage.start, stage.end, counts[number]) for number, stage in enumerate(plan.stages)
         ),
     )
 
@@ -147,14 +152,32 @@ def first_stage_inputs(manifest: Manifest, inputs: Sequence[bytes], outputs: Seq
     elif len(inputs) != 1:
         raise VerificationError("a session of a causal model has one prompt")
     for payload in inputs:
-        if not tokens_from_bytes(payload):
-            raise MalformedError("a prompt or text without tokens")
-    expected = 4 if manifest.kind == CAUSAL else 4 * manifest.hidden_size
-    if any(len(payload) != expected for payload in outputs):
-        raise MalformedError(f"an output of this model takes {expected} bytes")
+        tokens = tokens_from_bytes(payload)
+        if not tokens or max(tokens) >= manifest.vocab_size:
+            raise MalformedError("a prompt or text without tokens, or with one that the model does not know")
+    for payload in outputs:
+        check_output(manifest, payload)
     if manifest.kind == ENCODER:
         return list(inputs)
     return [inputs[0], *outputs[:-1]]
+
+
+def check_output(manifest: Manifest, payload: bytes) -> None:
+    """That a last stage's payload is a token of the model, or a vector of finite numbers. Raises MalformedError."""
+    expected = 4 if manifest.kind == CAUSAL else 4 * manifest.hidden_size
+    if len(payload) != expected:
+        raise MalformedError(f"a result of {len(payload)} bytes where {expected} are due")
+    if manifest.kind == CAUSAL:
+        (token,) = tokens_from_bytes(payload)
+        if token >= manifest.vocab_size:
+            raise MalformedError(f"token {token} came out of a vocabulary of {manifest.vocab_size}")
+    elif not all(map(isfinite, struct.unpack(f"<{manifest.hidden_size}f", payload))):
+        raise MalformedError("a vector came out that is not all finite numbers")
+
+
+def ends_answer(manifest: Manifest, terms: Terms, payload: bytes) -> bool:
+    """Whether a result is one of the tokens that no other may follow."""
+    return manifest.kind == CAUSAL and tokens_from_bytes(payload)[0] in terms.end_tokens
 
 
 class ChainVerifier:

@@ -34,7 +34,7 @@ class Terms(Record):
     `window`: steps per receipt; 0 asks for none, and then nothing of the session can be verified.
     """
 
-    spec: int = uint(SPEC)
+    spec: int = uint(SPEC, least=SPEC)
     nonce: bytes = raw(16)
     coordinator: bytes = raw(32)
     model_root: bytes = digest()
@@ -63,7 +63,7 @@ class Request(Record):
     """The coordinator asks one stage for steps [step0, step0 + n). `in_root` and `parent` are given to the first stage only;
     every later stage takes its input from its parent's receipt."""
 
-    spec: int = uint(SPEC)
+    spec: int = uint(SPEC, least=SPEC)
     coordinator: bytes = raw(32)
     session: bytes = digest()
     model_root: bytes = digest()
@@ -102,7 +102,7 @@ class Receipt(Record):
     Neither a time nor a free nonce is in it, so there is nothing to grind.
     """
 
-    spec: int = uint(SPEC)
+    spec: int = uint(SPEC, least=SPEC)
     profile: str = text(16)
     model_root: bytes = digest()
     session: bytes = digest()

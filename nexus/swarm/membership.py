@@ -62,7 +62,7 @@ class NodeRecord(Record):
     """`issued_ms`: Unix time, also the version: the newest record of a node wins. `memory_bytes`: what it offers to models.
     `speed`: measured, in millions of multiply-adds per second. `serves`: 1 where it takes stages for others."""
 
-    spec: int = uint(1)
+    spec: int = uint(1, least=1)
     node: bytes = raw(32)
     issued_ms: int = uint(2**53)
     agent: str = text(64)

@@ -28,8 +28,10 @@ from nexus.proof.bundle import (
     Bundle,
     ChainVerifier,
     check_input,
+    check_output,
     check_place,
     check_request,
+    ends_answer,
     first_stage_inputs,
     make_requests,
     request_for,
@@ -152,6 +154,8 @@ class StageSession:
         """A step from the stage before."""
         if self.closed or self._finish_wanted:
             return []
+        if self._ended:
+            raise VerificationError(f"stage {self.before} pushes on after the answer was over")
         if self._is_full or self._awaited is not None:
             raise VerificationError(f"stage {self.before} pushes on without having signed the window that it completed")
         if self._terms.window and self._window % self._terms.window:
@@ -216,16 +220,20 @@ class StageSession:
         if self.closed or step != self._step or step >= self._terms.steps_max:
             raise VerificationError(f"step {step} came where step {self._step} of {self._terms.steps_max} is due")
 
-    def _tokens_after(self, payload: bytes) -> int:
-        """Tokens in the cache once `payload` is in."""
-        if self._manifest.kind == ENCODER:
-            return 0
+    def _tokens_in(self, step: int, payload: bytes) -> int:
+        """Tokens that `payload` brings in: of a prompt or text any number that the context takes, of a later step one."""
         width = 4 if self._first else 4 * self._manifest.hidden_size
-        return self.kv_len + len(payload) // width
+        tokens, rest = divmod(len(payload), width)
+        most = 1 if self._feeds_back and step else self._manifest.context
+        if rest or not 1 <= tokens <= most:
+            raise MalformedError(f"{len(payload)} bytes came for step {step}, where 1 to {most} tokens of {width} bytes are due")
+        return tokens
 
     def _take(self, step: int, payload: bytes) -> list[StageAction]:
         self._check_step(step)
-        self.kv_len = self._tokens_after(payload)
+        tokens = self._tokens_in(step, payload)
+        if self._feeds_back:
+            self.kv_len += tokens
         if self._terms.window:
             self._inputs.append(leaf_hash(payload))
         self._step = step + 1
@@ -248,7 +256,8 @@ class StageSession:
         if len(receipts) != 1 or self._awaited is None:
             raise VerificationError("a receipt came from the last stage that is not due")
         receipt = self._check_before(receipts[0])
-        if receipt.n != self._terms.window or receipt.out_root != self._awaited:
+        tokens = self.kv_len - len(self._inputs)  # the token that opens the next window may be in already
+        if (receipt.n, receipt.kv_len, receipt.out_root) != (self._terms.window, tokens, self._awaited):
             raise VerificationError("the last stage signed for other tokens than those that it sent")
         self._awaited = None
         self._parent = receipt
@@ -257,6 +266,10 @@ class StageSession:
         """Receipts of all earlier stages for the open window. Ours must build on the last of them."""
         if len(receipts) != self.stage or not self._inputs:
             raise VerificationError(f"{len(receipts)} receipts of {self.stage} earlier stages came for {len(self._inputs)} steps")
+        # Those of stages further up are passed on: whoever lets a forged one through would leave the blame to the next.
+        for stage, signed in enumerate(receipts[:-1]):
+            if signed.verify().stage != stage or signed.receipt.node != self._plan.stages[stage].node:
+                raise VerificationError(f"a receipt of stage {signed.receipt.stage} stands where the one of stage {stage} is due")
         receipt = self._check_before(receipts[-1])
         for earlier, later in pairwise(receipts):
             check_parent(later.receipt, earlier.receipt)
@@ -362,6 +375,7 @@ class CoordinatorSession:
         self._waiting = set(range(len(plan.stages)))
         self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
         self._asked_to_finish = False
+        self._done = False
 
     @property
     def receipts_verified(self) -> int:
@@ -382,11 +396,11 @@ class CoordinatorSession:
 
     def output(self, step: int, payload: bytes) -> list[CoordinatorAction]:
         """The last stage shows a result."""
-        if self._waiting or step != len(self._outputs) or step >= self._terms.steps_max:
+        if self._waiting or self._done or step != len(self._outputs) or step >= self._terms.steps_max:
             raise VerificationError(f"a result for step {step} came where step {len(self._outputs)} is due")
-        expected = 4 if self._manifest.kind == CAUSAL else 4 * self._manifest.hidden_size
-        if len(payload) != expected:
-            raise MalformedError(f"a result of {len(payload)} bytes where {expected} are due")
+        if self._outputs and ends_answer(self._manifest, self._terms, self._outputs[-1]):
+            raise VerificationError(f"a result for step {step} came after the answer was over")
+        check_output(self._manifest, payload)
         if completes_window(self._terms, step - 1) and self._chain.steps != step:
             raise VerificationError(f"the stages go on to step {step} without having signed for those before")
         self._outputs.append(payload)
@@ -394,7 +408,7 @@ class CoordinatorSession:
 
     def receipts(self, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
         """The last stage shows every stage's receipt for a window."""
-        if len(receipts) != len(self._plan.stages):
+        if self._done or len(receipts) != len(self._plan.stages):
             raise VerificationError(f"{len(receipts)} receipts came from {len(self._plan.stages)} stages")
         for signed in receipts:
             self._chain.accept(signed)
@@ -410,6 +424,9 @@ class CoordinatorSession:
 
     def done(self) -> list[CoordinatorAction]:
         """The last stage has nothing more to show."""
+        if self._done:
+            raise VerificationError("the stages ended the session twice")
+        self._done = True
         if not self._asked_to_finish and (not self._outputs or self.ends_with(len(self._outputs) - 1, self._outputs[-1]) is None):
             raise VerificationError("the stages ended the session before the answer was over")
         self._chain.finish(first_stage_inputs(self._manifest, self._inputs, self._outputs), self._outputs)
@@ -428,6 +445,6 @@ class CoordinatorSession:
 
     def ends_with(self, step: int, payload: bytes) -> str | None:
         """Why the answer is over after this result: "stop", "length", or None while it goes on."""
-        if self._manifest.kind == CAUSAL and tokens_from_bytes(payload)[0] in self._terms.end_tokens:
+        if ends_answer(self._manifest, self._terms, payload):
             return "stop"
         return "length" if step + 1 == self._terms.steps_max else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tracemalloc
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexus.core.encoding import encode
+from nexus.core.encoding import decode, encode
 from nexus.core.errors import MalformedError
 from nexus.core.record import MessageSet, Record, many, nested, raw, text, uint
 
@@ -84,3 +85,27 @@ def test_messages_are_told_apart_by_their_kind() -> None:
     for frame in (encode((2, "x")), encode((1, "x")), encode(()), encode("x"), encode((b"", "x")), b"", encode((-1, "x"))):
         with pytest.raises(MalformedError):
             messages.unpack(frame)
+
+
+@pytest.mark.parametrize("item", [b"\x00", b"\x80", b"\x81\x00", b"\x40"], ids=lambda item: item.hex())
+def test_a_frame_of_tiny_values_is_refused_before_they_become_objects(item: bytes) -> None:
+    """64 MiB of them took half a minute, in which nothing else ran, and gigabytes."""
+    count = 1 << 20
+    junk = b"\x9a" + count.to_bytes(4, "big") + item * count
+    for frame in (b"\x84\x01" + junk, b"\x85\x01\x00\x40\x81" + junk, junk):
+        tracemalloc.start()
+        try:
+            with pytest.raises(MalformedError, match="more values"):
+                MessageSet(Inner, Outer).unpack(frame)
+            assert tracemalloc.get_traced_memory()[1] < 100_000
+        finally:
+            tracemalloc.stop()
+
+
+@given(outers)
+def test_the_bound_on_values_follows_from_the_fields(record: Outer) -> None:
+    assert Outer.values_max() == 4 + 1 + 3 * (1 + 1)
+    full = replace(record, many=(Inner("a"),) * 3)
+    assert decode(full.to_bytes(), Outer.values_max()) == full.to_value()
+    with pytest.raises(MalformedError):
+        decode(full.to_bytes(), Outer.values_max() - 1)
