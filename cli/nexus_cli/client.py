@@ -8,10 +8,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 
-from nexus.core.errors import DaemonNotRunningError, LocalError, NexusError, NotAllowedError, TimedOutError
+from nexus.core.errors import (
+    DaemonNotRunningError,
+    LocalError,
+    NexusError,
+    NotAllowedError,
+    NotFoundError,
+    TimedOutError,
+    UsageError,
+)
 from nexus.gateway.problems import error_of
 from nexus.gateway.wire import ERROR_EVENT, Json, event_from_json, from_json
 from nexus.node.api import Event, ModelView
@@ -46,8 +55,12 @@ def deadline(timeout_s: float | None) -> Iterator[None]:
 class Daemon:
     """A running daemon, by its control socket. Every method raises `NexusError`."""
 
-    def __init__(self, socket: Path, answer_timeout_s: float | None = None) -> None:
+    def __init__(
+        self, socket: Path, answer_timeout_s: float | None = None, start_with: str = "Start one with: nexus start --detach"
+    ) -> None:
+        """`start_with`: what to tell a user whose daemon does not run."""
         self.socket = socket
+        self._start_with = start_with
         transport = httpx.HTTPTransport(uds=str(socket))
         # The deadline of a whole command is `deadline`; this one is for every single answer.
         self._http = httpx.Client(
@@ -103,7 +116,7 @@ class Daemon:
                 raise NotAllowedError(
                     f"the control socket {self.socket} belongs to another user", "Run as the user of the daemon"
                 ) from error
-            raise DaemonNotRunningError(f"no daemon answers at {self.socket}", "Start one with: nexus start --detach") from error
+            raise DaemonNotRunningError(f"no daemon answers at {self.socket}", self._start_with) from error
         except httpx.TimeoutException as error:
             raise TimedOutError(
                 "the daemon does not answer", "It may be busy starting; try again, or look at: nexus doctor"
@@ -121,7 +134,23 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _encode(body: Mapping[str, Json]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        given = next((name for name, value in body.items() if isinstance(value, str) and not _is_text(value)), "the input")
+        raise UsageError(f"{given} is not valid UTF-8", "Give it in UTF-8; rename a file or directory whose name is not") from error
+
+
+def _is_text(text: str) -> bool:
+    """Python keeps bytes of an argument that are not UTF-8 as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def model_path(name: str) -> str:
+    """Where the control API has the model. Raises NotFoundError for what cannot be a model's name."""
+    if not name or "/" in name or name in (".", "..") or not name.isprintable():
+        raise NotFoundError(f"no model can be called {name!r}", "`nexus model list` shows those that there are")
+    return f"/v0/models/{quote(name, safe='')}"
 
 
 def _decode(text: str) -> Json:
@@ -135,7 +164,13 @@ def _decode(text: str) -> Json:
 @contextmanager
 def connected(shared: Shared, default_timeout_s: float | None = ANSWER_TIMEOUT_S) -> Iterator[Daemon]:
     """The daemon of this command's data directory, with the command's deadline running. `default_timeout_s` None: no limit."""
-    daemon = Daemon(control_socket(shared.settings(), shared.path))
+    known = (shared.path / "identity.key").exists()
+    daemon = Daemon(
+        control_socket(shared.settings(), shared.path),
+        start_with="Start one with: nexus start --detach"
+        if known
+        else f"There is no node at {shared.path}. Make one with: nexus init, or say where it is with --home or NEXUS_HOME",
+    )
     try:
         with deadline(shared.timeout_s if shared.timeout_s is not None else default_timeout_s):
             yield daemon

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nexus.core.errors import LocalError, NexusError
-from nexus_cli.options import daemon_options, flags_from
+from nexus_cli.options import check_home, daemon_options, flags_from
 
 if TYPE_CHECKING:
     import socket
@@ -28,7 +28,12 @@ CLOSE_TIMEOUT_S = 15
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": None})
 @daemon_options
-@click.option("--home", type=click.Path(path_type=Path), help="Data directory. [default: NEXUS_HOME, or the user's data directory]")
+@click.option(
+    "--home",
+    type=click.Path(path_type=Path),
+    callback=check_home,
+    help="Data directory. [default: NEXUS_HOME, or the user's data directory]",
+)
 @click.version_option(package_name="nexus-swarm", prog_name="nexusd")
 def nexusd(home: Path | None, init: bool, settings: tuple[str, ...], log_level: str | None, log_format: str | None) -> None:
     """Run a Nexus node in the foreground, until SIGTERM or SIGINT. A second signal stops it at once."""

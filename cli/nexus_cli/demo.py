@@ -46,7 +46,10 @@ class Outcome:
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof bundle in this file.")
 @pass_shared
 def demo(shared: Shared, nodes: int, prompt: str, max_tokens: int, receipts: Path | None) -> None:
-    """Start several nodes, split the built-in model over them, answer a prompt, verify every receipt, and clean up."""
+    """Show everything at once on nodes that are gone afterwards.
+
+    Start several nodes, split the built-in model over them, answer a prompt, verify every receipt, and clean up.
+    """
     from nexus_cli.client import deadline
     from nexus_cli.receipts import check_writable
     from nexus_cli.run import check_text

@@ -44,7 +44,7 @@ class Check:
 @click.command(cls=NexusCommand)
 @pass_shared
 def doctor(shared: Shared) -> None:
-    """Check this node and its surroundings: pass, warn or fail, each with the fix. Exit code 1 if anything fails."""
+    """Check this node and its surroundings. Pass, warn or fail, each with the fix; exit code 1 if anything fails."""
     checks = list(run_checks(shared))
     failed = any(check.level == "fail" for check in checks)
     if shared.json:
@@ -216,7 +216,7 @@ def _check_free(name: str, family: socket.AddressFamily, host: str, port: int) -
 def check_ready(status: NodeStatus) -> Check:
     if not status.ready:
         return Check("ready", "fail", status.not_ready_because, "Its log says more")
-    return Check("ready", "pass", f"{status.models} models, {status.sessions} sessions")
+    return Check("ready", "pass", f"{show.count(status.models, 'model')}, {status.sessions} requests and stages running")
 
 
 def check_peers(status: NodeStatus, settings: Settings) -> Check:

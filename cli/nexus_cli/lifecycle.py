@@ -22,7 +22,7 @@ STOP_MARGIN_S = 20.0
 def start(
     shared: Shared, init: bool, settings: tuple[str, ...], log_level: str | None, log_format: str | None, detach: bool
 ) -> None:
-    """Start the daemon: in the foreground (as nexusd does), or with --detach in the background."""
+    """Start the daemon. In the foreground, as nexusd does, or with --detach in the background."""
     from nexus_cli.daemon import run_daemon
 
     flags = flags_from(settings, log_level, log_format)
@@ -45,7 +45,7 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
     from nexus.core.errors import LocalError, NexusError, TimedOutError
     from nexus.storage.home import create_home, lock_holder, open_home
     from nexus_cli.client import Daemon
-    from nexus_cli.processes import POLL_S, log_size, spawn_daemon, why_it_ended
+    from nexus_cli.processes import POLL_S, last_words, log_size, spawn_daemon
     from nexus_config.settings import control_socket
 
     if init and not (shared.path / "identity.key").exists():
@@ -66,8 +66,7 @@ def _start_detached(shared: Shared, init: bool, arguments: Sequence[str]) -> tup
         while time.monotonic() - began < timeout_s:
             code = process.poll()
             if code is not None:
-                cause = f"the daemon ended at once, with exit code {code}. It says:\n{why_it_ended(home.log_file, since)}"
-                raise LocalError(cause, f"Correct that; all of its log is in {home.log_file}")
+                raise last_words(code, home.log_file, since)
             try:
                 daemon.get("/readyz")
             except NexusError as error_:
@@ -108,8 +107,9 @@ def status(shared: Shared) -> None:
             ("addresses", " ".join(now.addresses) or "none"),
             ("peers", str(now.peers)),
             ("models", str(now.models)),
-            ("sessions", f"{now.sessions} now, {now.sessions_served} served for others"),
-            ("work", f"{now.steps_served} steps computed, {now.receipts_signed} receipts signed"),
+            ("running", f"{now.sessions} requests and stages"),
+            ("computed", f"{now.sessions_served} stages, of own and others' requests: {now.steps_served} steps"),
+            ("signed", f"{now.receipts_signed} receipts"),
             ("memory", f"{show.size(now.memory_used_bytes)} of {show.size(now.memory_limit_bytes)}"),
         ]
     )
@@ -118,7 +118,7 @@ def status(shared: Shared) -> None:
 @click.command(cls=NexusCommand)
 @pass_shared
 def stop(shared: Shared) -> None:
-    """Stop the daemon: running sessions may finish first, for as long as control.drain_timeout_s says."""
+    """Stop the daemon. Running sessions may finish first, for as long as control.drain_timeout_s says."""
     from nexus.core.errors import TimedOutError
     from nexus.storage.home import Home, lock_holder
     from nexus_cli.client import connected

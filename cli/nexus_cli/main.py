@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import itertools
 import os
+import signal
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
 
-from nexus.core.errors import NexusError
-from nexus_cli import demo, doctor, lifecycle, model, node, peers, receipts, run, settings, testnet
+from nexus.core.errors import LocalError, NexusError, UsageError
+from nexus_cli import demo, doctor, lifecycle, model, node, peers, receipts, run, settings, show, testnet
 from nexus_cli.options import NexusGroup, Shared
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -51,6 +55,9 @@ def main() -> None:
 def run_command(command: click.Command) -> NoReturn:
     """Run a command and end the process with the right exit code."""
     shared = Shared()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end an answer
     try:
         code = command.main(standalone_mode=False, obj=shared)
         sys.stdout.flush()
@@ -59,21 +66,43 @@ def run_command(command: click.Command) -> NoReturn:
         _report(error, shared)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_USAGE if isinstance(error, click.UsageError) else error.exit_code)
+        code = EXIT_USAGE if isinstance(error, click.UsageError) else error.exit_code
+        if wants_json(sys.argv[1:]):
+            shared.json = True
+            where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else command.name
+            _report(UsageError(error.format_message(), f"See: {where} --help"), shared)
+        else:
+            error.show()
+        sys.exit(code)
     except (click.Abort, KeyboardInterrupt):
+        # The process ends now: another Ctrl-C must not turn its exit code into a death by signal.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has enough. The interpreter must not stumble over the same pipe again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        # Of our own files and streams: what is wrong with the daemon or a peer has a class of its own.
+        place = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else " the output"
+        _report(
+            LocalError(f"cannot read or write{place}: {error.strerror or error}", "Make room there, or write elsewhere"), shared
+        )
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether --json is among the arguments, also where they could not be parsed."""
+    return "--json" in itertools.takewhile(lambda argument: argument != "--", arguments)
 
 
 def _report(error: NexusError, shared: Shared) -> None:
     if shared.json:
         problem = {"code": error.code, "cause": error.cause, "fix": error.fix, "exit_code": error.exit_code}
-        click.echo(json.dumps({"schema": 1, "error": problem}, ensure_ascii=False), err=True)
+        click.echo(show.json_line({"error": problem}), err=True)
         return
     click.echo(
         click.style("error: ", fg="red") + error.cause,

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import click
 
@@ -28,7 +27,7 @@ model = NexusGroup(name="model", help="Models: add, list, show, and plan who com
 @click.option("--name", help="What to call it. [default: the directory's name, or the built-in's]")
 @pass_shared
 def model_add(shared: Shared, source: str, name: str | None) -> None:
-    """Take in a model: a Hugging Face directory (safetensors), or the built-in "nano" or "minilm"."""
+    """Take in a model. A Hugging Face directory (safetensors), or the built-in "nano" or "minilm"."""
     from nexus.core.errors import LocalError, NotFoundError
     from nexus.gateway.wire import to_json
     from nexus.models import BUILTIN_NAMES
@@ -58,7 +57,7 @@ def model_add(shared: Shared, source: str, name: str | None) -> None:
 @model.command("list")
 @pass_shared
 def model_list(shared: Shared) -> None:
-    """List the models that this node knows, its own and those of its peers."""
+    """List the models that are known here. This node's own, and those of its peers."""
     from nexus.gateway.wire import to_json
     from nexus.node.api import ModelView
     from nexus_cli.client import connected
@@ -84,8 +83,8 @@ def model_list(shared: Shared) -> None:
         )
         for view in found
     ]
-    columns = ("name", "root", "kind", "architecture", "layers", "size", "layers here", "providers")
-    show.console(shared).print(show.table(columns, rows, right=("layers", "size", "providers")))
+    columns = ("name", "root", "kind", "architecture", "layers", "size", "here", "peers")
+    show.console(shared).print(show.table(columns, rows, right=("layers", "size", "peers"), wrap=("name", "architecture", "here")))
 
 
 @model.command("show")
@@ -95,10 +94,11 @@ def model_show(shared: Shared, name: str) -> None:
     """Show what NAME is made of: shape, root, pieces, who has them."""
     from nexus.gateway.wire import to_json
     from nexus.node.api import ModelView
-    from nexus_cli.client import connected
+    from nexus_cli.client import connected, model_path
 
+    path = model_path(name)
     with connected(shared) as daemon:
-        view = daemon.get_as(ModelView, f"/v0/models/{quote(name, safe='')}")
+        view = daemon.get_as(ModelView, path)
     if shared.json:
         show.print_json({"model": to_json(view)})
         return
@@ -113,11 +113,11 @@ def model_show(shared: Shared, name: str) -> None:
             ("shape", f"{manifest.layers} layers, hidden size {manifest.hidden_size}, vocabulary {manifest.vocab_size}"),
             ("context", f"{manifest.context} tokens, {show.size(manifest.kv_bytes * manifest.layers)} of KV cache per token"),
             ("layers here", f"{show.layers(view.held_layers)} ({show.size(view.held_bytes)})"),
-            ("providers", ", ".join(view.providers) or "none but this node"),
+            ("peers", ", ".join(show.short_id(peer_id) for peer_id in view.providers) or "none has any of it"),
         ]
     )
-    rows = [(blob.name, show.size(blob.size), blob.root.hex()) for blob in (*manifest.pieces, *manifest.files)]
-    show.console(shared).print(show.table(("piece or file", "size", "root"), rows, right=("size",)))
+    rows = [(blob.name, show.size(blob.size), blob.root.hex()[:32]) for blob in (*manifest.pieces, *manifest.files)]
+    show.console(shared).print(show.table(("piece or file", "size", "root begins"), rows, right=("size",), wrap=("piece or file",)))
 
 
 @model.command("plan")
@@ -130,19 +130,31 @@ def model_plan(shared: Shared, name: str, stages: int | None) -> None:
     from nexus.node.api import PlanView
     from nexus_cli.client import connected
 
+    path = plan_path(name, stages)
     with connected(shared) as daemon:
-        view = daemon.get_as(PlanView, plan_path(name, stages))
+        view = daemon.get_as(PlanView, path)
     if shared.json:
         show.print_json({"plan": to_json(view)})
         return
-    show.console(shared).print(plan_table(view))
+    print_plan(shared, view)
     click.echo(f"plan {view.plan_root.hex()}")
     if view.reason:
-        click.echo(show.printable(view.reason))
+        show.paragraph(shared, view.reason)
 
 
 def plan_path(name: str, stages: int | None) -> str:
-    return f"/v0/models/{quote(name, safe='')}/plan" + (f"?stages={stages}" if stages else "")
+    from nexus_cli.client import model_path
+
+    return model_path(name) + "/plan" + (f"?stages={stages}" if stages else "")
+
+
+def print_plan(shared: Shared, view: PlanView) -> None:
+    """Who holds what, and below it why: the reasons are sentences, and in a column of their own they would be towers."""
+    screen = show.console(shared)
+    screen.print(plan_table(view))
+    screen.print(
+        show.table(("stage", "why"), [(str(stage.stage), stage.reason) for stage in view.stages], right=("stage",), wrap=("why",))
+    )
 
 
 def plan_table(view: PlanView) -> Table:
@@ -154,11 +166,10 @@ def plan_table(view: PlanView) -> Table:
             show.layers([(stage.start, stage.end)]),
             show.size(stage.weight_bytes),
             show.size(stage.memory_bytes),
-            stage.reason,
         )
         for stage in view.stages
     ]
-    return show.table(("stage", "node", "peer", "layers", "weights", "memory", "why"), rows, right=("stage", "weights", "memory"))
+    return show.table(("stage", "node", "peer", "layers", "weights", "memory"), rows, right=("stage", "weights", "memory"))
 
 
 @contextmanager

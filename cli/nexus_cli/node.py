@@ -39,7 +39,7 @@ def _config_text(name: str | None) -> str:
 @click.command(cls=NexusCommand, name="id")
 @pass_shared
 def id_(shared: Shared) -> None:
-    """Print this node's id; with a running daemon also its addresses."""
+    """Print this node's id. With a running daemon also its addresses."""
     from nexus.core.errors import DaemonNotRunningError
     from nexus.storage.home import load_identity
     from nexus_cli.client import connected

@@ -59,6 +59,17 @@ def _store(name: str) -> Callable[[click.Context, click.Parameter, object], None
     return store
 
 
+def check_home(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """An empty path is a variable that was not set, not the working directory."""
+    if value is not None and not value.parts:
+        raise click.BadParameter("is empty", context, parameter)
+    return value
+
+
+def _store_home(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    _store("home")(context, parameter, check_home(context, parameter, value))
+
+
 def _check_timeout(context: click.Context, parameter: click.Parameter, value: float | None) -> None:
     if value is not None and not 0 < value < 1e7:  # also false for NaN
         raise click.BadParameter("must be a number of seconds above 0", context, parameter)
@@ -69,13 +80,19 @@ def shared_parameters() -> list[click.Parameter]:
     """The options that every command takes."""
     return [
         click.Option(
-            ["--json"], is_flag=True, expose_value=False, callback=_store("json"), help="Print one JSON object on stdout."
+            # Eager: known before anything else can be wrong with the command line.
+            ["--json"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_store("json"),
+            help="Print one JSON object on stdout.",
         ),
         click.Option(
             ["--home"],
             type=click.Path(path_type=Path),
             expose_value=False,
-            callback=_store("home"),
+            callback=_store_home,
             help="Data directory. [default: NEXUS_HOME, or the user's data directory]",
         ),
         click.Option(

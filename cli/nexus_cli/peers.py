@@ -30,7 +30,7 @@ def peers(shared: Shared, context: click.Context) -> None:
     rows = [
         (
             peer.name,
-            peer.peer_id,
+            show.short_id(peer.peer_id),
             peer.direction,
             "?" if peer.rtt_s is None else show.duration(peer.rtt_s),
             show.size(peer.memory_bytes),
@@ -39,7 +39,9 @@ def peers(shared: Shared, context: click.Context) -> None:
         for peer in found
     ]
     show.console(shared).print(
-        show.table(("name", "peer id", "dir", "round trip", "memory", "models"), rows, right=("round trip", "memory"))
+        show.table(
+            ("name", "peer", "dir", "round trip", "memory", "models"), rows, right=("round trip", "memory"), wrap=("name", "models")
+        )
     )
 
 
@@ -47,7 +49,7 @@ def peers(shared: Shared, context: click.Context) -> None:
 @click.argument("multiaddr")
 @pass_shared
 def peers_add(shared: Shared, multiaddr: str) -> None:
-    """Connect to MULTIADDR (it ends in /p2p/<peer id>) and remember it."""
+    """Connect to MULTIADDR and remember it. It ends in /p2p/<peer id>; the other node prints it with: nexus id"""
     from nexus.core.errors import UsageError
     from nexus.gateway.wire import from_json, to_json
     from nexus.node.api import PeerView
@@ -74,7 +76,7 @@ def peers_add(shared: Shared, multiaddr: str) -> None:
 @click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Round trips to measure.")
 @pass_shared
 def ping(shared: Shared, peer: str, count: int) -> None:
-    """Measure the round trip to PEER: an id, the start of one, or a node's name."""
+    """Measure the round trip to PEER. That is an id, the start of one, or a node's name."""
     from nexus.core.errors import LocalError
     from nexus_cli.client import connected
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexus.core.errors import LocalError, NotAllowedError
+from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, UsageError
 
 LOG_TAIL_BYTES = 4096
 LOG_KEPT_BYTES = 8 * 1024 * 1024
@@ -114,6 +114,16 @@ def spawn_daemon(home: Path, arguments: Sequence[str], log_file: Path, environ: 
 def log_size(log_file: Path) -> int:
     """Where the log ends now; what comes after is the next daemon's."""
     return log_file.stat().st_size if log_file.exists() else 0
+
+
+def last_words(exit_code: int, log_file: Path, since: int) -> NexusError:
+    """The error that a daemon ended with at once, as its own: same cause, fix and exit code."""
+    kinds: Mapping[int, type[NexusError]] = {kind.exit_code: kind for kind in (UsageError, NotAllowedError, NotFoundError)}
+    said, marker, fix = why_it_ended(log_file, since).partition("\nfix: ")
+    if not marker:
+        return LocalError(f"the daemon ended at once, with exit code {exit_code}. It says:\n{said}", f"All of its log: {log_file}")
+    cause = said.removeprefix("error: ")
+    return kinds.get(exit_code, LocalError)(f"the daemon ended at once: {cause}", f"{fix}\nall of its log: {log_file}")
 
 
 def why_it_ended(log_file: Path, since: int = 0) -> str:

@@ -21,7 +21,7 @@ receipts = NexusGroup(name="receipts", help="Proofs of what was computed, by who
 @click.argument("file", type=click.Path(path_type=Path))
 @pass_shared
 def receipts_verify(shared: Shared, file: Path) -> None:
-    """Check every signature, chain link and root in FILE, as `nexus run --receipts` wrote it. Needs no daemon and no network."""
+    """Check every signature, chain link and root in FILE. `nexus run --receipts` writes it; no daemon and no network are needed."""
     report = verify_file(file)
     if shared.json:
         from nexus.gateway.wire import to_json
@@ -30,10 +30,11 @@ def receipts_verify(shared: Shared, file: Path) -> None:
         return
     show.pairs(
         [
-            ("model", f"{report.model_name} {report.model_root.hex()}"),
+            ("model", report.model_root.hex()),
+            ("called", f"{report.model_name} (by whoever wrote the file: nothing signs the name)"),
             ("session", report.session.hex()),
             ("asked by", report.coordinator),
-            ("arithmetic", report.profile),
+            ("profile", f"{report.profile}: who answered, on what, with what; not that the arithmetic was right"),
             ("steps", f"{report.steps}, over {report.prompt_tokens} tokens of input"),
         ]
     )

@@ -65,6 +65,7 @@ def run(
     }
     body |= {"seed": seed, "stages": stages, "receipts": not no_receipts}
     tokens: list[Token] = []
+    writer = Writer()
     planned: Planned | None = None
     finished: Finished | None = None
     with connected(shared, None) as daemon, waiting(shared) as progress:
@@ -78,11 +79,11 @@ def run(
                     progress(None)
                     tokens.append(event)
                     if not shared.json:
-                        write_text(event.text)
+                        writer.write(event.text)
                 case Finished():
                     finished = event
     if not shared.json:
-        end_line("".join(token.text for token in tokens))
+        writer.end()
     done = check_finished(finished)
     if receipts is not None:
         write_bundle(receipts, done.bundle)
@@ -95,7 +96,7 @@ def run(
             | summary
         )
     else:
-        click.echo(closing_line(done), err=True)
+        click.echo(closing_line(done, asked_for_receipts=not no_receipts), err=True)
     if not no_receipts:
         check_verified(done)
 
@@ -107,7 +108,7 @@ def run(
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
 @pass_shared
 def embed(shared: Shared, texts: tuple[str, ...], model: str | None, stages: int | None, receipts: Path | None) -> None:
-    """Turn each TEXT into a vector, printed as one JSON array per line. A text of - is read from standard input."""
+    """Turn each TEXT into a vector. One JSON array per line; a text of - is read from standard input."""
     import json
 
     from nexus.gateway.wire import Json, to_json
@@ -142,7 +143,7 @@ def embed(shared: Shared, texts: tuple[str, ...], model: str | None, stages: int
     else:
         for vector in ordered:
             click.echo(json.dumps(vector))
-        click.echo(f"{len(ordered)} vectors in {show.duration(done.total_s)}; {verified_line(done)}", err=True)
+        click.echo(f"{show.count(len(ordered), 'vector')} in {show.duration(done.total_s)}; {verified_line(done)}", err=True)
     check_verified(done)
 
 
@@ -203,13 +204,14 @@ def verified_line(finished: Finished) -> str:
     return f"{finished.receipts_verified} of {finished.receipts} receipts verified"
 
 
-def closing_line(finished: Finished) -> str:
+def closing_line(finished: Finished, *, asked_for_receipts: bool = True) -> str:
     """Speed and proof in one line. The rate leaves the first token out: it waits for the prompt, the others do not."""
     rest_s = finished.total_s - finished.first_token_s
+    proof = verified_line(finished) if asked_for_receipts else "no receipts were asked for, so nothing of this is verified"
     rate = f"{(finished.completion_tokens - 1) / rest_s:.1f} tokens/s, " if finished.completion_tokens > 1 and rest_s > 0 else ""
     return (
-        f"{finished.completion_tokens} tokens, {rate}first token after {show.duration(finished.first_token_s)} "
-        f"({finished.reason}); {verified_line(finished)}"
+        f"{show.count(finished.completion_tokens, 'token')}, {rate}first token after {show.duration(finished.first_token_s)} "
+        f"({finished.reason}); {proof}"
     )
 
 
@@ -236,12 +238,25 @@ def waiting(shared: Shared) -> Iterator[Callable[[object], None]]:
         yield report
 
 
-def write_text(text: str) -> None:
-    sys.stdout.write(show.printable_stream(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+class Writer:
+    """An answer on stdout as it grows. The blank with which most tokenizers begin a first word is not shown."""
 
+    def __init__(self) -> None:
+        self._began = False
+        self._ended_line = True
 
-def end_line(text: str) -> None:
-    if sys.stdout.isatty() or not text.endswith("\n"):
-        sys.stdout.write("\n")
+    def write(self, text: str) -> None:
+        if text and not self._began:
+            self._began = True
+            text = text.removeprefix(" ")
+        if not text:
+            return
+        self._ended_line = text.endswith("\n")
+        sys.stdout.write(show.printable_stream(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
+
+    def end(self) -> None:
+        """What comes next begins a line."""
+        if not self._ended_line or not self._began:
+            sys.stdout.write("\n")
+            sys.stdout.flush()

@@ -22,7 +22,13 @@ SCHEMA = 1
 
 def print_json(value: Mapping[str, object]) -> None:
     """One object on one line. `schema` changes when a key changes its meaning or goes away; new keys may come at any time."""
-    click.echo(json.dumps({"schema": SCHEMA} | dict(value), ensure_ascii=False, allow_nan=False))
+    click.echo(json_line(value))
+
+
+def json_line(value: Mapping[str, object]) -> str:
+    """UTF-8 text, whatever is in it: bytes of a file name that are not come out as JSON escapes of lone surrogates."""
+    text = json.dumps({"schema": SCHEMA} | dict(value), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def printable(text: str) -> str:
@@ -43,6 +49,11 @@ def size(count: int) -> str:
             return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:
@@ -76,19 +87,32 @@ def console(shared: Shared, *, stderr: bool = False) -> Console:
     )
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> Table:
-    """A plain table; `right`: the columns of numbers."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = (), wrap: Iterable[str] = ()) -> Table:
+    """A plain table. `right`: the columns of numbers. `wrap`: those that may take several lines; the others stay whole."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    numbers = set(right)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    numbers, wrapping = set(right), set(wrap)
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in numbers else "left",
+            overflow="fold" if column in wrapping else "ellipsis",
+            no_wrap=column not in wrapping,
+        )
     for row in rows:
         made.add_row(*(Text(printable(cell)) for cell in row))
     return made
+
+
+def paragraph(shared: Shared, text: str) -> None:
+    """Running text: broken between words on a terminal, one line elsewhere."""
+    from rich.text import Text
+
+    screen = console(shared)
+    screen.print(Text(printable(text)), soft_wrap=not screen.is_terminal)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> None:

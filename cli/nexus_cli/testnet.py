@@ -55,9 +55,19 @@ class TestnetNode:
 
     @property
     def process(self) -> Process:
-        from nexus_cli.processes import Process
+        """The one that was started here, or whoever holds the home now: its user may have restarted the node."""
+        from nexus.core.errors import LocalError
+        from nexus.storage.home import Home, lock_holder
+        from nexus_cli.processes import Process, find_process, is_running
 
-        return Process(self.pid, self.started)
+        noted = Process(self.pid, self.started)
+        if is_running(noted):
+            return noted
+        try:
+            holder = lock_holder(Home(Path(self.home)))
+        except LocalError:
+            return noted
+        return (find_process(holder) if holder else None) or noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +132,15 @@ class Testnet:
     def states(self) -> list[NodeState]:
         from nexus_cli.processes import is_running
 
-        return [NodeState(node, is_running(node.process), _status(node.socket)) for node in self.nodes()]
+        states = []
+        for node in self.nodes():
+            process = node.process
+            now = dataclasses.replace(node, pid=process.pid, started=process.started)
+            states.append(NodeState(now, is_running(process), _status(node.socket)))
+        return states
 
-    def kill(self, name: str) -> TestnetNode:
-        """SIGKILL one node, as a power failure would. `name`: "node-2" or "2"."""
+    def kill(self, name: str) -> tuple[TestnetNode, int]:
+        """SIGKILL one node, as a power failure would: the node, and the pid that it had. `name`: "node-2" or "2"."""
         from nexus.core.errors import LocalError, NotFoundError
         from nexus_cli.processes import send_signal, wait_for_end
 
@@ -133,16 +148,17 @@ class Testnet:
         node = next((node for node in nodes if name in (node.name, node.name.removeprefix("node-"), node.peer_id)), None)
         if node is None:
             raise NotFoundError(f"there is no node {name!r}", f"There are: {', '.join(node.name for node in nodes)}")
-        if not send_signal(node.process, signal.SIGKILL):
+        process = node.process
+        if not send_signal(process, signal.SIGKILL):
             raise LocalError(f"{node.name} does not run", "See: nexus testnet status")
-        wait_for_end([node.process], KILL_TIMEOUT_S)
-        return node
+        wait_for_end([process], KILL_TIMEOUT_S)
+        return node, process.pid
 
     def down(self, keep: bool = False) -> int:
         """End every node, politely first, and remove the directory unless `keep`. Returns how many were running."""
         from nexus_cli.processes import undisturbed
 
-        processes = [node.process for node in self.nodes() if node.pid]
+        processes = [process for process in (node.process for node in self.nodes()) if process.pid]
         with undisturbed():
             ended = _end(processes)
             if keep:
@@ -329,11 +345,11 @@ def testnet_status(shared: Shared, directory: Path | None) -> None:
 @pass_shared
 def testnet_kill(shared: Shared, node: str, directory: Path | None) -> None:
     """SIGKILL NODE ("node-2" or "2"), as a power failure would."""
-    killed = Testnet((directory or default_directory(shared)).absolute()).kill(node)
+    killed, pid = Testnet((directory or default_directory(shared)).absolute()).kill(node)
     if shared.json:
-        show.print_json({"killed": killed.name, "pid": killed.pid})
+        show.print_json({"killed": killed.name, "pid": pid})
         return
-    click.echo(f"{killed.name} (pid {killed.pid}) killed", err=True)
+    click.echo(f"{killed.name} (pid {pid}) killed", err=True)
 
 
 @testnet.command("down")
@@ -341,14 +357,15 @@ def testnet_kill(shared: Shared, node: str, directory: Path | None) -> None:
 @_directory
 @pass_shared
 def testnet_down(shared: Shared, keep: bool, directory: Path | None) -> None:
-    """End all nodes and remove their directory, which holds nothing but the testnet."""
+    """End all nodes and remove their directory. It holds nothing but the testnet."""
     net = Testnet((directory or default_directory(shared)).absolute())
     ended = net.down(keep)
     if shared.json:
         show.print_json({"ended": ended, "directory": str(net.directory), "kept": keep})
         return
     click.echo(
-        f"{ended} nodes ended" + (f", their homes are in {net.directory}" if keep else f", {net.directory} removed"), err=True
+        f"{show.count(ended, 'node')} ended" + (f", their homes are in {net.directory}" if keep else f", {net.directory} removed"),
+        err=True,
     )
 
 
@@ -375,8 +392,8 @@ def _print_states(shared: Shared, states: Sequence[NodeState], directory: Path) 
         )
         for state in states
     ]
-    columns = ("node", "peer", "port", "pid", "state", "peers", "served")
-    show.console(shared).print(show.table(columns, rows, right=("port", "pid", "peers", "served")))
+    columns = ("node", "peer", "port", "pid", "state", "peers", "stages")
+    show.console(shared).print(show.table(columns, rows, right=("port", "pid", "peers", "stages"), wrap=("state",)))
     if states:
         click.echo(f"use one with: nexus --home {states[0].node.home} run nano 'a prompt'", err=True)
 

@@ -40,6 +40,18 @@ def _text(most: int) -> Parse:
     return parse
 
 
+def _printable(most: int) -> Parse:
+    text = _text(most)
+
+    def parse(raw: Raw) -> str:
+        name: str = text(raw)
+        if not name.isprintable():
+            raise ValueError("expected text without control characters, in UTF-8")
+        return name
+
+    return parse
+
+
 def _choice(*words: str) -> Parse:
     def parse(raw: Raw) -> str:
         if not isinstance(raw, str) or raw not in words:
@@ -160,7 +172,7 @@ def _setting(parse: Parse) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    name: str = _setting(_text(64))
+    name: str = _setting(_printable(64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ def _stages(request: Request) -> int | None:
     if given is None:
         return None
     if re.fullmatch("[0-9]{1,4}", given) is None or not 1 <= int(given) <= requests.STAGES_MAX:
-        raise UsageError(f"stages must be a whole number from 1 to {requests.STAGES_MAX}", "")
+        raise UsageError(f"stages is {given[:40]!r}", f"Give a whole number from 1 to {requests.STAGES_MAX}")
     return int(given)
 
 
@@ -281,7 +281,9 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
 
 def control_app(control: Control) -> Starlette:
     """The ASGI application of the control API."""
-    return Starlette(
+    app = Starlette(
         routes=[Route(path, _guarded(partial(method, control)), methods=[verb]) for verb, path, method in ROUTES],
         exception_handlers={HTTPException: _http_error},
     )
+    app.router.redirect_slashes = False  # a redirect is no answer to a program: a path is right or there is none
+    return app

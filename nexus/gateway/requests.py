@@ -115,13 +115,13 @@ def _prompt(value: Mapping[str, Json]) -> str:
 def _name(value: Mapping[str, Json], key: str) -> str:
     name = _text(value.get(key), key)
     if not 0 < len(name) <= NAME_CHARS_MAX or not name.isprintable():
-        raise UsageError(f"{key} must be 1 to {NAME_CHARS_MAX} printable characters", "")
+        raise UsageError(f"{key} is {_shown(name)}", f"Give 1 to {NAME_CHARS_MAX} printable characters")
     return name
 
 
 def _text(value: Json, key: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{key} is missing or not text", "")
+        raise UsageError(f"{key} is missing or not text", f"Give {key} as text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -132,17 +132,19 @@ def _text(value: Json, key: str) -> str:
 def _texts(value: Mapping[str, Json], key: str, count_max: int, chars_max: int) -> tuple[str, ...]:
     entries = value.get(key)
     if not isinstance(entries, list) or len(entries) > count_max:
-        raise UsageError(f"{key} must be a list of at most {count_max} texts", "")
+        raise UsageError(f"{key} is not a list of at most {count_max} texts", f"Give {key} as a list, or fewer at a time")
     texts = tuple(_text(entry, key) for entry in entries)
-    if any(not 0 < len(text) <= chars_max for text in texts):
-        raise UsageError(f"each of {key} must have 1 to {chars_max} characters", "")
+    if not all(texts):
+        raise UsageError(f"one of {key} is empty", "Leave it out, or give it at least one character")
+    if any(len(text) > chars_max for text in texts):
+        raise UsageError(f"one of {key} has more than {chars_max} characters", "Give a shorter one")
     return texts
 
 
 def _boolean(value: Mapping[str, Json], key: str, default: bool) -> bool:
     given = value.get(key, default)
     if not isinstance(given, bool):
-        raise UsageError(f"{key} must be true or false", f"It was {_shown(given)}")
+        raise UsageError(f"{key} is {_shown(given)}", "Give true or false")
     return given
 
 
@@ -153,16 +155,16 @@ def _optional_integer(value: Mapping[str, Json], key: str, least: int, most: int
 def _integer(value: Mapping[str, Json], key: str, least: int, most: int, default: int) -> int:
     number = value.get(key, default)
     if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
-        raise UsageError(f"{key} must be a whole number from {least} to {most}", f"It was {_shown(number)}")
+        raise UsageError(f"{key} is {_shown(number)}", f"Give a whole number from {least} to {most}")
     return number
 
 
 def _number(value: Mapping[str, Json], key: str, least: float, most: float, default: float, *, above_least: bool = False) -> float:
     number = value.get(key, default)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or not least <= number <= most:
-        raise UsageError(f"{key} must be a number from {least:g} to {most:g}", f"It was {_shown(number)}")
+        raise UsageError(f"{key} is {_shown(number)}", f"Give a number from {least:g} to {most:g}")
     if above_least and number <= least:
-        raise UsageError(f"{key} must be above {least:g}", "")
+        raise UsageError(f"{key} is {_shown(number)}", f"Give a number above {least:g}, at most {most:g}")
     return float(number)
 
 

@@ -32,7 +32,7 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name[:80]!r} cannot name a model",
-            "Use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
+            "Give it another name (--name): 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
         )
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 
 from nexus.node.api import EmbedRequest, GenerateRequest
 from nexus.storage.home import Home
+from nexus_cli import show
 from nexus_cli.receipts import verify_file
+from nexus_cli.run import Writer
 from tests.cli.conftest import Cli
 from tests.gateway.fake_node import ANSWER, COORDINATOR, FIRST, FakeNode, bundle, manifest
 
@@ -86,7 +89,7 @@ def test_status_and_id(cli: Cli, node: FakeNode) -> None:
 
 def test_peers_and_ping(cli: Cli, node: FakeNode) -> None:
     listed = cli("peers")
-    assert FIRST.peer_id in listed.out
+    assert FIRST.peer_id[:16] in listed.out
     assert "\x1b" not in listed.out  # a peer's name must not steer the terminal
     assert cli("peers", "--json").json["peers"][0]["name"] == "node\x1b[31m"
     assert cli("peers", "add", PEER, "--json").json["peer"]["peer_id"] == FIRST.peer_id
@@ -133,7 +136,7 @@ def test_run_reads_its_prompt_from_stdin(cli: Cli, node: FakeNode) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--max-tokens", "0"), "max_tokens must be a whole number from 1"),
+        (("--max-tokens", "0"), "max_tokens is 0\nfix: Give a whole number from 1"),
         (("--max-tokens", "99999999999"), "max_tokens"),
         (("--max-tokens", "many"), "not a valid integer"),
         (("--temperature", "-1"), "temperature"),
@@ -252,3 +255,122 @@ heavy = {"torch", "libp2p", "transformers", "trio", "httpx", "rich", "starlette"
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+NOT_UTF8 = os.fsdecode(b"\xff")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("model", "show", NOT_UTF8),
+        ("model", "plan", NOT_UTF8),
+        ("model", "add", "nano", "--name", NOT_UTF8),
+        ("ping", NOT_UTF8),
+        ("run", NOT_UTF8, "x"),
+        ("embed", "x", "--model", NOT_UTF8),
+        ("init", "--home", "made", "--name", NOT_UTF8),
+    ],
+)
+def test_no_argument_that_is_not_utf8_gets_further(cli: Cli, node: FakeNode, arguments: tuple[str, ...]) -> None:
+    result = cli(*arguments, "--json")
+    assert result.code in (2, 5)
+    error = json.loads(result.err)["error"]
+    assert error["exit_code"] == result.code
+    assert error["fix"]
+    assert node.requests == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "../../v0/status", "a\nb"])
+def test_what_cannot_be_a_models_name_is_not_found(cli: Cli, node: FakeNode, name: str) -> None:
+    for command in ("show", "plan"):
+        result = cli("model", command, name)
+        assert result.code == 5
+        assert "no model can be called" in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bogus",),
+        ("run",),
+        ("run", "nano", "x", "--max-tokens", "many"),
+        ("--bogus",),
+        ("model", "bogus"),
+        ("status", "--timeout", "x"),
+    ],
+)
+def test_a_wrong_command_line_is_json_too_where_json_is_asked_for(cli: Cli, home: Home, arguments: tuple[str, ...]) -> None:
+    for given in ((*arguments, "--json"), ("--json", *arguments)):
+        result = cli(*given)
+        assert (result.code, result.out) == (2, "")
+        error = json.loads(result.err)["error"]
+        assert (error["code"], error["exit_code"]) == ("usage", 2)
+        assert error["fix"].startswith("See: nexus")
+    assert cli(*arguments).err.startswith("Usage: nexus")
+
+
+def test_an_empty_home_is_not_the_working_directory(cli: Cli) -> None:
+    assert cli("--home", "", "init").code == 2
+    assert cli("init", "--home", "").code == 2
+
+
+def test_no_daemon_where_there_is_no_node_says_how_to_make_one(cli: Cli, tmp_path: Path) -> None:
+    result = cli("--home", str(tmp_path / "nothing"), "status")
+    assert result.code == 3
+    assert "nexus init" in result.err
+
+
+def test_a_full_disk_behind_the_output_is_an_error_with_a_cause(home: Home) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", "from nexus_cli.main import main; main()", "config", "show"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "error: cannot read or write the output: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_blank_before_a_first_word_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*pieces: str) -> str:
+        writer = Writer()
+        for piece in pieces:
+            writer.write(piece)
+        writer.end()
+        return capsys.readouterr().out
+
+    assert shown("", " The", " sky") == "The sky\n"
+    assert shown("  The") == " The\n"
+    assert shown("\n return x\n") == "\n return x\n"
+    assert shown(" ", " a") == " a\n"
+    assert shown() == "\n"
+
+
+def test_an_answer_without_receipts_says_that_nothing_is_verified(cli: Cli, node: FakeNode) -> None:
+    result = cli("run", "nano", "x", "--no-receipts")
+    assert result.code == 0
+    assert "nothing of this is verified" in result.err
+    assert "receipts verified" not in result.err
+
+
+def test_tables_keep_ids_whole_at_80_columns() -> None:
+    from rich.console import Console
+
+    screen = Console(width=80, record=True, file=io.StringIO())
+    screen.print(show.table(("stage", "peer", "layers", "receipts"), [("0", FIRST.peer_id, "10-11", "100")], right=("stage",)))
+    screen.print(show.table(("name", "peer", "models"), [("x", FIRST.peer_id[:16], "nano 0-1; " * 20)], wrap=("models",)))
+    text = screen.export_text()
+    assert FIRST.peer_id in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_help_fits_a_terminal_without_cutting_sentences(cli: Cli) -> None:
+    for group in ((), ("model",), ("peers",), ("receipts",), ("testnet",), ("config",)):
+        assert "..." not in cli(*group, "--help").out.partition("Commands:")[2]

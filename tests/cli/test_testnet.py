@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,30 @@ def test_a_pid_that_was_reused_is_left_alone(net: testnet.Testnet) -> None:
     document = json.loads(state.read_text())
     us = processes.find_process(os.getpid())
     assert us is not None
-    document["nodes"].append(document["nodes"][0] | {"name": "node-3", "pid": os.getpid(), "started": us.started + "0"})
+    document["nodes"].append(
+        document["nodes"][0]
+        | {"name": "node-3", "home": str(net.directory / "n3"), "pid": os.getpid(), "started": us.started + "0"}
+    )
     state.write_text(json.dumps(document))
     assert running(net) == [True, True, False]
     assert net.down() == len(nodes)
+
+
+def test_a_node_that_its_user_restarted_still_belongs_to_the_testnet(net: testnet.Testnet) -> None:
+    first, second = net.up(2, 30, print)
+    assert processes.send_signal(first.process, signal.SIGTERM)
+    assert processes.wait_for_end([first.process], 20) == []
+    again = processes.spawn_daemon(Path(first.home), [], net.directory / "again.log", os.environ)
+    while net.states()[0].status is None:
+        assert again.poll() is None
+        time.sleep(processes.POLL_S)
+    state = net.states()[0]
+    assert (state.running, state.node.pid) == (True, again.pid)
+    assert net.kill("1")[1] == again.pid
+    assert again.wait(20) == -signal.SIGKILL
+    assert running(net) == [False, True]
+    assert net.down() == 1
+    assert not processes.is_running(second.process)
 
 
 def test_a_directory_with_something_else_is_not_touched(net: testnet.Testnet) -> None:
