@@ -107,9 +107,12 @@ def status(shared: Shared) -> None:
             ("addresses", " ".join(now.addresses) or "none"),
             ("peers", str(now.peers)),
             ("models", str(now.models)),
-            ("running", f"{now.sessions} requests and stages"),
-            ("computed", f"{now.sessions_served} stages, of own and others' requests: {now.steps_served} steps"),
-            ("signed", f"{now.receipts_signed} receipts"),
+            ("running", f"{now.sessions} requests and stages now"),
+            (
+                "computed",
+                f"{show.count(now.steps_served, 'step')} in {show.count(now.sessions_served, 'stage')}, own requests and others'",
+            ),
+            ("signed", show.count(now.receipts_signed, "receipt")),
             ("memory", f"{show.size(now.memory_used_bytes)} of {show.size(now.memory_limit_bytes)}"),
         ]
     )

@@ -34,7 +34,7 @@ def receipts_verify(shared: Shared, file: Path) -> None:
             ("called", f"{report.model_name} (by whoever wrote the file: nothing signs the name)"),
             ("session", report.session.hex()),
             ("asked by", report.coordinator),
-            ("profile", f"{report.profile}: who answered, on what, with what; not that the arithmetic was right"),
+            ("profile", f"{report.profile} (shows who answered what, not that the arithmetic was right)"),
             ("steps", f"{report.steps}, over {report.prompt_tokens} tokens of input"),
         ]
     )
@@ -47,7 +47,7 @@ def receipts_verify(shared: Shared, file: Path) -> None:
 
 
 def verify_file(file: Path) -> BundleReport:
-    """Raises NotFoundError, MalformedError for what is no bundle, VerificationError for one that does not hold."""
+    """Raises NotFoundError or LocalError for the file, VerificationError for what is no bundle or does not hold."""
     from nexus.core.errors import LocalError, MalformedError, NotFoundError, UsageError, VerificationError
     from nexus.proof.bundle import BUNDLE_BYTES_MAX, Bundle, verify_bundle
 
@@ -62,14 +62,19 @@ def verify_file(file: Path) -> BundleReport:
         raise UsageError(
             f"{file} is larger than any proof bundle ({show.size(BUNDLE_BYTES_MAX)})", "Give a file of: nexus run --receipts"
         )
+    # Exit code 7 for every proof that does not hold: a script that checks must not have to tell them apart.
     try:
         bundle = Bundle.from_bytes(content)
     except MalformedError as error:
-        # Exit code 7, as for every proof that does not hold: a script that checks must not have to tell them apart.
         raise VerificationError(
             f"{file} is not a proof bundle: {error.cause}", "It may be cut off or changed: get it again"
         ) from error
-    return verify_bundle(bundle)
+    try:
+        return verify_bundle(bundle)
+    except (MalformedError, VerificationError) as error:
+        raise VerificationError(
+            f"{file} does not hold: {error.cause}", "Do not rely on the answer that it is about; it may be changed: get it again"
+        ) from error
 
 
 def check_writable(file: Path) -> None:

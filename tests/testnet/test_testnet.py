@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nexus.models import builtin_path
 from nexus_cli import processes
 
 pytestmark = pytest.mark.slow
@@ -93,13 +96,126 @@ def test_limits_are_refused_and_the_daemon_stays_up(nodes: list[Any], environ: d
     assert on(nodes[0], environ, "status")["ready"]
 
 
-def test_killing_a_node_leaves_the_others_working(nodes: list[Any], environ: dict[str, str]) -> None:
-    nexus(environ, "testnet", "kill", "node-3")
+def spoil_config(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+
+
+def spoil_weights(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def spoil_header(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes((1 << 62).to_bytes(8, "little") + weights.read_bytes()[8:])
+
+
+def spoil_form(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def spoil_place(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory.parent / "elsewhere")
+    (directory / "model.safetensors").symlink_to("../elsewhere")
+
+
+def spoil_index(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (spoil_config, "asks to run code"),
+        (spoil_weights, "the file has"),
+        (spoil_header, "its header claims"),
+        (spoil_form, "pickle"),
+        (spoil_place, "leads out of the directory"),
+        (spoil_index, "outside its directory"),
+    ],
+)
+def test_an_unsafe_or_broken_model_is_refused_and_nothing_is_lost(
+    nodes: list[Any], environ: dict[str, str], tmp_path: Path, spoil: Callable[[Path], None], says: str
+) -> None:
+    model = shutil.copytree(builtin_path("nano"), tmp_path / "model")
+    spoil(model)
+    before = on(nodes[0], environ, "model", "list")
+    error = on(nodes[0], environ, "model", "add", str(model), code=1)["error"]
+    assert error["code"] == "bad-model"
+    assert says in error["cause"]
+    assert error["fix"]
+    assert on(nodes[0], environ, "model", "list") == before
+
+
+def test_a_second_daemon_on_a_data_directory_is_refused(nodes: list[Any], environ: dict[str, str]) -> None:
+    error = on(nodes[0], environ, "start", code=1)["error"]
+    assert f"in use by the daemon with pid {nodes[0]['pid']}" in error["cause"]
+
+
+def test_a_port_that_is_taken_is_named(nodes: list[Any], environ: dict[str, str], tmp_path: Path) -> None:
+    port = nodes[0]["port"]
+    listen = f"network.listen=/ip4/127.0.0.1/tcp/{port}"
+    error = nexus(environ, "--home", str(tmp_path / "h"), "start", "--init", "--detach", "--set", listen, code=1)["error"]
+    assert f"port {port} is in use" in error["cause"]
+    assert "network.listen" in error["fix"]
+
+
+def start_long_run(node: Any, environ: dict[str, str]) -> subprocess.Popen[str]:
+    """An answer that is on its way: random tokens, so that no end token comes soon. Its first character has been read."""
+    run = subprocess.Popen(
+        [*NEXUS, "--home", node["home"], "run", "nano", QUESTION, "--max-tokens", "450", "--temperature", "100", "--seed", "1"],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        # A shell in the background may have told its children to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert run.stdout is not None
+    assert run.stdout.read(1)
+    return run
+
+
+def test_ctrl_c_ends_the_work_on_every_node(nodes: list[Any], environ: dict[str, str]) -> None:
+    run = start_long_run(nodes[0], environ)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=TIMEOUT_S)
+    assert run.returncode == 130
+    assert said.strip() == "interrupted"
+    until = time.monotonic() + TIMEOUT_S
+    while any(on(node, environ, "status")["sessions"] for node in nodes):
+        assert time.monotonic() < until
+    assert on(nodes[0], environ, "run", "nano", QUESTION, "--max-tokens", "2")["receipts_verified"] > 0
+
+
+def test_killing_a_node_in_the_middle_of_an_answer_names_its_stage_and_the_next_answer_does_without(
+    nodes: list[Any], environ: dict[str, str]
+) -> None:
+    plan = on(nodes[0], environ, "model", "plan", "nano")["plan"]
+    stage = next(stage["stage"] for stage in plan["stages"] if stage["name"] == "node-3")
+    run = start_long_run(nodes[0], environ)
+    assert processes.send_signal(processes.Process(nodes[2]["pid"], nodes[2]["started"]), signal.SIGKILL)
+    _, said = run.communicate(timeout=TIMEOUT_S)
+    assert run.returncode == 1
+    assert f"error: stage {stage} ({nodes[2]['peer_id']})" in said
+    assert "fix: " in said
     states = nexus(environ, "testnet", "status")["nodes"]
     assert [state["running"] for state in states] == [True, True, False]
-    # Two stages need no third node.
-    answer = on(nodes[0], environ, "run", "nano", QUESTION, "--max-tokens", "4", "--stages", "1")
+    answer = on(nodes[0], environ, "run", "nano", QUESTION, "--max-tokens", "4")
     assert answer["receipts"] == answer["receipts_verified"] > 0
+    assert {row["name"] for row in answer["stages"]} == {"node-1", "node-2"}
+
+
+def test_stopping_lets_an_answer_end_or_says_that_it_was_cut_off(nodes: list[Any], environ: dict[str, str]) -> None:
+    run = start_long_run(nodes[1], environ)
+    assert on(nodes[1], environ, "stop")["stopped"]
+    _, said = run.communicate(timeout=TIMEOUT_S)
+    assert "receipts verified" in said if run.returncode == 0 else "error: " in said
+    assert on(nodes[1], environ, "status", code=3)["error"]["code"] == "daemon-not-running"
 
 
 def leftovers(environ: dict[str, str]) -> list[str]:
