@@ -74,3 +74,18 @@ def test_the_default_named_in_help_is_the_one_that_holds() -> None:
         assert f"[default: {default:g}]" in str(shown[name].help)
     embed = {parameter.name: parameter for parameter in nexus.commands["embed"].params if isinstance(parameter, click.Option)}
     assert f"[default: {EmbedRequest(()).model}]" in str(embed["model"].help)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = set(re.findall(r"\]\(([^)]+)\)", (ROOT / "docs" / "index.md").read_text("utf-8")))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= listed
