@@ -16,8 +16,8 @@ from math import isfinite
 from nexus.core.errors import MalformedError, NexusError, VerificationError
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of
-from nexus.core.manifest import CAUSAL, ENCODER, LAYERS_MAX, Manifest
-from nexus.core.plan import Plan
+from nexus.core.manifest import CAUSAL, ENCODER, Manifest
+from nexus.core.plan import STAGES_MAX, Plan
 from nexus.core.record import Record, many, nested, raw, text, uint
 from nexus.proof.receipts import (
     STEPS_MAX,
@@ -49,7 +49,7 @@ class Bundle(Record):
     manifest: Manifest = nested(Manifest)
     plan: Plan = nested(Plan)
     terms: Terms = nested(Terms)
-    requests: tuple[SignedRequest, ...] = many(nested(SignedRequest), LAYERS_MAX)
+    requests: tuple[SignedRequest, ...] = many(nested(SignedRequest), STAGES_MAX)
     inputs: tuple[bytes, ...] = many(raw(most=PAYLOAD_MAX), STEPS_MAX)
     outputs: tuple[bytes, ...] = many(raw(most=PAYLOAD_MAX), STEPS_MAX)
     receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), STEPS_MAX)

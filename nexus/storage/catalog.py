@@ -16,7 +16,7 @@ from typing import Self
 
 from nexus.core.errors import LocalError, MalformedError, NotFoundError, UsageError
 from nexus.core.hashing import HASH_BYTES
-from nexus.core.manifest import Manifest, stage_pieces
+from nexus.core.manifest import Manifest
 from nexus.storage.blobs import BlobStore
 from nexus.storage.durable import move_aside, replace_file, storage_error, sync_directory
 
@@ -39,10 +39,11 @@ def check_name(name: str) -> str:
 
 def held_layers(manifest: Manifest, store: BlobStore) -> tuple[tuple[int, int], ...]:
     """Maximal ranges [start, end) of layers that can be served from the store: embedding and head count with their layers."""
-    here = {piece.root for piece in manifest.pieces if store.has(piece.root)}
+    embedding, *layers, head = (store.has(piece.root) for piece in manifest.pieces)
     ranges: list[tuple[int, int]] = []
-    for layer in range(manifest.layers):
-        if all(piece.root in here for piece in stage_pieces(manifest, layer, layer + 1)):
+    for layer, here in enumerate(layers):
+        last = layer == manifest.layers - 1
+        if here and (embedding or not (layer == 0 or (last and manifest.tied))) and (head or not last):
             if ranges and ranges[-1][1] == layer:
                 ranges[-1] = (ranges[-1][0], layer + 1)
             else:

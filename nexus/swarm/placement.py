@@ -13,7 +13,8 @@ A plan is a chain of stages, each a run of consecutive layers on a node of its o
 
 Finding the best order of unlike nodes is NP-hard. The search extends sets of nodes stage by stage and keeps the BEAM sets that got
 furthest; up to 8 kinds of nodes (by speed and memory) it keeps them all, and the slowest stage is then within 0.1 % of the best.
-Nothing but integers decides. docs/adr/0006-placement-by-slowest-stage.md says what else was considered.
+Nothing but integers decides. Of very many nodes only SHORTLIST are searched: a stranger can make up as many as it likes, and the
+search must end all the same. docs/adr/0006-placement-by-slowest-stage.md says what else was considered.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SPEED_BITS = 4
 # For a node that has not measured itself: a slow single core.
 UNMEASURED_SPEED = 1000
 KINDS_EXACT = 8
+SHORTLIST = 128
 BEAM = 128
 # Work / speed in millions per second, times this, is in picoseconds.
 _PICO_PER_MICRO = 10**6
@@ -130,7 +132,7 @@ def place(
     costs = StageCosts(manifest, dtype, context)
     serving = _serving(nodes, coordinator, manifest.layers)
     _check_count(stages, serving, manifest.layers)
-    chains = _best_chains(costs, serving, stages)
+    chains = _best_chains(costs, _shortlist(costs, serving, stages), stages)
     if chains is None:
         raise _no_room(costs, serving, stages)
     chain = min(chains, key=lambda chain: _merit(costs, chain, serving))
@@ -175,6 +177,25 @@ def _serving(nodes: Sequence[Candidate], coordinator: bytes, layers: int) -> lis
         return node.node != coordinator, -held, float("inf") if node.rtt_ms is None else node.rtt_ms, node.node
 
     return sorted((replace(node, held=_merged(node.held, layers)) for node in nodes if node.serves), key=preference)
+
+
+def _shortlist(costs: StageCosts, serving: Sequence[Candidate], stages: int | None) -> list[Candidate]:
+    """Those to search among, in the same order: half of them the first in preference, which hold most, the others the fastest; and
+    if all these together have too little memory, also those with the most."""
+    count = max(SHORTLIST, stages or 0)
+    if len(serving) <= count:
+        return list(serving)
+    chosen = {node.node for node in serving[: count // 2]}
+    rest = sorted(serving[count // 2 :], key=lambda node: (-_speed(node), -node.memory_bytes, node.node))
+    chosen |= {node.node for node in rest[: count - len(chosen)]}
+    free = sum(node.memory_bytes for node in serving if node.node in chosen)
+    for node in sorted(serving, key=lambda node: (-node.memory_bytes, node.node)):
+        if free >= 2 * costs.memory(0, costs.layers) or len(chosen) >= STAGES_MAX:
+            break
+        if node.node not in chosen:
+            chosen.add(node.node)
+            free += node.memory_bytes
+    return [node for node in serving if node.node in chosen]
 
 
 def _merged(held: Sequence[tuple[int, int]], layers: int) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import MalformedError, VerificationError
 from nexus.core.keys import Identity
+from nexus.core.manifest import LAYERS_MAX
 from nexus.swarm.membership import (
     CLOCK_SKEW_MS,
     FAILURES_MAX,
@@ -64,7 +65,7 @@ records = st.builds(
             Holding,
             st.text(max_size=80),
             st.binary(min_size=32, max_size=32),
-            st.lists(st.builds(LayerRange, st.integers(0, 4096), st.integers(0, 4096)), max_size=70).map(tuple),
+            st.lists(st.builds(LayerRange, st.integers(0, LAYERS_MAX), st.integers(0, LAYERS_MAX)), max_size=70).map(tuple),
         ),
         max_size=8,
     ).map(tuple),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations, permutations
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import CapacityError, MalformedError, UsageError
 from nexus.core.manifest import EMBEDDING, HEAD, Blob, Manifest, layer_name, stage_pieces
-from nexus.swarm.placement import SLACK, Candidate, Placement, StageCosts, place, stage_picoseconds
+from nexus.swarm.placement import SHORTLIST, SLACK, Candidate, Placement, StageCosts, _shortlist, place, stage_picoseconds
 
 ME = bytes([1]) * 32
 
@@ -35,6 +36,11 @@ def node(
     rtt_ms: float | None = None,
 ) -> Candidate:
     return Candidate(bytes([number]) * 32, f"node{number}", memory, speed, rtt_ms, held, serves)
+
+
+def named(number: int, memory: int, speed: int) -> Candidate:
+    """One of many nodes."""
+    return Candidate(number.to_bytes(32, "big"), f"node{number}", memory, speed, None, (), True)
 
 
 def plan(manifest: Manifest, nodes: Sequence[Candidate], stages: int | None = None, context: int = 0) -> Placement:
@@ -208,6 +214,23 @@ class TestChoices:
         honest, boaster = node(2, held=((0, 8),)), node(3, held=boasts)
         once = node(3, held=((0, 8),))
         assert plan(model([400] * 8), [honest, boaster]) == plan(model([400] * 8), [honest, once])
+
+    def test_strangers_without_number_do_not_keep_a_plan_from_being_made(self) -> None:
+        """Two thousand nodes that each claim another speed and memory: all of them tried, it took minutes, for every request."""
+        manifest = model([400] * 60)
+        crowd = [named(number, 10**6 + number, 1000 + 37 * number) for number in range(2000)]
+        mine = replace(crowd[0], node=ME, held=((0, 60),))
+        made = plan(manifest, [*crowd[1:], mine])
+        fastest = {one.node for one in sorted(crowd, key=lambda one: one.speed)[-SHORTLIST:]}
+        assert {stage.node for stage in made.plan.stages} <= fastest | {ME}
+        costs = StageCosts(manifest, "float32", 0)
+        assert len(_shortlist(costs, [mine, *crowd[1:]], None)) == SHORTLIST
+        assert len(_shortlist(costs, [mine, *crowd[1:]], 200)) == 200
+
+    def test_of_many_small_nodes_enough_are_looked_at(self) -> None:
+        manifest = model([400] * 200)
+        small = [named(number, 900, 10) for number in range(300)]
+        assert len(plan(manifest, small).plan.stages) == 101  # two layers each, one beside the embedding and one beside the head
 
     def test_measuring_again_seldom_changes_a_plan(self) -> None:
         manifest = model([400] * 12)
