@@ -53,6 +53,9 @@ def run_daemon(home: Path | None, init: bool, flags: Mapping[str, object]) -> No
     from nexus_cli.logs import configure_logging
     from nexus_config.settings import control_socket, default_home, load, node_options
 
+    # Torch's threads wait asleep, not spinning: a daemon shares its cores with others and with its own sessions, and threads that
+    # spin for each other there made a small model fifty times slower. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     path = (home or default_home(os.environ)).expanduser().absolute()
     settings, _ = load(flags, os.environ, path)
     configure_logging(settings.log.level, settings.log.format)

@@ -50,7 +50,7 @@ def peers(shared: Shared, context: click.Context) -> None:
 @pass_shared
 def peers_add(shared: Shared, multiaddr: str) -> None:
     """Connect to MULTIADDR and remember it. It ends in /p2p/<peer id>; the other node prints it with: nexus id"""
-    from nexus.core.errors import UsageError
+    from nexus.core.errors import PeerError, UsageError
     from nexus.gateway.wire import from_json, to_json
     from nexus.node.api import PeerView
     from nexus_cli.client import connected
@@ -63,7 +63,13 @@ def peers_add(shared: Shared, multiaddr: str) -> None:
             f"{multiaddr!r} is not a peer's address: {error}", "The other node prints its own with: nexus id"
         ) from error
     with connected(shared) as daemon:
-        peer = from_json(PeerView, daemon.post("/v0/peers", {"address": multiaddr}))
+        try:
+            peer = from_json(PeerView, daemon.post("/v0/peers", {"address": multiaddr}))
+        except PeerError as error:
+            error.fix = (
+                error.fix or "Does that node run, and does a firewall let its port through? It prints its addresses with: nexus id"
+            )
+            raise
     if shared.json:
         show.print_json({"peer": to_json(peer)})
         return
