@@ -8,6 +8,7 @@ sends is kept before its hash is checked, so any peer may be asked, and the byte
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -330,12 +331,19 @@ class Fetcher:
         async def take(_: int, frame: bytes) -> None:
             found.append(parse_manifest(frame, model_root))
 
+        async def ask(provider: _Provider) -> None:
+            if await self._ask_patiently(provider, [(Ask(MANIFEST, model_root, 0, 0), take)]):
+                nursery.cancel_scope.cancel()
+
         async with self._fetch(model_root, sources, None) as fetch:
-            for provider in fetch.live():
-                if await self._ask_patiently(provider, [(Ask(MANIFEST, model_root, 0, 0), take)]):
-                    await self._off_thread(lambda: self._catalog.keep(found[-1]))
-                    return found[-1]
-            raise _nobody_has(f"the manifest of model {model_root.hex()[:12]}", fetch.providers)
+            # All at once: a manifest is small, and one that stalls shall not keep us from the next.
+            async with trio.open_nursery() as nursery:
+                for provider in fetch.live():
+                    nursery.start_soon(ask, provider)
+            if not found:
+                raise _nobody_has(f"the manifest of model {model_root.hex()[:12]}", fetch.providers)
+            await self._off_thread(lambda: self._catalog.keep(found[0]))
+            return found[0]
 
     async def blobs(
         self,
@@ -383,7 +391,10 @@ class Fetcher:
             except (PeerError, TimedOutError, CapacityError) as error:
                 log.info("find_providers_failed", model=model_root.hex()[:12], reason=error.cause)
         chosen: dict[str, _Provider] = {}
-        for peer in (*sources, *found):
+        # In turn: whoever names the sources may name none but its own, and the DHT may be full of strangers.
+        for peer in itertools.chain.from_iterable(itertools.zip_longest(sources, found)):
+            if peer is None:
+                continue
             if peer.peer_id != self._transport.peer_id and _is_peer_id(peer.peer_id) and len(chosen) < self._limits.providers_max:
                 self._transport.learn(peer)
                 chosen.setdefault(peer.peer_id, _Provider(self._transport, peer.peer_id, self._limits))

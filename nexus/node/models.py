@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, NotFoundError
+from nexus.core.errors import CapacityError, NotFoundError, TimedOutError
 from nexus.core.manifest import Manifest, stage_pieces
 from nexus.network.transport import PeerAddress
 from nexus.node.blobs import Fetcher
 from nexus.storage.blobs import BlobStore
-from nexus.storage.catalog import Catalog
+from nexus.storage.catalog import Catalog, held_bytes
 
 if TYPE_CHECKING:
     from nexus.engine.stage import Stage
@@ -28,11 +28,17 @@ ProgressSink = Callable[[str, int, int], Awaitable[None]]
 StageKey = tuple[bytes, int, int, str]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MANIFEST_TIMEOUT_S = 60.0
+# Models that nobody here gave a name: fetched because a plan of some other node asked for it.
+UNNAMED_MAX = 256
 
 
 @dataclass
-class _Loaded:
-    stage: Stage
+class _Slot:
+    """One stage that is loaded, or on its way. `n_bytes`: what it takes of the memory, from before the first weight is read."""
+
+    stage: Stage | None = None
+    n_bytes: int = 0
     users: int = 0
     last_used_s: float = 0.0
     lock: trio.Lock = field(default_factory=trio.Lock)
@@ -60,21 +66,38 @@ class Models:
         self._auto_fetch = auto_fetch
         self._memory_max_bytes = memory_max_bytes
         self._changed = changed
-        self._loaded: dict[StageKey, _Loaded] = {}
-        self._loading: dict[StageKey, trio.Lock] = {}
+        self._slots: dict[StageKey, _Slot] = {}
         self._kv_bytes: dict[bytes, int] = {}
 
     @property
     def memory_used_bytes(self) -> int:
-        weights: int = sum(loaded.stage.weight_bytes for loaded in self._loaded.values())
-        return weights + sum(self._kv_bytes.values())
+        return sum(slot.n_bytes for slot in self._slots.values()) + sum(self._kv_bytes.values())
 
     async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest:
-        """The manifest of a root, fetched and checked if it is not here. Raises NotFoundError."""
+        """The manifest of a root, fetched and checked if it is not here. Raises NotFoundError, TimedOutError, CapacityError."""
         if self.catalog.has(model_root):
             return self.catalog.manifest(model_root)
         self._check_may_fetch(model_root)
-        return await self._fetcher.manifest(model_root, sources)
+        await trio.to_thread.run_sync(self._forget_unused)
+        with trio.move_on_after(MANIFEST_TIMEOUT_S):
+            return await self._fetcher.manifest(model_root, sources)
+        raise TimedOutError(
+            f"nobody gave the manifest of model {model_root.hex()[:16]} within {MANIFEST_TIMEOUT_S:.0f} s", "See `nexus peers`"
+        )
+
+    def _forget_unused(self) -> None:
+        """Make room among the models that strangers named: those go of which nothing is here. Raises CapacityError."""
+        named = set(self.catalog.names().values())
+        unnamed = [root for root in self.catalog.roots() if root not in named]
+        if len(unnamed) < UNNAMED_MAX:
+            return
+        for root in unnamed:
+            if not held_bytes(self.catalog.manifest(root), self.blobs):
+                self.catalog.remove(root)
+                return
+        raise CapacityError(
+            f"this node holds parts of {UNNAMED_MAX} models for others, its limit", "Set serve.auto_fetch = false, or remove some"
+        )
 
     async def files(self, manifest: Manifest, sources: Sequence[PeerAddress], progress: ProgressSink) -> dict[str, Path]:
         """Config and tokenizer, by name, as paths to read."""
@@ -87,16 +110,18 @@ class Models:
     ) -> AsyncIterator[Stage]:
         """The loaded layers [start, end), fetched and read if need be; they stay loaded at least while the context is open."""
         key = (manifest.root, start, end, dtype)
-        async with self._loading.setdefault(key, trio.Lock()):
-            if key not in self._loaded:
-                self._loaded[key] = _Loaded(await self._load(manifest, start, end, dtype, sources, progress))
-            loaded = self._loaded[key]
-            loaded.users += 1
+        slot = self._slots.setdefault(key, _Slot())
+        slot.users += 1
         try:
-            yield loaded.stage
+            async with slot.lock:
+                if slot.stage is None:
+                    slot.stage = await self._load(slot, manifest, start, end, dtype, sources, progress)
+            yield slot.stage
         finally:
-            loaded.users -= 1
-            loaded.last_used_s = trio.current_time()
+            slot.users -= 1
+            slot.last_used_s = trio.current_time()
+            if slot.stage is None and not slot.users:
+                del self._slots[key]
 
     def reserve_kv(self, session: bytes, n_bytes: int) -> None:
         """Count `n_bytes` of KV cache to a session; 0 gives all back. Raises CapacityError when nothing more can make room."""
@@ -107,15 +132,31 @@ class Models:
         self._kv_bytes[session] = max(n_bytes, before)
 
     async def _load(
-        self, manifest: Manifest, start: int, end: int, dtype: str, sources: Sequence[PeerAddress], progress: ProgressSink
+        self,
+        slot: _Slot,
+        manifest: Manifest,
+        start: int,
+        end: int,
+        dtype: str,
+        sources: Sequence[PeerAddress],
+        progress: ProgressSink,
     ) -> Stage:
         pieces = stage_pieces(manifest, start, end)
-        await self._complete(manifest, (start, end), sources, progress)
         needed = sum(piece.size for piece in pieces) * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(manifest.dtype, 4)
-        self._make_room(needed, f"layers {start} to {end - 1} need {needed} bytes")
-        await progress("loading", 0, 0)
-        paths = {blob.name: self.blobs.path(blob.root) for blob in (*manifest.files, *pieces)}
-        stage = await trio.to_thread.run_sync(partial(_load_stage, manifest, start, end, paths, dtype))
+        why = f"layers {start} to {end - 1} need {needed} bytes"
+        if needed > self._memory_max_bytes:
+            raise self._no_room(why)  # before gigabytes are fetched for nothing
+        await self._complete(manifest, (start, end), sources, progress)
+        self._make_room(needed, why)
+        slot.n_bytes = needed  # now, so that what is loaded at the same time counts it
+        try:
+            await progress("loading", 0, 0)
+            paths = {blob.name: self.blobs.path(blob.root) for blob in (*manifest.files, *pieces)}
+            stage = await trio.to_thread.run_sync(partial(_load_stage, manifest, start, end, paths, dtype))
+        except BaseException:
+            slot.n_bytes = 0
+            raise
+        slot.n_bytes = stage.weight_bytes
         log.info("stage_loaded", model=manifest.root.hex()[:16], start=start, end=end, bytes=stage.weight_bytes)
         return stage
 
@@ -139,17 +180,20 @@ class Models:
 
     def _make_room(self, needed: int, why: str) -> None:
         """Unload idle stages, the longest idle first, until `needed` bytes fit. Raises CapacityError."""
-        idle = sorted((key for key, loaded in self._loaded.items() if not loaded.users), key=lambda k: self._loaded[k].last_used_s)
+        idle = sorted((key for key, slot in self._slots.items() if not slot.users), key=lambda key: self._slots[key].last_used_s)
         for key in idle:
             if self.memory_used_bytes + needed <= self._memory_max_bytes:
                 return
-            del self._loaded[key]
+            del self._slots[key]
             log.info("stage_unloaded", start=key[1], end=key[2])
         if self.memory_used_bytes + needed > self._memory_max_bytes:
-            raise CapacityError(
-                f"{why}, and {self.memory_used_bytes} of {self._memory_max_bytes} bytes are in use",
-                "Wait for other sessions to end, or raise serve.memory_max there",
-            )
+            raise self._no_room(why)
+
+    def _no_room(self, why: str) -> CapacityError:
+        return CapacityError(
+            f"{why}, and {self.memory_used_bytes} of {self._memory_max_bytes} bytes are in use",
+            "Wait for other sessions to end, or raise serve.memory_max_bytes there",
+        )
 
 
 def _load_stage(manifest: Manifest, start: int, end: int, paths: dict[str, Path], dtype: str) -> Stage:

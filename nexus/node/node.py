@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
 from nexus.storage.peers import AddressBook, KnownPeer
-from nexus.swarm.membership import Holding, LayerRange, NodeRecord
+from nexus.swarm.membership import HOLDINGS_MAX, Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
 
@@ -42,6 +42,13 @@ PING_TIMEOUT_S = 10.0
 MEET_MAX = 32
 MEET_AT_ONCE = 4
 BOOK_EVERY_S = 60.0
+# Of the models that peers announce, those that a listing shows.
+ANNOUNCED_MAX = 64
+ANNOUNCED_PER_NODE = 8
+ANNOUNCED_AT_ONCE = 4
+ANNOUNCED_TIMEOUT_S = 15.0
+# What is held is looked up anew when it changed here, and now and then in case the disk was changed by hand.
+HOLDINGS_FRESH_S = 60.0
 SPEED_SIZE = 256
 SPEED_ROUNDS = 16
 
@@ -70,7 +77,7 @@ class Node:
             Fetcher(transport, self._blobs, self._catalog),
             auto_fetch=options.auto_fetch,
             memory_max_bytes=options.memory_max_bytes,
-            changed=self._membership.announce_soon,
+            changed=self._holdings_changed,
         )
         self._infer = InferService(transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max)
         self._runner = Runner(
@@ -83,6 +90,8 @@ class Node:
             options.sessions_max,
             self._import_builtin,
         )
+        self._holdings: tuple[Holding, ...] = ()
+        self._holdings_until_s = 0.0
         self._add_lock = trio.Lock()
         self._draining = False
 
@@ -235,7 +244,7 @@ class Node:
             scope.cancel()
         if failure:
             raise failure[0]
-        self._membership.announce_soon()
+        self._holdings_changed()
         yield self._view(name, added[0])
 
     def _import(self, path: Path, name: str, progress: Callable[[str, int, int], None]) -> Manifest:
@@ -250,21 +259,38 @@ class Node:
         async with self._add_lock:
             if name not in self._catalog.names():
                 await trio.to_thread.run_sync(self._import, builtin_path(name), name, lambda *_: None)
-        self._membership.announce_soon()
+        self._holdings_changed()
 
     async def models(self) -> list[ModelView]:
         """Models with a name here, then those that peers announce and this node knows no other name for."""
         views = [self._view(name, self._catalog.manifest(root)) for name, root in self._catalog.names().items()]
         here = {view.manifest.root for view in views}
         announced = {
-            holding.name for record in self._membership.records() for holding in record.models if holding.model_root not in here
+            holding.name
+            for record in self._membership.records()
+            for holding in [holding for holding in record.models if holding.name and holding.model_root not in here][
+                :ANNOUNCED_PER_NODE
+            ]
         }
-        for name in sorted(announced):
-            try:
-                views.append(self._view(*await self._runner.manifest(name)))
-            except NexusError as error:
-                log.info("announced_model_skipped", name=name, error=str(error))
-        return views
+        return views + await self._views_of_announced(sorted(announced)[:ANNOUNCED_MAX])
+
+    async def _views_of_announced(self, names: Sequence[str]) -> list[ModelView]:
+        """Those whose manifest is had soon. Peers announce what they like: no listing waits for all of it."""
+        found: dict[str, ModelView] = {}
+        limiter = trio.CapacityLimiter(ANNOUNCED_AT_ONCE)
+
+        async def look(name: str) -> None:
+            async with limiter:
+                try:
+                    found[name] = self._view(*await self._runner.manifest(name))
+                except NexusError as error:
+                    log.info("announced_model_skipped", name=name, error=str(error))
+
+        with trio.move_on_after(ANNOUNCED_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                for name in names:
+                    nursery.start_soon(look, name)
+        return [found[name] for name in sorted(found)]
 
     async def model(self, name: str) -> ModelView:
         return self._view(*await self._runner.manifest(name))
@@ -298,16 +324,9 @@ class Node:
     def _describe(self) -> NodeRecord:
         """What this node says of itself now."""
         options = self._options
-        holdings = []
-        for root in self._catalog.roots():
-            try:
-                held = held_layers(self._catalog.manifest(root), self._blobs)
-            except LocalError as error:
-                log.warning("model_not_announced", model=root.hex()[:16], reason=error.cause)
-                continue
-            if held:
-                ranges = tuple(LayerRange(start, end) for start, end in held)
-                holdings.append(Holding(self._catalog.name_of(root), root, ranges))
+        now_s = trio.current_time()
+        if now_s >= self._holdings_until_s:
+            self._holdings, self._holdings_until_s = self._look_up_holdings(), now_s + HOLDINGS_FRESH_S
         return NodeRecord(
             spec=1,
             node=self._identity.public_key,
@@ -318,8 +337,27 @@ class Node:
             memory_bytes=options.memory_max_bytes,
             speed=self._speed,
             serves=int(options.serve and not self._draining),
-            models=tuple(holdings[:256]),
+            models=self._holdings,
         )
+
+    def _look_up_holdings(self) -> tuple[Holding, ...]:
+        """The models with a name here first: they are not to be crowded out by what strangers had this node fetch."""
+        holdings: list[Holding] = []
+        named = set(self._catalog.names().values())
+        for root in sorted(self._catalog.roots(), key=lambda root: (root not in named, root))[:HOLDINGS_MAX]:
+            try:
+                held = held_layers(self._catalog.manifest(root), self._blobs)
+            except LocalError as error:
+                log.warning("model_not_announced", model=root.hex()[:16], reason=error.cause)
+                continue
+            if held:
+                ranges = tuple(LayerRange(start, end) for start, end in held)
+                holdings.append(Holding(self._catalog.name_of(root), root, ranges))
+        return tuple(holdings)
+
+    def _holdings_changed(self) -> None:
+        self._holdings_until_s = 0.0
+        self._membership.announce_soon()
 
 
 def _holding_text(holding: Holding) -> str:

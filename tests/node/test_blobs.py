@@ -436,6 +436,30 @@ class TestHostile:
             await fetcher.manifest(tricky.root, [PeerAddress(node.peer_id, (node.endpoint,))])
         assert mine.catalog.roots() == []
 
+    async def test_one_that_stalls_keeps_nobody_from_the_manifest(
+        self, autojump_clock: object, swarm: Swarm, manifest: Manifest
+    ) -> None:
+        async def stall(stream: Stream, ask: Ask, frames: list[bytes]) -> None:
+            await trio.sleep_forever()
+
+        sources = [*[await swarm.hostile(stall) for _ in range(5)], await swarm.honest()]
+        fetcher, _ = await swarm.fetcher()
+        began = trio.current_time()
+        assert await fetcher.manifest(manifest.root, sources) == manifest
+        assert trio.current_time() - began < FetchLimits().frame_timeout_s
+
+    async def test_named_sources_do_not_crowd_out_those_of_the_dht(
+        self, autojump_clock: object, swarm: Swarm, manifest: Manifest, library: Library
+    ) -> None:
+        """Whoever has a node fetch for it names the sources: they may all be its own, there to keep the fetch going for ever."""
+        node = await swarm.open()
+        BlobService(node, library.store, library.catalog, at_once).start()
+        await node.provide(provider_key(manifest.root))
+        bogus = [PeerAddress(Identity(bytes([100 + n]) * 32).peer_id, ("/ip4/192.0.2.1/tcp/9",)) for n in range(32)]
+        fetcher, mine = await swarm.fetcher()
+        await fetcher.blobs(await fetcher.manifest(manifest.root, bogus), everything(manifest), bogus)
+        check_whole(mine, everything(manifest))
+
     async def test_sources_that_are_no_peers_are_ignored(self, autojump_clock: object, swarm: Swarm, manifest: Manifest) -> None:
         fetcher, mine = await swarm.fetcher()
         bogus = [PeerAddress("not a peer", ("/ip4/10.0.0.1/tcp/1",)), PeerAddress("", ())]
