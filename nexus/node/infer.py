@@ -1,17 +1,17 @@
 """The inference protocols, both ends of each.
 
 `/nexus/infer/1`, coordinator to stage, one stream per session and stage: Open, then Progress* and Accepted, then Feed and Finish
-one way and Output, Receipts and Done the other (first and last stage), at the end a Report from every stage. A Failed may come at
-any time. Closing the stream ends the session on that stage.
+one way (to the first stage) and Output and Done the other (from the last), from every stage its receipts and at the end a Report. A
+Failed may come at any time. Closing the stream ends the session on that stage.
 
-`/nexus/link/1`, stage to the next stage of the ring, one stream per session: Hello, then Push and Receipts, and Finish.
+`/nexus/link/1`, stage to the next stage of the ring, one stream per session: Hello, then Push and OwnReceipt, and Finish.
 
 What may follow what, and what is checked before it is used, is decided by the state machines in `nexus.swarm.session`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from nexus.core.errors import (
 )
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, Manifest
-from nexus.core.plan import STAGES_MAX, Plan
+from nexus.core.plan import Plan
 from nexus.core.record import MessageSet, Record, digest, many, nested, raw, text, uint
 from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.node.live import Live
@@ -54,9 +54,9 @@ from nexus.swarm.session import (
     SendDone,
     SendFinish,
     SendOutput,
-    SendReceipts,
+    SendReceipt,
     SendStep,
-    ShowReceipts,
+    ShowReceipt,
     StageAction,
     StageSession,
     Verified,
@@ -138,10 +138,10 @@ class Output(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Receipts(Record):
-    """For one window: of every stage up to the sender, in order; from the last stage to the first, its own alone."""
+class OwnReceipt(Record):
+    """The sender's receipt for one window."""
 
-    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), STAGES_MAX)
+    receipt: SignedReceipt = nested(SignedReceipt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,8 @@ class Alive(Record):
     """The stage is still at it: sent every ALIVE_EVERY_S, whatever else is, so that a stopped process is told from a slow one."""
 
 
-INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, Receipts, Done, Report, Failed, Alive)
-LINK_MESSAGES = MessageSet(Hello, Push, Receipts, Finish)
+INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, OwnReceipt, Done, Report, Failed, Alive)
+LINK_MESSAGES = MessageSet(Hello, Push, OwnReceipt, Finish)
 
 
 # What a stage's refusal is here; by its code, so that the exit code still says what kind of failure it was.
@@ -221,16 +221,10 @@ async def alive(control: Stream) -> AsyncIterator[None]:
             except UnreachableError:
                 return  # whoever reads the stream finds out as well, and says so
 
-    failure: NexusError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(beat)
-        try:
-            yield
-        except NexusError as error:  # bare, not as a group of one
-            failure = error
+        yield
         nursery.cancel_scope.cancel()
-    if failure:
-        raise failure
 
 
 @dataclass
@@ -282,6 +276,7 @@ class InferService:
         if not isinstance(message, Open):
             raise MalformedError("a session begins with Open")
         served: _Served | None = None
+        failure: NexusError | None = None
         try:
             async with alive(control):
                 manifest = await self._admit(control, message)
@@ -289,12 +284,14 @@ class InferService:
                     served = _Served(self, control, message, manifest, stage)
                     with self.live.one():
                         await served.run()
-        except NexusError as error:
+        except* NexusError as group:  # may come with Cancelled beside it when the node stops: that goes on its way
+            failure = _first_cause(group)
+        if failure:
             step = served.step if served else 0
             log.warning(
-                "session_failed", session=message.terms.session.hex()[:16], stage=message.stage, step=step, error=str(error)
+                "session_failed", session=message.terms.session.hex()[:16], stage=message.stage, step=step, error=str(failure)
             )
-            await self._refuse(control, message, step, error)
+            await self._refuse(control, message, step, failure)
 
     async def _admit(self, control: Stream, message: Open) -> Manifest:
         """Everything that can be checked before any work is done for the session."""
@@ -510,8 +507,8 @@ class _Served:
                 match message:
                     case Push(step, payload):
                         await self._handle(partial(self._machine.push, step, payload))
-                    case Receipts(receipts):
-                        await self._handle(partial(self._machine.receipts, receipts))
+                    case OwnReceipt(receipt):
+                        await self._handle(partial(self._machine.receipt, receipt))
                     case Finish():
                         await self._handle(self._machine.finish)
                     case _:
@@ -544,14 +541,14 @@ class _Served:
                     await self._compute(step, payload)
                 case SendStep(step, payload):
                     await self._send_link(Push(step, payload))
-                case SendReceipts(receipts):
-                    await self._send_link(Receipts(receipts))
+                case SendReceipt(receipt):
+                    await self._send_link(OwnReceipt(receipt))
                 case SendFinish():
                     await self._send_link(Finish())
                 case SendOutput(step, payload):
                     await self._send_control(Output(step, payload))
-                case ShowReceipts(receipts):
-                    await self._send_control(Receipts(receipts))
+                case ShowReceipt(receipt):
+                    await self._send_control(OwnReceipt(receipt))
                 case SendDone():
                     await self._send_control(Done())
                 case Close():
@@ -572,7 +569,7 @@ class _Served:
         service.totals.steps += 1
         await self._perform(self._machine.computed(step, output))
 
-    async def _send_link(self, message: Push | Receipts | Finish) -> None:
+    async def _send_link(self, message: Push | OwnReceipt | Finish) -> None:
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
             if self._link_out is None:
                 following = _address(self._opened.next)
@@ -655,6 +652,7 @@ class Coordinator:
         """To the end. Raises the error of the stage that failed, by its name, or TimedOutError when none is heard of any more."""
         self._emit = emit
         self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
+        failure: NexusError | None = None
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -663,14 +661,16 @@ class Coordinator:
                 nursery.start_soon(self._watch)
                 await self._reported.wait()
                 nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise _first_cause(group) from None
+        except* NexusError as group:
+            failure = _first_cause(group)
         finally:
             with trio.move_on_after(REPORT_TIMEOUT_S) as scope:
                 scope.shield = True
                 for stream in self._streams:
                     if stream:
                         await (stream.close() if self._bundle else stream.reset())
+        if failure:
+            raise failure
         assert self._bundle is not None
         await emit(Ended(self._bundle, self._machine.receipts_verified, tuple(self._reports)))
 
@@ -749,12 +749,10 @@ class Coordinator:
                 for action in self._machine.output(step, payload):
                     if isinstance(action, Result):
                         await self._emit(action)
-            case Receipts(receipts) if last:
-                self._machine.receipts(receipts)
+            case OwnReceipt(receipt):
+                self._conclude(self._machine.receipt(stage, receipt))
             case Done() if last:
-                for action in self._machine.done():
-                    if isinstance(action, Verified):
-                        self._bundle = action.bundle
+                self._conclude(self._machine.done())
             case Report(steps, receipts_signed, compute_us):
                 self._reports[stage] = StageReport(steps, receipts_signed, compute_us / 1e6)
             case Failed(signed):
@@ -767,9 +765,16 @@ class Coordinator:
                 raise REFUSALS.get(refusal.code, RefusedError)(refusal.cause, refusal.fix)
             case _:
                 raise MalformedError(f"{type(message).__name__} is not for the coordinator")
+        if self._machine.is_done and all(self._reports) and not self._bundle:
+            raise VerificationError("the stages ended the session and owe receipts")
         self._quiet.deadline = trio.current_time() + (REPORT_TIMEOUT_S if self._bundle else STEP_TIMEOUT_S)
         if self._bundle and all(self._reports):
             self._reported.set()
+
+    def _conclude(self, actions: list[CoordinatorAction]) -> None:
+        for action in actions:
+            if isinstance(action, Verified):
+                self._bundle = action.bundle
 
     async def _feed(self, actions: list[CoordinatorAction]) -> None:
         for action in actions:
@@ -811,19 +816,14 @@ def _at_stage(error: NexusError, stage: int, peer_id: str) -> NexusError:
     return type(error)(cause, fix)
 
 
-def _first_cause(group: BaseExceptionGroup) -> BaseException:
+def _first_cause(group: BaseExceptionGroup[NexusError]) -> NexusError:
     """The error to show of those that ended a session: a stage's own words before the silence that they caused elsewhere."""
-    causes: list[BaseException] = []
+    return min(_errors_in(group), key=lambda error: isinstance(error, UnreachableError | TimedOutError))
 
-    def collect(error: BaseException) -> None:
+
+def _errors_in(group: BaseExceptionGroup[NexusError]) -> Iterator[NexusError]:
+    for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            for inner in error.exceptions:
-                collect(inner)
+            yield from _errors_in(error)
         else:
-            causes.append(error)
-
-    collect(group)
-    ours = [error for error in causes if not isinstance(error, NexusError)]
-    if ours:
-        return ours[0]
-    return min(causes, key=lambda error: isinstance(error, UnreachableError | TimedOutError))
+            yield error

@@ -203,6 +203,15 @@ class ChainVerifier:
         last = self._prev[-1]
         return last.step0 + last.n if last else 0
 
+    @property
+    def due_stage(self) -> int:
+        """Whose receipt comes next."""
+        return self._stage
+
+    def covers(self, steps: int) -> bool:
+        """Whether every stage has signed for the first `steps` steps, and none is halfway through a window."""
+        return not self._stage and self.steps >= steps
+
     def accept(self, signed: SignedReceipt) -> Receipt:
         """The next receipt of the session, checked against its stage's place, its parent and its predecessor."""
         receipt = signed.verify()

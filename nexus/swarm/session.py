@@ -6,17 +6,17 @@ the last stage shows each result to the coordinator and, for a causal model, fee
     coordinator --Feed--> stage 0 --Step--> stage 1 --Step--> ... last stage --Output--> coordinator
                              ^------------------- Step (the new token) ---------'
 
-Every `Terms.window` steps each stage signs a receipt. Receipts run behind the step that completes the window, one hop at a time, so
-that nobody waits for a signature: a stage first pushes its output on, and signs when it has checked the receipt of the stage before
-against the bytes that it received itself. No step of the next window is taken before that. When the session ends, the same happens
-for the last, shorter window; `Finish` follows the receipts round.
+Every `Terms.window` steps each stage signs a receipt, and gives it to the next stage and to the coordinator. Receipts run behind
+the step that completes the window, one hop at a time, so that nobody waits for a signature: a stage first pushes its output on, and
+signs when it has checked the receipt of the stage before against the bytes that it received itself. No step of the next window is
+taken before that. When the session ends, the same happens for the last, shorter window; `Finish` follows the receipts round.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 from nexus.core.errors import MalformedError, VerificationError
@@ -27,7 +27,6 @@ from nexus.core.plan import Plan
 from nexus.proof.bundle import (
     Bundle,
     ChainVerifier,
-    check_input,
     check_output,
     check_place,
     check_request,
@@ -36,7 +35,10 @@ from nexus.proof.bundle import (
     make_requests,
     request_for,
 )
-from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, check_parent, tokens_from_bytes
+from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, tokens_from_bytes
+
+# Receipts of one stage that may wait at the coordinator for those of the stages before: one per window under way.
+EARLY_MAX = 2
 
 
 def completes_window(terms: Terms, step: int) -> bool:
@@ -62,10 +64,10 @@ class SendStep:
 
 
 @dataclass(frozen=True, slots=True)
-class SendReceipts:
-    """Hand on to the next stage of the ring: those of all stages up to this one; from the last stage to the first, its own."""
+class SendReceipt:
+    """Hand this stage's receipt to the next stage of the ring."""
 
-    receipts: tuple[SignedReceipt, ...]
+    receipt: SignedReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,10 @@ class SendOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class ShowReceipts:
-    """Show the coordinator every stage's receipt for the window that is complete."""
+class ShowReceipt:
+    """Show this stage's receipt to the coordinator."""
 
-    receipts: tuple[SignedReceipt, ...]
+    receipt: SignedReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Close:
     """This stage has no further part in the session."""
 
 
-StageAction: TypeAlias = Compute | SendStep | SendReceipts | SendOutput | ShowReceipts | SendFinish | SendDone | Close
+StageAction: TypeAlias = Compute | SendStep | SendReceipt | SendOutput | ShowReceipt | SendFinish | SendDone | Close
 
 
 class StageSession:
@@ -180,19 +182,18 @@ class StageSession:
                 self._ended = True
                 actions.append(SendFinish())
         if self._first and self._is_full and self._awaited is None:
-            actions += self._sign(())
+            actions += self._sign()
         return actions
 
-    def receipts(self, receipts: Sequence[SignedReceipt]) -> list[StageAction]:
-        """Receipts from the stage before: of all earlier stages for the open window; at the first stage, of the last one alone, for
-        the window before."""
+    def receipt(self, signed: SignedReceipt) -> list[StageAction]:
+        """The receipt of the stage before: for the open window, or at the first stage for the window before."""
         if self.closed:
             return []
         if not self._first:
-            self._check_earlier(receipts)
-            return self._sign(receipts)
-        self._check_last(receipts)
-        actions = self._sign(()) if self._is_full else []
+            self._check_parent(signed)
+            return self._sign()
+        self._check_last(signed)
+        actions = self._sign() if self._is_full else []
         return actions + (self._finish() if self._finish_wanted else [])
 
     def finish(self) -> list[StageAction]:
@@ -207,7 +208,7 @@ class StageSession:
         return self._finish()
 
     def _finish(self) -> list[StageAction]:
-        actions = self._sign(()) if self._inputs else []
+        actions = self._sign() if self._inputs else []
         self.closed = True
         return [*actions, SendDone() if self._last else SendFinish(), Close()]
 
@@ -251,28 +252,22 @@ class StageSession:
             self._awaited = merkle_root(self._fed_back)
             self._fed_back = []
 
-    def _check_last(self, receipts: Sequence[SignedReceipt]) -> None:
+    def _check_last(self, signed: SignedReceipt) -> None:
         """At the first stage: the last stage signed for the tokens that came round."""
-        if len(receipts) != 1 or self._awaited is None:
+        if self._awaited is None:
             raise VerificationError("a receipt came from the last stage that is not due")
-        receipt = self._check_before(receipts[0])
+        receipt = self._check_before(signed)
         tokens = self.kv_len - len(self._inputs)  # the token that opens the next window may be in already
         if (receipt.n, receipt.kv_len, receipt.out_root) != (self._terms.window, tokens, self._awaited):
             raise VerificationError("the last stage signed for other tokens than those that it sent")
         self._awaited = None
         self._parent = receipt
 
-    def _check_earlier(self, receipts: Sequence[SignedReceipt]) -> None:
-        """Receipts of all earlier stages for the open window. Ours must build on the last of them."""
-        if len(receipts) != self.stage or not self._inputs:
-            raise VerificationError(f"{len(receipts)} receipts of {self.stage} earlier stages came for {len(self._inputs)} steps")
-        # Those of stages further up are passed on: whoever lets a forged one through would leave the blame to the next.
-        for stage, signed in enumerate(receipts[:-1]):
-            if signed.verify().stage != stage or signed.receipt.node != self._plan.stages[stage].node:
-                raise VerificationError(f"a receipt of stage {signed.receipt.stage} stands where the one of stage {stage} is due")
-        receipt = self._check_before(receipts[-1])
-        for earlier, later in pairwise(receipts):
-            check_parent(later.receipt, earlier.receipt)
+    def _check_parent(self, signed: SignedReceipt) -> None:
+        """At a later stage: the stage before signed for what it pushed in the open window. Ours will build on it."""
+        if not self._inputs:
+            raise VerificationError(f"a receipt came from stage {self.before} that is not due")
+        receipt = self._check_before(signed)
         if (receipt.n, receipt.kv_len) != (len(self._inputs), self.kv_len) or receipt.out_root != merkle_root(self._inputs):
             raise VerificationError(f"stage {self.before} signed for other bytes than those that it sent")
         self._parent = receipt
@@ -284,8 +279,8 @@ class StageSession:
         check_place(receipt, self._plan, self._terms, self.before, self._request_before, previous)
         return receipt
 
-    def _sign(self, earlier: Sequence[SignedReceipt]) -> list[StageAction]:
-        """Sign for the open window, start the next, and hand the receipt on behind those of the `earlier` stages."""
+    def _sign(self) -> list[StageAction]:
+        """Sign for the open window, and start the next."""
         if len(self._outputs) != len(self._inputs):
             raise RuntimeError("a window is signed only after all of it is computed")
         parent = None if self._first and not self._feeds_back else self._parent
@@ -302,23 +297,18 @@ class StageSession:
             request=self._request_id,
             parent=parent.id if parent else b"",
             prev=self._prev.id if self._prev else b"",
-            in_root=merkle_root(self._inputs),
+            in_root=parent.out_root if parent and not self._first else merkle_root(self._inputs),
             out_root=merkle_root(self._outputs),
             kv_root=b"",
             trace_root=b"",
         )
-        if parent and not self._first:
-            check_input(receipt, parent)  # sign only what holds
         own = SignedReceipt.sign(receipt, self._identity)
         self._prev = receipt
         self._window += receipt.n
         self._inputs, self._outputs = [], []
         self.receipts_signed += 1
-        if not self._last:
-            return [SendReceipts((*earlier, own))]
-        shown = ShowReceipts((*earlier, own))
-        goes_on = self._feeds_back and not self._ended and receipt.n == self._terms.window
-        return [SendReceipts((own,)), shown] if goes_on else [shown]
+        goes_on = not self._last or (self._feeds_back and not self._ended and receipt.n == self._terms.window)
+        return [SendReceipt(own), ShowReceipt(own)] if goes_on else [ShowReceipt(own)]
 
     def _ends(self, step: int, output: bytes) -> bool:
         return step + 1 >= self._terms.steps_max or tokens_from_bytes(output)[0] in self._terms.end_tokens
@@ -375,7 +365,9 @@ class CoordinatorSession:
         self._waiting = set(range(len(plan.stages)))
         self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
         self._asked_to_finish = False
+        self._early: list[deque[SignedReceipt]] = [deque() for _ in plan.stages]
         self._done = False
+        self._verified = False
 
     @property
     def receipts_verified(self) -> int:
@@ -401,19 +393,22 @@ class CoordinatorSession:
         if self._outputs and ends_answer(self._manifest, self._terms, self._outputs[-1]):
             raise VerificationError(f"a result for step {step} came after the answer was over")
         check_output(self._manifest, payload)
-        if completes_window(self._terms, step - 1) and self._chain.steps != step:
-            raise VerificationError(f"the stages go on to step {step} without having signed for those before")
+        if completes_window(self._terms, step - 1) and self._chain.steps < step - self._terms.window:
+            raise VerificationError(f"the stages go on to step {step} without having signed for step {self._chain.steps}")
         self._outputs.append(payload)
         return [Result(step, payload)]
 
-    def receipts(self, receipts: Sequence[SignedReceipt]) -> list[CoordinatorAction]:
-        """The last stage shows every stage's receipt for a window."""
-        if self._done or len(receipts) != len(self._plan.stages):
-            raise VerificationError(f"{len(receipts)} receipts came from {len(self._plan.stages)} stages")
-        for signed in receipts:
+    def receipt(self, stage: int, signed: SignedReceipt) -> list[CoordinatorAction]:
+        """A receipt from the stage itself. Stages' streams are not in step with each other: it may have to wait for others."""
+        waiting = self._early[stage]
+        if self._verified or signed.receipt.stage != stage or len(waiting) >= EARLY_MAX:
+            raise VerificationError(f"a receipt came from stage {stage} that is not due, or not its own")
+        waiting.append(signed)
+        while self._early[self._chain.due_stage]:
+            signed = self._early[self._chain.due_stage].popleft()
             self._chain.accept(signed)
             self._receipts.append(signed)
-        return []
+        return self._verify_if_complete()
 
     def stop(self) -> list[CoordinatorAction]:
         """No more steps are wanted. What is under way still arrives and is receipted."""
@@ -429,6 +424,17 @@ class CoordinatorSession:
         self._done = True
         if not self._asked_to_finish and (not self._outputs or self.ends_with(len(self._outputs) - 1, self._outputs[-1]) is None):
             raise VerificationError("the stages ended the session before the answer was over")
+        return self._verify_if_complete()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stages say that all is shown. What they owe then is receipts."""
+        return self._done
+
+    def _verify_if_complete(self) -> list[CoordinatorAction]:
+        if not self._done or (self._terms.window and not self._chain.covers(len(self._outputs))):
+            return []
+        self._verified = True
         self._chain.finish(first_stage_inputs(self._manifest, self._inputs, self._outputs), self._outputs)
         bundle = Bundle(
             spec=1,

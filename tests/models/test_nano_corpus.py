@@ -1,9 +1,25 @@
 """The text that nano is trained on: the same on every machine, and nothing of it is held out."""
 
 import itertools
+import math
 
 import pytest
-from nano_corpus import END, TOPICS, Document, asks_of, documents, fingerprint, is_held_out, normalised
+from hypothesis import given
+from hypothesis import strategies as st
+from nano_corpus import (
+    END,
+    KNOWN_WORDINGS,
+    REFUSAL,
+    TOPICS,
+    UNSEEN,
+    Document,
+    documents,
+    expand,
+    fingerprint,
+    is_held_out,
+    normalised,
+    patterns_of,
+)
 
 SEED = 20
 TRAINING = 20_000
@@ -50,9 +66,17 @@ def test_no_held_out_prompt_or_story_is_in_the_training_text(training: list[Docu
             assert unseen, turn
 
 
-def test_every_topic_is_taught_and_every_kind_is_held_out(held_out: list[Document]) -> None:
-    assert all(len(asks_of(topic, "train")) >= 2 for topic in TOPICS)
-    assert {document.kind for document in held_out} == {"sky", "nexus", "story", "talk", "outside"}
+def test_every_topic_is_taught_and_every_kind_is_held_out(
+    held_out: list[Document],
+) -> None:
+    assert all(len(patterns_of(topic, "train")) >= 2 for topic in TOPICS)
+    assert {document.kind for document in held_out} == {
+        "sky",
+        "nexus",
+        "story",
+        "talk",
+        "outside",
+    }
 
 
 def test_no_wording_asks_for_two_different_answers() -> None:
@@ -62,7 +86,40 @@ def test_no_wording_asks_for_two_different_answers() -> None:
             assert owner.setdefault(normalised(ask), topic.lead) == topic.lead, ask
 
 
-def test_answers_are_short_and_every_placeholder_is_filled(training: list[Document]) -> None:
+def test_freely_worded_questions_are_in_no_training_text(
+    training: list[Document],
+) -> None:
+    prompts = {normalised(turn.prompt) for document in training for turn in document.turns}
+    assert len(UNSEEN) >= 50
+    assert not {normalised(ask) for ask, _ in UNSEEN} & (prompts | KNOWN_WORDINGS)
+    said = [
+        REFUSAL,
+        *(sentence for topic in TOPICS for sentence in (topic.lead, *topic.more)),
+    ]
+    assert all(any(part in sentence for sentence in said) for ask, part in UNSEEN if "story" not in ask.lower())
+
+
+@given(
+    st.lists(
+        st.lists(st.text(alphabet="ab c", max_size=4), min_size=1, max_size=3),
+        max_size=3,
+    )
+)
+def test_a_pattern_stands_for_every_combination_of_its_choices(
+    choices: list[list[str]],
+) -> None:
+    wordings = expand("-".join(f"[{'|'.join(options)}]" for options in choices))
+    assert len(wordings) == math.prod(len(options) for options in choices)
+    assert "-".join(options[-1] for options in choices) in wordings
+
+
+def test_no_wording_has_a_bracket_left() -> None:
+    assert not [ask for topic in TOPICS for ask in topic.asks if set(ask) & set("[]{}|")]
+
+
+def test_answers_are_short_and_every_placeholder_is_filled(
+    training: list[Document],
+) -> None:
     for document in training[:5000]:
         assert document.text.rstrip("\n").endswith(END)
         for turn in document.turns:

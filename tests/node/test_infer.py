@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 import pytest
 import trio
 
-from nexus.core.errors import CapacityError, NexusError, NotAllowedError, TimedOutError, UnreachableError, VerificationError
+from nexus.core.errors import (
+    CapacityError,
+    NexusError,
+    NotAllowedError,
+    NotFoundError,
+    TimedOutError,
+    UnreachableError,
+    VerificationError,
+)
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, Manifest
@@ -212,6 +220,20 @@ async def test_a_session_that_outgrows_the_cache_ends_with_the_reason() -> None:
             while any(service.live.count for service in nodes.services):
                 await trio.testing.wait_all_tasks_blocked(0.001)
         assert all(not source.kv for source in nodes.sources)
+
+
+async def test_a_fragment_that_nobody_has_is_refused_with_its_reason() -> None:
+    async with swarm(3) as nodes:
+
+        @asynccontextmanager
+        async def stage(*_: object) -> AsyncIterator[ToyStage]:
+            await trio.lowlevel.checkpoint()
+            raise NotFoundError("nobody has layers 3 to 5", "Start a node that holds them")
+            yield
+
+        nodes.sources[1].stage = stage  # type: ignore[method-assign]
+        with pytest.raises(NotFoundError, match=r"stage 1 .*nobody has layers 3 to 5"):
+            await nodes.run(4)
 
 
 async def test_a_draining_node_takes_nothing_new() -> None:

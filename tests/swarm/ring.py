@@ -22,9 +22,9 @@ from nexus.swarm.session import (
     SendDone,
     SendFinish,
     SendOutput,
-    SendReceipts,
+    SendReceipt,
     SendStep,
-    ShowReceipts,
+    ShowReceipt,
     StageSession,
     Verified,
 )
@@ -129,12 +129,12 @@ class Ring:
                         perform(stage, machine.computed(step, toy_compute(self.model, self.plan, stage, step, payload)))
                     case SendStep(step, payload):
                         send(stage, (stage + 1) % stages, ("push", step, payload))
-                    case SendReceipts(receipts):
-                        send(stage, (stage + 1) % stages, ("receipts", receipts))
+                    case SendReceipt(receipt):
+                        send(stage, (stage + 1) % stages, ("receipt", receipt))
                     case SendOutput(step, payload):
                         send(stage, -1, ("output", step, payload))
-                    case ShowReceipts(receipts):
-                        send(stage, -1, ("receipts", receipts))
+                    case ShowReceipt(receipt):
+                        send(stage, -1, ("receipt", stage, receipt))
                     case SendFinish():
                         send(stage, (stage + 1) % stages, ("finish",))
                     case SendDone():

@@ -11,7 +11,7 @@ import pytest
 from nexus.core.errors import MalformedError, VerificationError
 from nexus.proof.bundle import Bundle, verify_bundle
 from nexus.proof.receipts import SignedReceipt, tokens_from_bytes, tokens_to_bytes
-from nexus.swarm.session import Compute, CoordinatorSession, SendReceipts, StageSession
+from nexus.swarm.session import EARLY_MAX, Compute, CoordinatorSession, StageSession
 from tests.swarm.ring import HIDDEN, Message, Ring, causal_ring, encoder_ring, identity, toy_compute
 
 
@@ -84,6 +84,8 @@ def test_a_result_after_an_end_token_is_no_result() -> None:
 
 def test_nothing_is_shown_after_done() -> None:
     """It would reach the user beside a bundle that verifies, and not be in it."""
+    junk = causal_ring(2, 100).run()
+    assert junk is not None
     coordinator = ready(causal_ring(2, 100, window=0))
     coordinator.output(0, tokens_to_bytes([1]))
     coordinator.stop()
@@ -91,7 +93,7 @@ def test_nothing_is_shown_after_done() -> None:
     with pytest.raises(VerificationError):
         coordinator.output(1, tokens_to_bytes([1]))
     with pytest.raises(VerificationError):
-        coordinator.receipts(())
+        coordinator.receipt(0, junk.receipts[0])
     with pytest.raises(VerificationError, match="twice"):
         coordinator.done()
 
@@ -120,14 +122,14 @@ def test_a_vector_is_finite_numbers(bad: float) -> None:
         verify_bundle(replace(bundle, outputs=(payload, bundle.outputs[1])))
 
 
-def test_a_forged_signature_of_an_earlier_stage_is_found_by_the_next_one() -> None:
-    """The one that let it through is to blame, and not whoever hands it to the coordinator."""
+@pytest.mark.parametrize("to_coordinator", [False, True])
+def test_a_receipt_with_a_forged_signature_is_found_where_it_arrives(to_coordinator: bool) -> None:
     ring = causal_ring(4, 20)
 
     def forge(sender: int, message: Message) -> Message:
-        if sender == 1 and message[0] == "receipts":
-            first, *rest = message[1]  # type: ignore[misc]
-            return ("receipts", (SignedReceipt(first.receipt, bytes(64)), *rest))
+        match message:
+            case ("receipt", *stage, SignedReceipt() as signed) if sender == 1 and bool(stage) == to_coordinator:
+                return ("receipt", *stage, SignedReceipt(signed.receipt, bytes(64)))
         return message
 
     ring.tamper = forge
@@ -135,28 +137,33 @@ def test_a_forged_signature_of_an_earlier_stage_is_found_by_the_next_one() -> No
         ring.run()
 
 
-def test_earlier_receipts_stand_in_their_stages_places() -> None:
-    ring = causal_ring(4, 20)
+def test_a_stage_speaks_for_itself_alone() -> None:
+    """A receipt of another stage is refused, however well it is signed."""
+    bundle = causal_ring(3, 20).run()
+    assert bundle is not None
+    coordinator = ready(causal_ring(3, 20))
+    with pytest.raises(VerificationError, match="not its own"):
+        coordinator.receipt(2, bundle.receipts[1])
 
-    def swap(sender: int, message: Message) -> Message:
-        if sender == 2 and message[0] == "receipts":
-            first, second, *rest = message[1]  # type: ignore[misc]
-            return ("receipts", (second, first, *rest))
-        return message
 
-    ring.tamper = swap
-    with pytest.raises(VerificationError, match="stands where the one of stage 0 is due"):
-        ring.run()
+def test_receipts_that_wait_for_others_are_bounded() -> None:
+    bundle = causal_ring(3, 20).run()
+    assert bundle is not None
+    coordinator = ready(causal_ring(3, 20))
+    for _ in range(EARLY_MAX):
+        coordinator.receipt(1, bundle.receipts[1])
+    with pytest.raises(VerificationError, match="not due"):
+        coordinator.receipt(1, bundle.receipts[1])
 
 
 def test_the_last_stages_receipt_counts_the_tokens_that_the_first_saw() -> None:
     ring = causal_ring(2, 40)
 
     def lie(sender: int, message: Message) -> Message:
-        if sender == 1 and message[0] == "receipts" and len(message[1]) == 1:  # type: ignore[arg-type]
-            (signed,) = message[1]  # type: ignore[misc]
-            receipt = replace(signed.receipt, kv_len=signed.receipt.kv_len + 1)
-            return ("receipts", (SignedReceipt.sign(receipt, identity(2)),))
+        match message:
+            case ("receipt", SignedReceipt() as signed) if sender == 1:
+                receipt = replace(signed.receipt, kv_len=signed.receipt.kv_len + 1)
+                return ("receipt", SignedReceipt.sign(receipt, identity(2)))
         return message
 
     ring.tamper = lie
@@ -164,17 +171,12 @@ def test_the_last_stages_receipt_counts_the_tokens_that_the_first_saw() -> None:
         ring.run()
 
 
-def test_receipts_flooded_into_a_session_are_refused_before_a_signature_is_looked_at() -> None:
-    ring = causal_ring(3, 40)
+def test_receipts_that_are_not_due_are_refused_before_a_signature_is_looked_at() -> None:
     junk = causal_ring(3, 40).run()
     assert junk is not None
-    victim = machine(ring, 1)
-    with pytest.raises(VerificationError, match="receipts of 1 earlier"):
-        victim.receipts(junk.receipts[:1] * 256)
-    victim.push(0, state(3))
-    assert not [action for action in victim.computed(0, state(3)) if isinstance(action, SendReceipts)]
-    with pytest.raises(VerificationError, match="256 receipts"):
-        victim.receipts(junk.receipts[:1] * 256)
+    for stage in (0, 1):
+        with pytest.raises(VerificationError, match="not due"):
+            machine(causal_ring(3, 40), stage).receipt(junk.receipts[0])
 
 
 def test_a_bundle_that_goes_on_after_an_end_token_does_not_verify(monkeypatch: pytest.MonkeyPatch) -> None:

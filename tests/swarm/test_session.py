@@ -97,8 +97,8 @@ def test_a_flipped_bit_on_the_wire_is_found(stages: int, victim: int, at: int) -
         match message:
             case (kind, int() as step, bytes() as payload):
                 return (kind, step, _flip(payload, at))
-            case ("receipts", (*others, SignedReceipt() as last)):
-                return ("receipts", (*others, replace(last, signature=_flip(last.signature, at))))
+            case ("receipt", *stage, SignedReceipt() as signed):
+                return ("receipt", *stage, replace(signed, signature=_flip(signed.signature, at)))
         return message
 
     ring.tamper = tamper
@@ -147,10 +147,10 @@ def test_a_stage_that_signs_a_lie_is_found_by_the_next_one(lie: dict[str, object
         if message[0] == "done":
             reached_the_end = True
         match message:
-            case ("receipts", (*earlier, SignedReceipt() as own)) if sender == liar:
+            case ("receipt", *stage, SignedReceipt() as own) if sender == liar:
                 if lie == {"stage": 0} and liar == 0:
-                    return ("receipts", (*earlier, _lie(own, identity(1), stage=1)))
-                return ("receipts", (*earlier, _lie(own, identity(liar + 1), **lie)))
+                    return ("receipt", *stage, _lie(own, identity(1), stage=1))
+                return ("receipt", *stage, _lie(own, identity(liar + 1), **lie))
         return message
 
     ring.tamper = tamper
@@ -167,8 +167,8 @@ def test_a_receipt_replayed_from_another_session_is_refused() -> None:
 
     def tamper(_: int, message: Message) -> Message:
         match message:
-            case ("receipts", (SignedReceipt(),)):
-                return ("receipts", foreign.receipts[:1])
+            case ("receipt", *stage, SignedReceipt()):
+                return ("receipt", *stage, foreign.receipts[0])
         return message
 
     ring.tamper = tamper
@@ -212,7 +212,7 @@ def test_a_window_without_its_receipts_goes_no_further(sender: int) -> None:
         nonlocal reached
         if message[0] == "output":
             reached = max(reached, int(message[1]))  # type: ignore[call-overload]
-        return None if by == sender and message[0] == "receipts" else message
+        return None if by == sender and message[0] == "receipt" else message
 
     ring.tamper = tamper
     with pytest.raises(VerificationError, match="without having signed"):

@@ -24,8 +24,8 @@ from nexus.node.infer import (
     KnownPeer,
     Open,
     Output,
+    OwnReceipt,
     Push,
-    Receipts,
 )
 from nexus.proof.receipts import Refusal, SignedRefusal
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
@@ -142,7 +142,7 @@ def wire_vectors() -> dict[str, object]:
         "/nexus/link/1": {
             "Hello": LINK_MESSAGES.pack(Hello(bundle.terms.session, 1)).hex(),
             "Push": LINK_MESSAGES.pack(Push(15, bytes(16))).hex(),
-            "Receipts": LINK_MESSAGES.pack(Receipts(bundle.receipts[:1])).hex(),
+            "OwnReceipt": LINK_MESSAGES.pack(OwnReceipt(bundle.receipts[0])).hex(),
             "Finish": LINK_MESSAGES.pack(Finish()).hex(),
         },
         "node record": _record(SignedNodeRecord.sign(record, identity(1))),
