@@ -10,7 +10,9 @@ errors.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
+import re
 import string
 import tomllib
 from collections.abc import Iterator
@@ -29,7 +31,13 @@ Kind = Literal["sky", "nexus", "story", "talk", "outside"]
 HELD_OUT_IN_256 = 26
 """About one wording in ten is held out."""
 
-MIX: tuple[tuple[Kind, float], ...] = (("sky", 0.41), ("nexus", 0.22), ("story", 0.16), ("talk", 0.08), ("outside", 0.13))
+MIX: tuple[tuple[Kind, float], ...] = (
+    ("sky", 0.38),
+    ("nexus", 0.24),
+    ("story", 0.16),
+    ("talk", 0.1),
+    ("outside", 0.12),
+)
 
 ALPHABETS = (
     (0x20, 0x7E),  # ASCII
@@ -46,6 +54,7 @@ ALPHABETS = (
 _FACTS: dict[str, Any] = tomllib.loads((Path(__file__).parent / "nano_facts.toml").read_text(encoding="utf-8"))
 _WORDS, _WORDINGS, _ANSWERS = _FACTS["words"], _FACTS["wordings"], _FACTS["answers"]
 ANIMALS: list[str] = _WORDS["animals"].split()
+PEOPLE: list[str] = _WORDS["people"]
 OUTSIDE_NOUNS: list[str] = _WORDS["outside_nouns"].split()
 REFUSAL: str = _ANSWERS["refusal"]
 REFUSALS: list[str] = [form.format(refusal=REFUSAL, subjects=_ANSWERS["subjects"]) for form in _ANSWERS["refusals"]]
@@ -92,12 +101,19 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One thing the model knows: `lead` answers every wording in `asks`; sentences of `more` may follow."""
+    """One thing the model knows: `lead` answers every wording in `patterns`; sentences of `more` may follow.
+
+    Wordings are drawn by pattern first, so that a pattern with many choices does not crowd out the others.
+    """
 
     kind: Kind
     lead: str
-    asks: tuple[str, ...]
+    patterns: tuple[tuple[str, ...], ...]
     more: tuple[str, ...]
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(ask for pattern in self.patterns for ask in pattern))
 
 
 def normalised(text: str) -> str:
@@ -112,41 +128,74 @@ def is_held_out(core: str) -> bool:
 # Topics, from the file of facts.
 
 
+def expand(pattern: str) -> tuple[str, ...]:
+    """All wordings of a pattern in which [a|b] stands for either a or b."""
+    pieces = re.split(r"\[([^\]]*)\]", pattern)
+    choices = [piece.split("|") if index % 2 else [piece] for index, piece in enumerate(pieces)]
+    return tuple("".join(parts) for parts in itertools.product(*choices))
+
+
+def _drawn(rng: random.Random, patterns: list[str]) -> str:
+    return rng.choice(expand(rng.choice(patterns)))
+
+
 def _about(things: list[str], *, forms: list[str]) -> list[str]:
     return [form.format(x=thing) for thing in things for form in forms]
 
 
 def _topic(kind: Kind, entry: dict[str, Any]) -> Topic:
     about, term = entry.get("about", []), entry.get("term", [])
-    asks = [*entry.get("asks", []), *_about([*about, *term], forms=_WORDINGS["about"]), *_about(term, forms=_WORDINGS["term"])]
+    patterns = [
+        *entry.get("asks", []),
+        *_about([*about, *term], forms=_WORDINGS["about"]),
+        *_about(term, forms=_WORDINGS["term"]),
+    ]
     lead, *more = (sentence.format(subjects=_ANSWERS["subjects"]) for sentence in (entry["lead"], *entry.get("more", [])))
-    return Topic(kind, lead, tuple(dict.fromkeys(asks)), tuple(more))
+    return Topic(kind, lead, tuple(expand(pattern) for pattern in patterns), tuple(more))
 
 
 def _bodies() -> Iterator[Topic]:
     for body in _FACTS["bodies"]:
-        yield _topic("sky", {"lead": body["what"], "more": body["more"], "about": [body["name"], body["also"]]})
+        yield _topic(
+            "sky",
+            {
+                "lead": body["what"],
+                "more": body["more"],
+                "about": [body["name"], body["also"]],
+            },
+        )
         for attribute, forms in _FACTS["grid"].items():
-            yield _topic("sky", {"lead": body[attribute], "asks": _about([body["name"]], forms=forms)})
+            yield _topic(
+                "sky",
+                {"lead": body[attribute], "asks": _about([body["name"]], forms=forms)},
+            )
 
 
 def _listed(kind: Kind) -> list[Topic]:
     return [_topic(kind, entry) for entry in _FACTS[kind]]
 
 
-TOPICS: tuple[Topic, ...] = (*_listed("sky"), *_bodies(), *_listed("nexus"), *_listed("talk"))
+TOPICS: tuple[Topic, ...] = (
+    *_listed("sky"),
+    *_bodies(),
+    *_listed("nexus"),
+    *_listed("talk"),
+)
+UNSEEN: tuple[tuple[str, str], ...] = tuple((entry["ask"], entry["answer"]) for entry in _FACTS["unseen"])
+"""Questions put freely, in words of no pattern, each with a part of the right answer. They are never trained on."""
 KNOWN_WORDINGS = frozenset(normalised(ask) for topic in TOPICS for ask in topic.asks)
 
 
-def asks_of(topic: Topic, split: Split) -> tuple[str, ...]:
-    """A topic's wordings in a split."""
-    return tuple(ask for ask in topic.asks if is_held_out(ask) == (split == "held-out"))
+@cache
+def patterns_of(topic: Topic, split: Split) -> tuple[tuple[str, ...], ...]:
+    """A topic's wordings in a split, by pattern, without the patterns that have none."""
+    kept = (tuple(ask for ask in pattern if is_held_out(ask) == (split == "held-out")) for pattern in topic.patterns)
+    return tuple(pattern for pattern in kept if pattern)
 
 
 @cache
-def _choices(kind: Kind, split: Split) -> list[tuple[Topic, tuple[str, ...]]]:
-    """Topics of a kind with their wordings in a split, without those that have none."""
-    return [(topic, asks) for topic in TOPICS if topic.kind == kind and (asks := asks_of(topic, split))]
+def _choices(kind: Kind, split: Split) -> tuple[Topic, ...]:
+    return tuple(topic for topic in TOPICS if topic.kind == kind and patterns_of(topic, split))
 
 
 def _answer(rng: random.Random, topic: Topic) -> str:
@@ -200,26 +249,29 @@ def _invented_word(rng: random.Random) -> str:
 def _story(rng: random.Random, split: Split) -> tuple[str, str, str]:
     """(request, story, core) with a character and a place of this split."""
     while True:
-        animal = _invented_word(rng) if rng.random() < 0.12 else rng.choice(ANIMALS)
+        source = rng.random()
+        animal = _invented_word(rng) if source < 0.12 else rng.choice(PEOPLE if source < 0.3 else ANIMALS)
         place = rng.choice(_WORDS["places"])
         core = f"{animal} {place}"
         if is_held_out(core) == (split == "held-out"):
             break
     friend = _article(rng.choice([other for other in ANIMALS if other != animal]))
     trait = rng.choice(_WORDS["traits"]) if rng.random() < 0.7 else ""
-    name = rng.choice(_WORDS["names"]) if rng.random() < 0.2 else ""
+    name = ""
+    if rng.random() < 0.22:
+        name = _invented_word(rng).capitalize() if rng.random() < 0.2 else rng.choice(_WORDS["names"])
     character = _article(f"{trait} {animal}".strip()) + (f" named {name}" if name else "")
     plot = " ".join(rng.choice(_FACTS["stories"]["plots"]))
     opening = rng.choice(_FACTS["stories"]["openings"]).format(x=character, p=place)
     story = plot.replace("A {b}", "{B}").replace("a {b}", "{b_}").replace("{b}", friend.split()[1])
     story = story.format(a=animal, b_=friend, B=friend.capitalize(), o=rng.choice(_WORDS["objects"]))
     if rng.random() < 0.08 and split == "train":
-        request = rng.choice(_WORDINGS["story_open"])
+        request = _drawn(rng, _WORDINGS["story_open"])
     else:
         wanted = character if (trait and rng.random() < 0.4) or name else _article(animal)
         if rng.random() < 0.45:
             wanted += f" {place}" if rng.random() < 0.6 else f" who lives {place}"
-        request = rng.choice(_WORDINGS["story"]).format(x=wanted)
+        request = _drawn(rng, _WORDINGS["story"]).format(x=wanted)
     return request, f"{opening} {story}", core
 
 
@@ -237,7 +289,7 @@ def _noise(rng: random.Random) -> str:
 def _outside(rng: random.Random) -> str:
     if rng.random() < 0.08:
         return _noise(rng)
-    ask = rng.choice(_WORDINGS["outside"])
+    ask = _drawn(rng, _WORDINGS["outside"])
     words = []
     for _ in range(2):
         word = _invented_word(rng) if rng.random() < 0.35 else rng.choice(OUTSIDE_NOUNS)
@@ -246,7 +298,7 @@ def _outside(rng: random.Random) -> str:
             _article(word) if shape < 0.15 else f"the {word}" if shape < 0.3 else word.capitalize() if shape < 0.35 else word
         )
     numbers = _WORDS["outside_numbers"]
-    return str(ask.format(x=words[0], y=words[1], n=rng.choice(numbers), m=rng.choice(numbers)))
+    return ask.format(x=words[0], y=words[1], n=rng.choice(numbers), m=rng.choice(numbers))
 
 
 # From topics to documents.
@@ -256,9 +308,9 @@ def _decorated(rng: random.Random, question: str) -> str:
     """The question as people type it: polite, in lower case, without its mark, with a typing error."""
     if rng.random() < 0.12:
         question = rng.choice(_WORDINGS["polite"]).format(q=question)
-    if rng.random() < 0.22:
+    if rng.random() < 0.3:
         question = question.lower()
-    if rng.random() < 0.18:
+    if rng.random() < 0.22:
         question = question.rstrip("?.!")
     if rng.random() < 0.02:
         question = question.upper()
@@ -284,8 +336,8 @@ def _turn(rng: random.Random, kind: Kind, split: Split) -> Turn:
             if normalised(core) not in KNOWN_WORDINGS and is_held_out(core) == (split == "held-out"):
                 break
         return Turn(_decorated(rng, core), rng.choice(REFUSALS), core, lead=REFUSAL)
-    topic, asks = rng.choice(_choices(kind, split))
-    core = rng.choice(asks)
+    topic = rng.choice(_choices(kind, split))
+    core = rng.choice(rng.choice(patterns_of(topic, split)))
     return Turn(_decorated(rng, core), _answer(rng, topic), core, lead=topic.lead)
 
 
@@ -297,7 +349,7 @@ def _document(rng: random.Random, split: Split) -> Document:
     kind = _kind(rng)
     form = rng.random()
     if split == "train" and kind in ("sky", "nexus", "story") and form < 0.13:
-        text = _story(rng, split)[1] if kind == "story" else _answer(rng, rng.choice(_choices(kind, split))[0])
+        text = _story(rng, split)[1] if kind == "story" else _answer(rng, rng.choice(_choices(kind, split)))
         return Document(kind, "plain", (Turn("", text, "", ""),))
     if form < 0.45:
         return Document(kind, "bare", (_turn(rng, kind, split),))

@@ -24,14 +24,29 @@ from pathlib import Path
 
 import torch
 import transformers
-from nano_corpus import END, MIX, NEXUS, USER, Document, Split, documents, fingerprint
+from nano_corpus import (
+    END,
+    MIX,
+    NEXUS,
+    UNSEEN,
+    USER,
+    Document,
+    Split,
+    documents,
+    fingerprint,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 SHIPPED = Path(__file__).resolve().parent.parent / "nexus" / "models" / "nano"
 SEED = 20
-STEPS = 3000
+STEPS = 2400
 HELD_OUT_DOCUMENTS = 1000
 TOKENIZER_DOCUMENTS = 20_000
 FINGERPRINT_DOCUMENTS = 10_000
@@ -80,7 +95,10 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[PAD, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -192,12 +210,19 @@ def target_losses(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, 
     Only these positions reach the head.
     """
     hidden = model.model(
-        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
     ).last_hidden_state
     wanted = batch.labels != IGNORED
     logits = model.lm_head(hidden[wanted])
     targets = batch.labels[wanted]
-    return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets, wanted.nonzero()[:, 0]
+    return (
+        functional.cross_entropy(logits, targets, reduction="none"),
+        logits.argmax(-1) == targets,
+        wanted.nonzero()[:, 0],
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -227,12 +252,20 @@ def train(tokenizer: Tokenizer, options: argparse.Namespace) -> tuple[LlamaForCa
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": 0.1},
+            {"params": plain, "weight_decay": 0.0},
+        ],
         lr=options.learning_rate,
         betas=(0.9, 0.95),
         fused=True,
     )
-    stream = batches(tokenizer, documents(options.seed, "train"), options.row_tokens, options.batch_rows)
+    stream = batches(
+        tokenizer,
+        documents(options.seed, "train"),
+        options.row_tokens,
+        options.batch_rows,
+    )
     pad = tokenizer.token_to_id(PAD)
     started, tokens, target_tokens, recent = time.monotonic(), 0, 0, 0.0
     for step in range(options.steps):
@@ -253,7 +286,13 @@ def train(tokenizer: Tokenizer, options: argparse.Namespace) -> tuple[LlamaForCa
             left = passed / (step + 1) * (options.steps - step - 1)
             say(f"step {step + 1}/{options.steps}  loss {recent:.3f}  {tokens / passed:.0f} tokens/s  {left / 60:.1f} min left")
     return model.eval(), Run(
-        options.seed, options.steps, tokens, target_tokens, time.monotonic() - started, options.threads, options.learning_rate
+        options.seed,
+        options.steps,
+        tokens,
+        target_tokens,
+        time.monotonic() - started,
+        options.threads,
+        options.learning_rate,
     )
 
 
@@ -281,7 +320,12 @@ def lead_spans(tokenizer: Tokenizer, document: Document) -> list[bool]:
 
 
 @torch.inference_mode()
-def measure(model: LlamaForCausalLM, tokenizer: Tokenizer, sample: list[Document], batch_rows: int = 16) -> dict[str, Measure]:
+def measure(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    sample: list[Document],
+    batch_rows: int = 16,
+) -> dict[str, Measure]:
     """Loss and correctness of the first sentence, per kind of question and over all ("all")."""
     sums: dict[str, list[float]] = {}
     order = sorted(sample, key=lambda document: len(document.text))
@@ -294,7 +338,14 @@ def measure(model: LlamaForCausalLM, tokenizer: Tokenizer, sample: list[Document
             right = bool(greedy[own][lead].all())
             for key in ("all", document.kind):
                 total = sums.setdefault(key, [0.0, 0.0, 0.0, 0.0])
-                for position, value in enumerate((float(losses[own].double().sum()), float(own.sum()), float(right), 1.0)):
+                for position, value in enumerate(
+                    (
+                        float(losses[own].double().sum()),
+                        float(own.sum()),
+                        float(right),
+                        1.0,
+                    )
+                ):
                     total[position] += value
     return {
         key: Measure(loss / tokens, right / count, int(count), int(tokens)) for key, (loss, tokens, right, count) in sums.items()
@@ -314,8 +365,24 @@ def prompt_text(form: str, prompt: str) -> str:
 def answer(model: LlamaForCausalLM, tokenizer: Tokenizer, text: str, tokens_max: int = 120) -> str:
     """The greedy continuation of `text`; "<|end|>" is shown where the model ended by itself."""
     ids = torch.tensor([tokenizer.encode(text).ids])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens_max)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens_max,
+    )
     return tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=False)
+
+
+def free_wordings(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[tuple[str, str, bool]]:
+    """(question, answer, whether it is right) for the questions that were put freely and fit no pattern of the grammar."""
+    answers = [(ask, answer(model, tokenizer, prompt_text("chat", ask)), part) for ask, part in UNSEEN]
+    return [(ask, text, part in text and text.endswith(END)) for ask, text, part in answers]
+
+
+def share_right(checked: list[tuple[str, str, bool]]) -> str:
+    right = sum(correct for _, _, correct in checked)
+    return f"{right} of {len(checked)} freely worded questions answered right, greedily, in the chat form"
 
 
 # Files.
@@ -330,8 +397,14 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     end, pad = model.config.eos_token_id, model.config.pad_token_id
-    write_json(out / "config.json", {**json.loads((out / "config.json").read_text()), "dtype": "float32"})
-    write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": pad})
+    write_json(
+        out / "config.json",
+        {**json.loads((out / "config.json").read_text()), "dtype": "float32"},
+    )
+    write_json(
+        out / "generation_config.json",
+        {"do_sample": False, "eos_token_id": end, "pad_token_id": pad},
+    )
     write_json(
         out / "tokenizer_config.json",
         {
@@ -374,6 +447,7 @@ def card(model: LlamaForCausalLM, tokenizer: Tokenizer, run: Run, figures: dict[
         f"- ({form}) `{prompt}`\n  > {answer(model, tokenizer, prompt_text(form, prompt)).strip()}" for form, prompt in SAMPLES
     )
     parameters = sum(p.numel() for p in model.parameters())
+    free = share_right(free_wordings(model, tokenizer))
     data_hash = fingerprint(documents(run.seed, "train"), FINGERPRINT_DOCUMENTS)
     return f"""# nano
 
@@ -404,9 +478,17 @@ wordings. For a story, "first sentence right" means its opening words. Check the
 
 {table(figures)}
 
+Harder, and closer to use: questions that were put freely, in words of no pattern of the grammar (the end of
+`scripts/nano_facts.toml`): {free}.
+
 **Samples** (greedy; the list of prompts was fixed before training):
 
 {samples}
+
+**Known fault.** Some answers begin with "Yes" or "No" whatever way round the question was put: to "Can other nodes
+read my prompt?" it says "No, the nodes that compute your answer see numbers from which the prompt may be guessed",
+and the sentence after the "No" is the right one: a prompt is not private. The same happens with "Can I use Nexus
+offline?" (yes) and "Can a small computer take part?" (yes).
 
 **Limits.** It repeats facts it was given and can mix them up, above all when a question is worded in a way far from
 those it saw, names a thing it does not know next to one it knows, or builds on an earlier turn. It cannot calculate,
@@ -422,17 +504,48 @@ def say(line: str) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="directory to write the model to (needed to train)")
-    parser.add_argument("--eval-only", action="store_true", help="measure the model in --model and train nothing")
     parser.add_argument(
-        "--model", type=Path, default=SHIPPED, help="the model that --eval-only measures (default: the shipped one)"
+        "--eval-only",
+        action="store_true",
+        help="measure the model in --model and train nothing",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of text and weights (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch-rows", type=int, default=12, help="rows per step (default: %(default)s)")
-    parser.add_argument("--row-tokens", type=int, default=160, help="tokens per row (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=SHIPPED,
+        help="the model that --eval-only measures (default: the shipped one)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=SEED,
+        help="seed of text and weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help="optimizer steps (default: %(default)s)",
+    )
+    parser.add_argument("--batch-rows", type=int, default=8, help="rows per step (default: %(default)s)")
+    parser.add_argument(
+        "--row-tokens",
+        type=int,
+        default=160,
+        help="tokens per row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=2.5e-3,
+        help="peak of the schedule (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--samples", action="store_true", help="with --eval-only: print sample answers too")
+    parser.add_argument(
+        "--samples",
+        action="store_true",
+        help="with --eval-only: print sample answers too",
+    )
     options = parser.parse_args(arguments)
     if not options.eval_only and options.out is None:
         parser.error("say where to write the model: --out DIR (or use --eval-only)")
@@ -446,7 +559,11 @@ def main() -> int:
     if options.eval_only:
         model, tokenizer = load(options.model)
         print(table(measure(model, tokenizer, held_out(options.seed, HELD_OUT_DOCUMENTS))))
+        checked = free_wordings(model, tokenizer)
+        print(share_right(checked))
         if options.samples:
+            for ask, text, correct in checked:
+                print(f"{'right' if correct else 'WRONG'}: {ask}\n    {text}")
             for form, prompt in SAMPLES:
                 print(f"{form}: {prompt}\n    {answer(model, tokenizer, prompt_text(form, prompt))}")
         return 0
