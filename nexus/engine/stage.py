@@ -10,6 +10,7 @@ Importing this module imports torch and transformers, which takes 2 to 3 seconds
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from nexus.engine.weights import read_piece
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOKEN_BYTES = 4
+SMALL_STAGE_BYTES = 64 << 20
+# What the process was given (OMP_NUM_THREADS). The setting that counts is each calling thread's own.
+_THREADS = torch.get_num_threads()
+_of_thread = threading.local()
 
 
 @dataclass(slots=True)
@@ -98,6 +103,13 @@ class Stage:
             raise UsageError("there are no logits here", "Only the last stage of a language model has them, after a step")
         return logits
 
+    def _use_threads(self) -> None:
+        """Small matrices are slower on several threads than on one: handing out the parts costs more than the parts."""
+        wanted = 1 if self.weight_bytes < SMALL_STAGE_BYTES else _THREADS
+        if getattr(_of_thread, "threads", None) != wanted:
+            torch.set_num_threads(wanted)
+            _of_thread.threads = wanted
+
     @torch.inference_mode()
     def step(self, session: bytes, payload: bytes) -> bytes:
         """One pass of a session through this stage: many tokens to read a prompt (or one whole text, for an encoder), one to go on.
@@ -105,6 +117,7 @@ class Stage:
         Raises MalformedError for a payload of the wrong size or with values that cannot be (the sender's fault), UsageError where
         the context is full, NotFoundError for a session that is not open. A step that raises leaves the session as it was.
         """
+        self._use_threads()
         state = self._session(session)
         x = self._decoded(payload, state.position)
         out = self._fragment.forward(x, state.cache, state.position)

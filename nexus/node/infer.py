@@ -257,6 +257,7 @@ class InferService:
         self._inline_step_s = inline_step_s
         self._served: dict[tuple[bytes, int], _Served] = {}
         self.live = Live()
+        self._dialling: dict[str, trio.Lock] = {}
         # Sessions wait in line here, one step each, so a long prompt delays the others by one step and no more. Two threads,
         # so that it does not delay them at all while there is a second core.
         self._compute = trio.CapacityLimiter(2)
@@ -375,6 +376,15 @@ class InferService:
             raise NotAllowedError("no such session here")
         await served.take_link(link)
 
+    @asynccontextmanager
+    async def dialling(self, peer_id: str) -> AsyncIterator[None]:
+        """At most one task at a time per peer."""
+        lock = self._dialling.setdefault(peer_id, trio.Lock())
+        async with lock:
+            yield
+        if not lock.statistics().tasks_waiting:
+            self._dialling.pop(peer_id, None)
+
     async def compute(self, stage: Stage, session: bytes, payload: bytes, expected_s: float | None) -> tuple[bytes, float]:
         """One step: what came out, and the seconds that it took without the waiting.
 
@@ -459,7 +469,10 @@ class _Served:
             return
         transport.learn(following)
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
-            await transport.ping(following.peer_id)
+            # One at a time: of many sessions that begin together, the first one dials.
+            async with self._service.dialling(following.peer_id):
+                if all(connection.peer_id != following.peer_id for connection in transport.connections()):
+                    await transport.ping(following.peer_id)
         if scope.cancelled_caught:
             raise UnreachableError(f"the next stage ({following.peer_id}) does not answer", peer=following.peer_id)
 

@@ -19,6 +19,7 @@ from nexus.core.errors import (
     NotFoundError,
     PeerError,
     TimedOutError,
+    UnreachableError,
     UsageError,
 )
 from nexus.core.hashing import leaf_hash
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("nexus.runner")
 
 ATTEMPTS_MAX = 3
+# A node that did not answer is left out of plans for so long; its record may live on for minutes.
+AVOID_S = 60.0
 EVENTS_MAX = 64
 DTYPE = "float32"
 # What a session may grow to is planned for; a longer answer is refused by the stage whose memory it would not fit.
@@ -111,6 +114,7 @@ class Runner:
         self._nursery = nursery
         self._sessions_max = sessions_max
         self._import_builtin = import_builtin
+        self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
         self.live = Live()
 
     async def resolve(self, name: str) -> tuple[str, bytes]:
@@ -139,14 +143,21 @@ class Runner:
         return announced[root] or root.hex()[:16], root
 
     def _find(self, name: str) -> tuple[str, bytes]:
-        root = self._models.catalog.find(name)
-        return self._models.catalog.name_of(root), root
+        catalog = self._models.catalog
+        root = catalog.find(name)
+        return name if name in catalog.names() else catalog.name_of(root), root
+
+    def _present(self) -> list[NodeRecord]:
+        """Records of nodes that have not just failed to answer."""
+        now_s = trio.current_time()
+        self._gone = {node: until_s for node, until_s in self._gone.items() if until_s > now_s}
+        return [record for record in self._records() if record.node not in self._gone]
 
     def sources(self, model_root: bytes) -> list[PeerAddress]:
         """Peers that announce pieces of a model."""
         return [
             PeerAddress(record.peer_id, record.addresses)
-            for record in self._records()
+            for record in self._present()
             if any(holding.model_root == model_root for holding in record.models)
         ]
 
@@ -157,7 +168,7 @@ class Runner:
     async def place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset()) -> Placement:
         """Who computes what, over the nodes known now."""
         own = self._own()
-        records = [own, *(record for record in self._records() if record.node != own.node and record.node not in without)]
+        records = [own, *(record for record in self._present() if record.node != own.node and record.node not in without)]
         candidates = [
             Candidate(
                 node=record.node,
@@ -202,7 +213,7 @@ class Runner:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events of one generation. Closing the generator cancels the work on every stage."""
         name, manifest, tokenizer = await self._open_model(request.model, CAUSAL)
-        prompt = tokenizer.encode(request.prompt)
+        prompt = await trio.to_thread.run_sync(tokenizer.encode, request.prompt)
         _check_prompt(prompt, request.max_tokens, manifest)
         job = _Job(
             name=name,
@@ -241,7 +252,7 @@ class Runner:
     async def embed(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
         """One vector per text, in order. Texts longer than the model's context are refused, not cut."""
         name, manifest, tokenizer = await self._open_model(request.model, ENCODER)
-        texts = [tokenizer.encode(text) for text in request.texts]
+        texts = await trio.to_thread.run_sync(lambda: [tokenizer.encode(text) for text in request.texts])
         for number, tokens in enumerate(texts):
             if len(tokens) > manifest.context:
                 raise UsageError(
@@ -290,7 +301,11 @@ class Runner:
                 except (PeerError, TimedOutError, CapacityError, NotFoundError) as error:
                     stage = coordinator.failed_stage
                     failed = placement.plan.stages[stage].node if stage is not None else self._identity.public_key
-                    if started or attempt == ATTEMPTS_MAX or failed == self._identity.public_key:
+                    if failed == self._identity.public_key:
+                        raise
+                    if isinstance(error, UnreachableError | TimedOutError):
+                        self._gone[failed] = trio.current_time() + AVOID_S
+                    if started or attempt == ATTEMPTS_MAX:
                         raise
                     log.warning("replanned", without=peer_id_of(failed), error=str(error))
                     without |= {failed}
@@ -312,7 +327,7 @@ class Runner:
         )
         known = {record.node: PeerAddress(record.peer_id, record.addresses) for record in (self._own(), *self._records())}
         wanted = {stage.node for stage in placement.plan.stages} | {
-            record.node for record in (self._own(), *self._records()) if _held(record, job.manifest.root)
+            record.node for record in (self._own(), *self._present()) if _held(record, job.manifest.root)
         }
         return Coordinator(
             self._transport,
