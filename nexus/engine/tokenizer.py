@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -12,8 +13,23 @@ from nexus.engine.architecture import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 END_TOKENS_MAX = 64
-_TOKENIZER_BYTES_MAX = 256 << 20
+# The largest known take half of that; parsed, a file may take twenty times its size.
+_TOKENIZER_BYTES_MAX = 64 << 20
 _REPLACEMENT = "\ufffd"
+# A character takes four bytes at most: when this many tokens in a row complete none, they are no text.
+_INCOMPLETE_MAX = 32
+
+
+@contextmanager
+def _contained(what: str) -> Iterator[None]:
+    """The tokenizers library is written in Rust: it raises plain Exception, and where it panics (a pattern that takes too long, an
+    index out of bounds) a BaseException that would end the daemon. A tokenizer comes with a model, and so from anywhere."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(f"{what}: {error}", "Use another model, or download this one again") from error
 
 
 class Tokenizer:
@@ -34,29 +50,29 @@ class Tokenizer:
         if TOKENIZER_FILE not in files:
             raise ModelFormatError(f"the model has no {TOKENIZER_FILE}", "Add a model that has one")
         read_json(files[TOKENIZER_FILE], _TOKENIZER_BYTES_MAX)
-        try:
+        with _contained(f"{TOKENIZER_FILE} cannot be read"):
             fast = FastTokenizer.from_file(str(files[TOKENIZER_FILE]))
             # What the file says on padding and cutting is how the author trained, not how a text is read.
             fast.no_padding()
             fast.no_truncation()
             if tokens_max:
                 fast.enable_truncation(tokens_max)
-        # The tokenizers library, written in Rust, raises plain Exception.
-        except Exception as error:
-            raise ModelFormatError(f"{TOKENIZER_FILE} cannot be read: {error}", "Download the model again") from error
         return cls(fast, _end_tokens(files), tokens_max)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens around them that the model expects. Raises UsageError for text that is not Unicode."""
+        """Token ids with the special tokens around them that the model expects. Raises UsageError for text that is not Unicode,
+        ModelFormatError where the tokenizer fails at it."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError("the text is not valid Unicode", "Send it as UTF-8") from error
-        return list(self._fast.encode(text).ids)
+        with _contained("the model's tokenizer fails at this text"):
+            return list(self._fast.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, without special ones; ids outside the vocabulary have none."""
-        return self._fast.decode(list(tokens), skip_special_tokens=True)
+        with _contained("the model's tokenizer fails at these tokens"):
+            return self._fast.decode(list(tokens), skip_special_tokens=True)
 
     def stream(self) -> TextStream:
         return TextStream(self)
@@ -66,7 +82,8 @@ class TextStream:
     """Text of tokens that come one by one. What `push` and at last `flush` return, joined, is `decode` of all tokens.
 
     A token's text depends on its neighbours (a space may belong to either, a character may take several tokens), so each is decoded
-    together with the tokens before it since the last complete character, and what was said already is left out.
+    together with the tokens before it since the last complete character, and what was said already is left out. After many tokens
+    without a complete character those are said as U+FFFD: a last stage that sends nothing else would make each one cost more.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -78,7 +95,7 @@ class TextStream:
         """The text that is certain now: nothing while a character is incomplete."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        if text.endswith(_REPLACEMENT):
+        if text.endswith(_REPLACEMENT) and len(self._window) - self._said < _INCOMPLETE_MAX:
             return ""
         return self._advance(text)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nexus.core.errors import ModelFormatError, UsageError
 from nexus.engine.tokenizer import Tokenizer
@@ -151,3 +151,22 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 def test_text_that_is_not_unicode_is_refused(bytes_tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="Unicode"):
         bytes_tokenizer.encode("half a pair: \ud800")
+
+
+def test_a_tokenizer_that_panics_is_a_bad_model(tmp_path: Path) -> None:
+    """Its pattern takes exponential time; the library gives up with a BaseException, which ended the daemon."""
+    fast = FastTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
+    evil = Tokenizer.load(save(tmp_path, fast))
+    assert evil.encode("ab")
+    with pytest.raises(ModelFormatError, match="retry-limit"):
+        evil.encode("a" * 40 + "b")
+
+
+def test_endless_halves_of_characters_do_not_cost_more_and_more(bytes_tokenizer: Tokenizer) -> None:
+    """A malicious last stage may send nothing else, and each token was decoded together with all before it."""
+    half = bytes_tokenizer.encode("\N{GRINNING FACE}")[0]
+    stream = bytes_tokenizer.stream()
+    said = [stream.push(half) for _ in range(1000)]
+    assert len(stream._window) < 100
+    assert "".join([*said, stream.flush()]) == bytes_tokenizer.decode([half] * 1000)
