@@ -61,9 +61,12 @@ class _Way:
 class PipeStream:
     """One end of a pipe; a `nexus.network.transport.Stream`."""
 
-    def __init__(self, peer_id: str, protocol: ProtocolSpec, limits: PeerLimits, inward: _Way, outward: _Way) -> None:
+    def __init__(
+        self, peer_id: str, protocol: ProtocolSpec, limits: PeerLimits, inward: _Way, outward: _Way, first_frame_max: int | None
+    ) -> None:
         self._peer_id = peer_id
         self._protocol = protocol
+        self._frame_max = first_frame_max or protocol.frame_max
         self._limits = limits
         self._in = inward
         self._out = outward
@@ -102,13 +105,14 @@ class PipeStream:
         if scope.cancelled_caught:
             await self.reset()
             raise TimedOutError(f"peer {self._peer_id} sent nothing on {self._protocol.id} for {timeout_s:g} s")
-        if len(frame) > self._protocol.frame_max:
+        if len(frame) > self._frame_max:
             self.misbehaved = True
             await self.reset()
             raise PeerError(
-                f"a frame of {len(frame)} bytes on {self._protocol.id}, where {self._protocol.frame_max} are allowed",
+                f"a frame of {len(frame)} bytes on {self._protocol.id}, where {self._frame_max} are allowed",
                 peer=self._peer_id,
             )
+        self._frame_max = self._protocol.frame_max
         if pause_s := self._limits.delay_s(self._peer_id, self._protocol, len(frame), trio.current_time()):
             await trio.sleep(pause_s)
         return frame
@@ -168,11 +172,12 @@ class PipeStream:
 def pipe(
     near: tuple[str, ProtocolSpec, PeerLimits, Link], far: tuple[str, ProtocolSpec, PeerLimits, Link]
 ) -> tuple[PipeStream, PipeStream]:
-    """Two ends. Each is given as its own peer id, its own view of the protocol, its limits, and the link of what it sends."""
+    """Two ends, `near` being the one that opens. Each is given as its own peer id, its own view of the protocol, its limits, and
+    the link of what it sends."""
     near_id, near_protocol, near_limits, near_link = near
     far_id, far_protocol, far_limits, far_link = far
     forth, back = _Way(near_link), _Way(far_link)
     return (
-        PipeStream(far_id, near_protocol, near_limits, back, forth),
-        PipeStream(near_id, far_protocol, far_limits, forth, back),
+        PipeStream(far_id, near_protocol, near_limits, back, forth, None),
+        PipeStream(near_id, far_protocol, far_limits, forth, back, far_protocol.first_frame_max),
     )

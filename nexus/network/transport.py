@@ -24,6 +24,7 @@ class ProtocolSpec:
     """A wire protocol and its bounds. Frames are a 4-byte big-endian length and that many bytes.
 
     `frame_max`: longest frame, in bytes; a longer one closes the stream and counts against the peer.
+    `first_frame_max`: the same for the first frame of whoever opens the stream, which says what it is about (None: `frame_max`).
     `read_timeout_s`: a stream on which the reader waits longer than this is reset (None: the service sets its own deadlines).
     `streams_per_peer_max`: open inbound streams of this protocol per peer; one more is reset.
     `bytes_per_peer_s`: sustained inbound bytes per second and peer; above it reading slows down (None: no limit).
@@ -33,6 +34,7 @@ class ProtocolSpec:
     frame_max: int
     read_timeout_s: float | None = 30.0
     streams_per_peer_max: int = 16
+    first_frame_max: int | None = None
     bytes_per_peer_s: int | None = None
 
 

@@ -28,6 +28,7 @@ class FrameStream:
         self._protocol = protocol
         self._limits = limits
         self._partial = bytearray()
+        self._frame_max = protocol.frame_max if muxed.outbound else protocol.first_frame_max or protocol.frame_max
 
     @property
     def peer_id(self) -> str:
@@ -50,6 +51,7 @@ class FrameStream:
 
     async def receive(self) -> bytes:
         frame = await self._next()
+        self._frame_max = self._protocol.frame_max
         if self._protocol.bytes_per_peer_s is not None and (
             pause_s := self._limits.delay_s(self._peer_id, self._protocol, len(frame), trio.current_time())
         ):
@@ -70,6 +72,7 @@ class FrameStream:
                 if 0 <= length <= len(partial) - LENGTH_BYTES:
                     frame = bytes(memoryview(partial)[LENGTH_BYTES : LENGTH_BYTES + length])
                     del partial[: LENGTH_BYTES + length]
+                    muxed.hold(len(partial))
                     await trio.lowlevel.checkpoint_if_cancelled()
                     return frame
             try:
@@ -81,6 +84,7 @@ class FrameStream:
                     await trio.lowlevel.checkpoint_if_cancelled()
                     return data[LENGTH_BYTES:]
                 partial += data
+                muxed.hold(len(partial))
             elif not muxed.receive_closed:
                 if timeout_s is None:
                     await muxed.wait_readable(math.inf)
@@ -93,6 +97,7 @@ class FrameStream:
                     muxed.reset_now()
                     raise TimedOutError(f"peer {self._peer_id} sent nothing on {self._protocol.id} for {timeout_s:g} s") from None
             elif partial:
+                muxed.hold(0)
                 raise UnreachableError(
                     f"peer {self._peer_id} closed {self._protocol.id} in the middle of a frame", peer=self._peer_id
                 )
@@ -102,27 +107,29 @@ class FrameStream:
     def _checked_length(self, partial: bytearray) -> int:
         """Before a byte of the frame is kept."""
         length: int = _length.unpack_from(partial)[0]
-        if length > self._protocol.frame_max:
+        if length > self._frame_max:
             self._muxed.reset_now()
             raise PeerError(
-                f"a frame of {length} bytes on {self._protocol.id}, where {self._protocol.frame_max} are allowed",
+                f"a frame of {length} bytes on {self._protocol.id}, where {self._frame_max} are allowed",
                 peer=self._peer_id,
             )
         return length
 
     def _is_one_frame(self, data: bytes) -> bool:
         size = len(data) - LENGTH_BYTES
-        return 0 <= size <= self._protocol.frame_max and _length.unpack_from(data)[0] == size
+        return 0 <= size <= self._frame_max and _length.unpack_from(data)[0] == size
 
     async def close(self) -> None:
         await self._muxed.close()
 
     async def reset(self) -> None:
         self._muxed.reset_now()
+        self._muxed.hold(0)
 
     def abandon(self) -> None:
         """Close, and read no more."""
         self._muxed.abandon()
+        self._muxed.hold(0)
 
     def _gone(self) -> UnreachableError:
         conn = self._muxed.conn

@@ -98,6 +98,7 @@ class YamuxStream(IMuxedStream):
         self.window = WINDOW_BYTES
         self.received = 0
         self.buffered = 0
+        self.held = 0
         self.send_closed = False
         self.receive_closed = False
         self.ended = False  # in order, by the peer
@@ -147,6 +148,7 @@ class YamuxStream(IMuxedStream):
         """A reset takes back what was not read yet; the end of a connection does not."""
         if not self.broken:
             self.broken = True
+            self.hold(0)
             self.send_closed = self.receive_closed = True
             if not keep_buffer:
                 self.ended = False
@@ -177,6 +179,12 @@ class YamuxStream(IMuxedStream):
         chunks.clear()
         self._consumed(len(taken))
         return taken
+
+    def hold(self, size: int) -> None:
+        """The reader keeps `size` bytes that it took, of a frame that is not whole yet: they count as buffered."""
+        self.conn.budget.used += size - self.held
+        self.held = size
+        self.conn.budget.enforce()
 
     def _consumed(self, size: int) -> None:
         self.buffered -= size
@@ -429,7 +437,7 @@ class YamuxConnection(IMuxedConn):
             self._received.set()
 
     def buffered(self) -> int:
-        return sum(stream.buffered for stream in self.streams.values())
+        return sum(stream.buffered + stream.held for stream in self.streams.values())
 
     def drop(self, reason: str) -> None:
         """End the connection at once, by the peer's fault, and keep nothing of it."""

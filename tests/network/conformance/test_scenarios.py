@@ -125,6 +125,23 @@ async def test_a_frame_over_the_cap_ends_the_stream_where_it_arrives(world: Worl
         assert a.connections()
 
 
+async def test_who_opens_a_stream_says_in_few_bytes_what_for(world: World) -> None:
+    wary = ProtocolSpec(ECHO.id, frame_max=100_000, first_frame_max=1000)
+
+    async with world.open() as a, world.open() as b:
+        b.serve(wary, echo)
+        await join(a, b)
+        with trio.fail_after(DEADLINE_S):
+            stream = await a.open_stream(b.peer_id, wary)
+            for frame in (bytes(1000), bytes(100_000)):
+                await stream.send(frame)
+                assert await stream.receive() == frame
+            stream = await a.open_stream(b.peer_id, wary)
+            await stream.send(bytes(1001))
+            with pytest.raises(UnreachableError):
+                await stream.receive()
+
+
 async def test_close_lets_what_was_sent_arrive_and_reset_does_not_end_in_order(world: World) -> None:
     frames: list[bytes] = []
     ends: list[type[BaseException]] = []

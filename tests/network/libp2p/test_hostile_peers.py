@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,48 @@ async def test_what_all_peers_together_may_buffer_is_bounded(attack: Attack) -> 
                 nursery.start_soon(_write_until_broken, stream, bytes(WINDOW_BYTES))
             await attacker.dropped()
         assert attacker.victim._budget.used == 0
+
+
+async def test_frames_that_are_never_whole_count_as_buffered(attack: Attack) -> None:
+    """A reader takes the bytes out of the stream to put the frame together: one peer could leave 64 MiB on each of its streams."""
+    large = ProtocolSpec("/test/large/1", frame_max=64 << 20, read_timeout_s=None)
+
+    async def read(stream: Stream) -> None:
+        await stream.receive()
+
+    async with attack(Caps(buffered_bytes=4 << 20)) as attacker:
+        attacker.victim.serve(large, read)
+        async with trio.open_nursery() as nursery:
+            for stream in [await attacker.stream(large.id) for _ in range(6)]:
+                nursery.start_soon(_write_until_broken, stream, struct.pack("!I", 64 << 20) + bytes(1 << 20))
+            await attacker.dropped()
+        assert attacker.victim._budget.used == 0
+
+
+async def test_frames_that_are_whole_or_given_up_count_no_more(attack: Attack) -> None:
+    large = ProtocolSpec("/test/large/1", frame_max=8 << 20, read_timeout_s=None)
+    left = trio.Event()
+
+    async def read(stream: Stream) -> None:
+        try:
+            while True:
+                await stream.send(len(await stream.receive()).to_bytes(4, "big"))
+        finally:
+            left.set()
+
+    async with attack() as attacker:
+        attacker.victim.serve(large, read)
+        stream = await attacker.node.open_stream(attacker.victim.peer_id, large)
+        with trio.fail_after(DEADLINE_S):
+            for size in (3_000_000, 1, 5_000_000):
+                await stream.send(bytes(size))
+                assert int.from_bytes(await stream.receive(), "big") == size
+                assert attacker.victim._budget.used < 100_000  # the library talks as well
+            await stream._muxed.write(struct.pack("!I", 8 << 20) + bytes(1 << 20))  # type: ignore[attr-defined]
+            await stream.close()
+            await left.wait()
+            await trio.testing.wait_all_tasks_blocked()
+        assert attacker.victim._budget.used < 100_000
 
 
 async def _write_until_broken(stream: Any, data: bytes) -> None:
