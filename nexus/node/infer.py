@@ -79,9 +79,12 @@ REPORT_TIMEOUT_S = 2.0
 SECOND_HAND_WAIT_S = 0.5
 PAYLOAD_MAX = FRAME_MAX - 64 * 1024
 ADDRESSES_MAX = 16
+OPEN_BYTES_MAX = 1 << 20
 
-INFER = ProtocolSpec("/nexus/infer/1", frame_max=FRAME_MAX, read_timeout_s=None, streams_per_peer_max=64)
-LINK = ProtocolSpec("/nexus/link/1", frame_max=FRAME_MAX, read_timeout_s=None, streams_per_peer_max=64)
+INFER = ProtocolSpec(
+    "/nexus/infer/1", frame_max=FRAME_MAX, first_frame_max=OPEN_BYTES_MAX, read_timeout_s=None, streams_per_peer_max=64
+)
+LINK = ProtocolSpec("/nexus/link/1", frame_max=FRAME_MAX, first_frame_max=1024, read_timeout_s=None, streams_per_peer_max=64)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------------
