@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,15 +144,16 @@ class Models:
     ) -> Stage:
         pieces = stage_pieces(manifest, start, end)
         needed = sum(piece.size for piece in pieces) * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(manifest.dtype, 4)
-        why = f"layers {start} to {end - 1} need {needed} bytes"
-        if needed > self._memory_max_bytes:
-            raise self._no_room(why)  # before gigabytes are fetched for nothing
+        if needed > self._memory_max_bytes:  # before gigabytes are fetched for nothing
+            raise self._no_room(f"layers {start} to {end - 1} need {needed} bytes")
         await self._complete(manifest, (start, end), sources, progress)
-        self._make_room(needed, why)
+        paths = {blob.name: self.blobs.path(blob.root) for blob in (*manifest.files, *pieces)}
+        # What the pieces hold, not what the manifest says they hold: 16-bit weights that pass for float32 take twice their bytes.
+        needed = await trio.to_thread.run_sync(_loaded_bytes, [paths[piece.name] for piece in pieces], dtype)
+        self._make_room(needed, f"layers {start} to {end - 1} need {needed} bytes")
         slot.n_bytes = needed  # now, so that what is loaded at the same time counts it
         try:
             await progress("loading", 0, 0)
-            paths = {blob.name: self.blobs.path(blob.root) for blob in (*manifest.files, *pieces)}
             stage = await trio.to_thread.run_sync(partial(_load_stage, manifest, start, end, paths, dtype))
         except BaseException:
             slot.n_bytes = 0
@@ -194,6 +196,13 @@ class Models:
             f"{why}, and {self.memory_used_bytes} of {self._memory_max_bytes} bytes are in use",
             "Wait for other sessions to end, or raise serve.memory_max_bytes there",
         )
+
+
+def _loaded_bytes(pieces: Sequence[Path], dtype: str) -> int:
+    """Memory of the weights in these files once they are loaded. Raises ModelFormatError for a file that is no sound piece."""
+    from nexus.engine.safetensors_check import check_safetensors
+
+    return DTYPE_BYTES[dtype] * sum(prod(spec.shape) for path in pieces for spec in check_safetensors(path).values())
 
 
 def _load_stage(manifest: Manifest, start: int, end: int, paths: dict[str, Path], dtype: str) -> Stage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,23 +11,27 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from nexus.core.errors import CapacityError, NotFoundError, TimedOutError
+from nexus.core.errors import CapacityError, ModelFormatError, NotFoundError, TimedOutError
 from nexus.core.hashing import leaf_hash
 from nexus.core.manifest import EMBEDDING, HEAD, Blob, Manifest, layer_name, stage_pieces
+from nexus.engine.safetensors_check import DTYPE_BYTES, encode_header
 from nexus.network.transport import PeerAddress
 from nexus.node import models
 from nexus.node.models import Models
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog
 
-PIECE_BYTES = 100
+WEIGHTS = 256
+PIECE_BYTES = 4 * WEIGHTS
 
 
-def model_in(store: BlobStore, number: int = 0) -> Manifest:
-    """A model of eight layers, all of it in the store; n layers take n * PIECE_BYTES, and more at the ends."""
+def model_in(store: BlobStore, number: int = 0, stored: str = "F32") -> Manifest:
+    """A model of eight layers, all of it in the store; n layers take n * PIECE_BYTES, and more at the ends. It says that it is
+    stored in float32, and is so in `stored`."""
 
     def blob(name: str) -> Blob:
-        content = f"{number} {name}".encode().ljust(PIECE_BYTES)
+        header = encode_header([(f"{number} {name}", stored, (WEIGHTS,))])
+        content = header + bytes(WEIGHTS * DTYPE_BYTES[stored])
         return store.put(name, len(content), [content])
 
     pieces = tuple(blob(name) for name in (EMBEDDING, *(layer_name(i) for i in range(8)), HEAD))
@@ -73,7 +77,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     def load(manifest: Manifest, start: int, end: int, paths: dict[str, Path], dtype: str) -> SimpleNamespace:
         begun.append((start, end))
         trio.from_thread.run(trio.testing.wait_all_tasks_blocked)
-        return SimpleNamespace(weight_bytes=sum(piece.size for piece in stage_pieces(manifest, start, end)))
+        return SimpleNamespace(weight_bytes=len(stage_pieces(manifest, start, end)) * PIECE_BYTES)
 
     monkeypatch.setattr(models, "_load_stage", load)
     return begun
@@ -118,7 +122,7 @@ async def test_stages_loaded_at_the_same_time_do_not_each_take_the_same_room(tmp
 
 
 async def test_a_stage_is_loaded_once_for_all_who_want_it_and_counted_once(tmp_path: Path, loads: list[tuple[int, int]]) -> None:
-    held, _ = models_in(tmp_path, memory=1000)
+    held, _ = models_in(tmp_path, memory=10 * PIECE_BYTES)
     manifest = model_in(held.blobs)
     stages = []
 
@@ -134,6 +138,30 @@ async def test_a_stage_is_loaded_once_for_all_who_want_it_and_counted_once(tmp_p
     assert held.memory_used_bytes == 2 * PIECE_BYTES
 
 
+async def test_weights_count_as_what_they_are_and_not_as_what_the_manifest_says(
+    tmp_path: Path, loads: list[tuple[int, int]]
+) -> None:
+    held, _ = models_in(tmp_path, memory=4 * PIECE_BYTES - 1)
+    liar = model_in(held.blobs, stored="BF16")
+    assert sum(piece.size for piece in liar.pieces[2:6]) < held._memory_max_bytes
+    with pytest.raises(CapacityError):
+        async with held.stage(liar, 1, 5, "float32", (), ignore):
+            pass
+    assert not loads
+
+
+async def test_a_piece_that_is_none_is_not_loaded(tmp_path: Path, loads: list[tuple[int, int]]) -> None:
+    held, _ = models_in(tmp_path, memory=10_000)
+    manifest = model_in(held.blobs)
+    junk = held.blobs.put("layer.1", 8, [bytes(8)])
+    pieces = (*manifest.pieces[:2], junk, *manifest.pieces[3:])
+    with pytest.raises(ModelFormatError):
+        async with held.stage(replace(manifest, pieces=pieces), 1, 2, "float32", (), ignore):
+            pass
+    assert not loads
+    assert not held._slots
+
+
 async def test_what_never_fits_is_not_even_fetched(tmp_path: Path) -> None:
     held, fetcher = models_in(tmp_path, memory=2 * PIECE_BYTES)
     with pytest.raises(CapacityError):
@@ -143,7 +171,7 @@ async def test_what_never_fits_is_not_even_fetched(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    held, fetcher = models_in(tmp_path, memory=1000)
+    held, fetcher = models_in(tmp_path, memory=10 * PIECE_BYTES)
     for start in range(50):
         with pytest.raises(NotFoundError):
             async with held.stage(elsewhere(start), 0, 1, "float32", (), ignore):
@@ -155,7 +183,7 @@ async def test_a_load_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 async def test_the_models_that_strangers_name_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "UNNAMED_MAX", 4)
-    held, fetcher = models_in(tmp_path, memory=1000)
+    held, fetcher = models_in(tmp_path, memory=10 * PIECE_BYTES)
     mine = elsewhere(0)
     held.catalog.add("mine", mine)
     served = model_in(held.blobs, 1)
@@ -170,7 +198,7 @@ async def test_the_models_that_strangers_name_do_not_pile_up(tmp_path: Path, mon
 
 async def test_parts_held_for_others_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "UNNAMED_MAX", 2)
-    held, fetcher = models_in(tmp_path, memory=1000)
+    held, fetcher = models_in(tmp_path, memory=10 * PIECE_BYTES)
     for number in range(2):
         held.catalog.keep(model_in(held.blobs, number))
     stranger = elsewhere(9)
@@ -181,7 +209,7 @@ async def test_parts_held_for_others_have_a_limit(tmp_path: Path, monkeypatch: p
 
 
 async def test_a_model_that_nobody_gives_is_not_waited_for_without_end(tmp_path: Path, autojump_clock: MockClock) -> None:
-    held, fetcher = models_in(tmp_path, memory=1000)
+    held, fetcher = models_in(tmp_path, memory=10 * PIECE_BYTES)
     fetcher.stalls = True
     with pytest.raises(TimedOutError):
         await held.manifest(elsewhere(1).root, ())
