@@ -179,9 +179,9 @@ def load_stage(manifest: Manifest, start: int, end: int, files: Mapping[str, Pat
         raise UsageError(f"layers {start} to {end} are not in a model of {manifest.layers}")
     config = read_config(_path(files, "config.json"))
     # What the manifest says is what was signed for and planned with; a config that says otherwise is not that model's.
-    claimed = (manifest.kind, manifest.layers, manifest.hidden_size, manifest.vocab_size, manifest.tied)
+    claimed = (manifest.kind, manifest.layers, manifest.hidden_size, manifest.vocab_size, manifest.tied, manifest.kv_bytes)
     if (
-        claimed != (config.kind, config.layers, config.hidden_size, config.vocab_size, config.tied)
+        claimed != (config.kind, config.layers, config.hidden_size, config.vocab_size, config.tied, config.kv_bytes)
         or manifest.context > config.context
     ):
         raise ModelFormatError("config.json and the manifest describe different models", "Add the model again")

@@ -12,7 +12,7 @@ What may follow what, and what is checked before it is used, is decided by the s
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -259,6 +259,7 @@ class InferService:
         self._sessions_max = sessions_max
         self._inline_step_s = inline_step_s
         self._served: dict[tuple[bytes, int], _Served] = {}
+        self._seats: dict[tuple[bytes, int], str] = {}  # sessions from their Open on, and whose they are
         self.live = Live()
         self._dialling: dict[str, trio.Lock] = {}
         # Sessions wait in line here, one step each, so a long prompt delays the others by one step and no more. Two threads,
@@ -276,18 +277,19 @@ class InferService:
             first = await control.receive()
         if scope.cancelled_caught:
             raise TimedOutError("the coordinator opened a stream and sent nothing")
-        message = INFER_MESSAGES.unpack(first)
+        message = _first_message(INFER_MESSAGES, first, control)
         if not isinstance(message, Open):
-            raise MalformedError("a session begins with Open")
+            raise MalformedError("a session begins with Open", peer=control.peer_id)
         served: _Served | None = None
         failure: NexusError | None = None
         try:
             async with alive(control):
-                manifest = await self._admit(control, message)
-                async with self._hold_stage(control, message, manifest) as stage:
-                    served = _Served(self, control, message, manifest, stage)
-                    with self.live.one():
-                        await served.run()
+                with self._seat(control.peer_id, message):
+                    manifest = await self._admit(control, message)
+                    async with self._hold_stage(control, message, manifest) as stage:
+                        served = _Served(self, control, message, manifest, stage)
+                        with self.live.one():
+                            await served.run()
         except* NexusError as group:  # may come with Cancelled beside it when the node stops: that goes on its way
             failure = _first_cause(group)
         if failure:
@@ -297,21 +299,36 @@ class InferService:
             )
             await self._refuse(control, message, step, failure)
 
+    @contextmanager
+    def _seat(self, peer_id: str, message: Open) -> Iterator[None]:
+        """Count a session from the moment that it is asked for: one that still loads is one as well. No peer gets all of them."""
+        key = (message.terms.session, message.stage)
+        if key in self._seats:
+            raise MalformedError("this session is already open here")
+        if len(self._seats) >= self._sessions_max:
+            raise CapacityError(
+                f"this node runs {self._sessions_max} sessions, its limit", "Try again later, or raise serve.sessions_max there"
+            )
+        most = self._sessions_max - self._sessions_max // 4
+        if peer_id != self._transport.peer_id and sum(owner == peer_id for owner in self._seats.values()) >= most:
+            raise CapacityError(
+                f"this node runs {most} sessions for you, and keeps {self._sessions_max - most} for others", "Wait for one to end"
+            )
+        self._seats[key] = peer_id
+        try:
+            yield
+        finally:
+            del self._seats[key]
+
     async def _admit(self, control: Stream, message: Open) -> Manifest:
         """Everything that can be checked before any work is done for the session."""
-        session, stage = message.terms.session, message.stage
+        stage = message.stage
         if not self._serve or self.draining:
             raise NotAllowedError(
                 "this node is shutting down" if self.draining else "this node does not serve stages", "Plan without it"
             )
         if peer_id_of(message.terms.coordinator) != control.peer_id:
             raise VerificationError("the session's terms name another coordinator than the peer that sent them")
-        if (session, stage) in self._served:
-            raise MalformedError("this session is already open here")
-        if len(self._served) >= self._sessions_max:
-            raise CapacityError(
-                f"this node runs {self._sessions_max} sessions, its limit", "Try again later, or raise serve.sessions_max there"
-            )
         stages = message.plan.stages
         if not 0 <= stage < len(stages) or stages[stage].node != self._identity.public_key:
             raise VerificationError(f"the plan does not name this node for stage {stage}")
@@ -371,9 +388,9 @@ class InferService:
             first = await link.receive()
         if scope.cancelled_caught:
             raise TimedOutError("a link was opened and nothing said on it")
-        hello = LINK_MESSAGES.unpack(first)
+        hello = _first_message(LINK_MESSAGES, first, link)
         if not isinstance(hello, Hello):
-            raise MalformedError("a link begins with Hello")
+            raise MalformedError("a link begins with Hello", peer=link.peer_id)
         served = self._served.get((hello.session, hello.stage))
         if served is None:
             raise NotAllowedError("no such session here")
@@ -383,10 +400,12 @@ class InferService:
     async def dialling(self, peer_id: str) -> AsyncIterator[None]:
         """At most one task at a time per peer."""
         lock = self._dialling.setdefault(peer_id, trio.Lock())
-        async with lock:
-            yield
-        if not lock.statistics().tasks_waiting:
-            self._dialling.pop(peer_id, None)
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():  # also when nobody answers there: strangers name as many peers as they like
+                self._dialling.pop(peer_id, None)
 
     async def compute(self, stage: Stage, session: bytes, payload: bytes, expected_s: float | None) -> tuple[bytes, float]:
         """One step: what came out, and the seconds that it took without the waiting.
@@ -498,7 +517,7 @@ class _Served:
                 match message:
                     case FeedInput(step, payload):
                         await self._handle(partial(self._machine.feed, step, payload))
-                    case Finish():
+                    case Finish() if self._opened.stage == 0:
                         await self._handle(self._machine.finish)
                     case _:
                         raise MalformedError(f"{type(message).__name__} is not for a stage")
@@ -725,7 +744,7 @@ class Coordinator:
                     raise TimedOutError(f"not a sign of life for {SILENCE_MAX_S:.0f} s")
                 await self._take(stage, INFER_MESSAGES.unpack(frame))
         except trio.EndOfChannel:
-            if self._reports[stage] is None and not self._reported.is_set():
+            if self._reports[stage] is None and not self._bundle:
                 raise UnreachableError(f"stage {stage} ({peer_id}) closed the session", "Run it again", peer_id) from None
         except NexusError as error:
             if self._bundle:
@@ -783,7 +802,8 @@ class Coordinator:
                 raise MalformedError(f"{type(message).__name__} is not for the coordinator")
         if self._machine.is_done and all(self._reports) and not self._bundle:
             raise VerificationError("the stages ended the session and owe receipts")
-        self._quiet.deadline = trio.current_time() + (REPORT_TIMEOUT_S if self._bundle else STEP_TIMEOUT_S)
+        if not self._bundle:
+            self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
         if self._bundle and all(self._reports):
             self._reported.set()
 
@@ -791,6 +811,7 @@ class Coordinator:
         for action in actions:
             if isinstance(action, Verified):
                 self._bundle = action.bundle
+                self._quiet.deadline = trio.current_time() + REPORT_TIMEOUT_S  # once: more reports do not put it off
 
     async def _feed(self, actions: list[CoordinatorAction]) -> None:
         for action in actions:
@@ -817,6 +838,14 @@ def stage_kv_bytes(manifest: Manifest, plan: Plan, stage: int) -> int:
 
 def _address(peer: KnownPeer) -> PeerAddress:
     return PeerAddress(peer_id_of(peer.node), peer.addresses)
+
+
+def _first_message(messages: MessageSet, frame: bytes, stream: Stream) -> Record:
+    """Of a stream from a stranger: garbage counts against it."""
+    try:
+        return messages.unpack(frame)
+    except MalformedError as error:
+        raise _blame(error, stream.peer_id) from error
 
 
 def _blame(error: NexusError, peer_id: str) -> NexusError:
