@@ -1,0 +1,155 @@
+"""Integer matrix products in stock torch, and the known-answer test that tells which of them are right on this processor.
+
+On x86 without VNNI, oneDNN's int8 products saturate and are wrong without a word (pytorch#136746): nothing is used untested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nexus.core.errors import LocalError
+
+# 128 * 127 * 1024 < 2^24: a float32 sum of so many products is exact in any order.
+F32_DEPTH_MAX = 1024
+_TEST_ROWS = (1, 3, 17, 64)
+_TEST_OUT = 64
+
+
+class Product(Protocol):
+    """One weight, ready to be multiplied with. `exact`: int32 [rows, N]; `rounded`: the same as float32, each rounded once."""
+
+    nbytes: int
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Float32Blocks:
+    """float32 products over blocks of the depth, each exact: right everywhere, with four bytes per weight."""
+
+    name = "float32 blocks"
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """`weight`: int8 [N, K]."""
+        self._blocks = [block.float().contiguous() for block in weight.split(F32_DEPTH_MAX, 1)]
+        self.nbytes = sum(block.nbytes for block in self._blocks)
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.float().split(F32_DEPTH_MAX, 1), self._blocks, strict=True)
+        total: torch.Tensor | None = None
+        for part, block in parts:
+            product = torch.nn.functional.linear(part, block).to(torch.int32)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return total
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return self.exact(x).float()
+
+
+class IntMM:
+    """torch._int_mm on the row-major weight: one byte per weight."""
+
+    name = "int_mm"
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight.t()
+        self.nbytes = weight.nbytes
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._int_mm(x, self._weight)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return self.exact(x).float()
+
+
+class OneDNN:
+    """oneDNN's prepacked int8 product, which gives float32: the fastest of the three for few rows. One byte per weight.
+
+    Where the sum itself is needed (16 bits wide) the depth is cut so that float32 holds it.
+    """
+
+    name = "onednn"
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        rows, depth = weight.shape
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, [1, depth])
+        self._one, self._zero = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
+        self._plain = weight
+        self.nbytes = 2 * weight.nbytes
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._int_mm(x, self._plain.t())
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 0, self._packed, self._one, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a kernel gave the right sums for every depth tried, and if not, why."""
+
+    name: str
+    right: bool
+    reason: str
+
+
+KERNELS: tuple[type[OneDNN] | type[IntMM] | type[Float32Blocks], ...] = (OneDNN, IntMM, Float32Blocks)
+
+
+def known_answer(make: Callable[[torch.Tensor], Product], depth: int) -> str:
+    """Multiply extreme and mixed values of this depth and compare with integers. The empty string where all is right."""
+    counted = np.arange(_TEST_OUT * depth, dtype=np.int64)
+    mixed = ((counted * 2654435761 >> 7) % 255 - 127).astype(np.int8).reshape(_TEST_OUT, depth)
+    extreme = np.full((_TEST_OUT, depth), 127, np.int8)
+    extreme[1::2] = -127
+    for weight in (extreme, mixed):
+        product = make(torch.from_numpy(weight))
+        for rows in _TEST_ROWS:
+            x = np.full((rows, depth), 127, np.int8)
+            x[1::3] = -128
+            x[2::3] = mixed[: len(x[2::3])] if depth else 0
+            expected = x.astype(np.int64) @ weight.astype(np.int64).T
+            for name, got in (("exact", product.exact(torch.from_numpy(x))), ("rounded", product.rounded(torch.from_numpy(x)))):
+                wanted = expected if name == "exact" else expected.astype(np.int32).astype(np.float32)
+                if not np.array_equal(got.numpy(), wanted):
+                    return f"wrong sums at depth {depth}, {rows} rows ({name})"
+    return ""
+
+
+@cache
+def _verdict(number: int, depth: int) -> str:
+    try:
+        return known_answer(KERNELS[number], depth)
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return f"not available: {str(error).splitlines()[0][:100]}"
+
+
+def verdicts(depths: Iterable[int]) -> list[Verdict]:
+    """What the known-answer test says of every kernel for these depths."""
+    unique = sorted(set(depths))
+    return [
+        Verdict(kernel.name, not reason, reason)
+        for number, kernel in enumerate(KERNELS)
+        for reason in [next(filter(None, (_verdict(number, depth) for depth in unique)), "")]
+    ]
+
+
+def choose(depths: Iterable[int]) -> type[OneDNN] | type[IntMM] | type[Float32Blocks]:
+    """The fastest kernel that is right for every depth. Raises LocalError where none is."""
+    found = verdicts(depths)
+    for kernel, verdict in zip(KERNELS, found, strict=True):
+        if verdict.right:
+            return kernel
+    reasons = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in found)
+    raise LocalError(f"no integer product of torch is right on this processor ({reasons})", "See `nexus engine check`")
