@@ -22,13 +22,16 @@ _TEST_OUT = 64
 
 
 class Product(Protocol):
-    """One weight, ready to be multiplied with. `exact`: int32 [rows, N]; `rounded`: the same as float32, each rounded once."""
+    """One weight, ready to be multiplied with int8 rows [M, K]. `wide` asks for the sums themselves, int32 [M, N]; otherwise they
+    come as float32, each rounded once."""
 
     nbytes: int
 
-    def exact(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor: ...
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        """int32 [M, N] in any case."""
+        ...
 
 
 class Float32Blocks:
@@ -36,22 +39,24 @@ class Float32Blocks:
 
     name = "float32 blocks"
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, wide: bool) -> None:
         """`weight`: int8 [N, K]."""
+        self._wide = wide
         self._blocks = [block.float().contiguous() for block in weight.split(F32_DEPTH_MAX, 1)]
         self.nbytes = sum(block.nbytes for block in self._blocks)
 
-    def exact(self, x: torch.Tensor) -> torch.Tensor:
-        parts = zip(x.float().split(F32_DEPTH_MAX, 1), self._blocks, strict=True)
-        total: torch.Tensor | None = None
-        for part, block in parts:
-            product = torch.nn.functional.linear(part, block).to(torch.int32)
-            total = product if total is None else total.add_(product)
-        assert total is not None
-        return total
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self._blocks) == 1 and not self._wide:
+            return torch.nn.functional.linear(x.float(), self._blocks[0])
+        total = self.sums(x)
+        return total if self._wide else total.float()
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        return self.exact(x).float()
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        first, *rest = zip(x.float().split(F32_DEPTH_MAX, 1), self._blocks, strict=True)
+        total = torch.nn.functional.linear(*first).to(torch.int32)
+        for part, block in rest:
+            total += torch.nn.functional.linear(part, block).to(torch.int32)
+        return total
 
 
 class IntMM:
@@ -59,40 +64,54 @@ class IntMM:
 
     name = "int_mm"
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, wide: bool) -> None:
+        self._wide = wide
         self._weight = weight.t()
         self.nbytes = weight.nbytes
 
-    def exact(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.sums(x)
+        return total if self._wide else total.float()
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(x, self._weight)
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        return self.exact(x).float()
 
-
-class OneDNN:
+class OneDNN(IntMM):
     """oneDNN's prepacked int8 product, which gives float32: the fastest of the three for few rows. One byte per weight.
 
-    Where the sum itself is needed (16 bits wide) the depth is cut so that float32 holds it.
+    Where the sums themselves are needed it is `IntMM`.
     """
 
     name = "onednn"
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, wide: bool) -> None:
+        super().__init__(weight, wide)
         rows, depth = weight.shape
-        self._packed = torch.ops.onednn.qlinear_prepack(weight, [1, depth])
-        self._one, self._zero = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
-        self._plain = weight
-        self.nbytes = 2 * weight.nbytes
+        if not wide:
+            self._weight = torch.ops.onednn.qlinear_prepack(weight, [1, depth])
+            self._one, self._zero = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
 
-    def exact(self, x: torch.Tensor) -> torch.Tensor:
-        return torch._int_mm(x, self._plain.t())
-
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._wide:
+            return super().__call__(x)
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, 0, self._packed, self._one, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+            x, 1.0, 0, self._weight, self._one, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return out
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        if self._wide:
+            return super().sums(x)
+        total = torch.zeros(len(x), len(self._one), dtype=torch.int32)
+        for at in range(0, x.shape[1], F32_DEPTH_MAX):
+            part = torch.zeros_like(x)
+            part[:, at : at + F32_DEPTH_MAX] = x[:, at : at + F32_DEPTH_MAX]
+            total += self(part).to(torch.int32)
+        return total
+
+
+Kernel = type[OneDNN] | type[IntMM] | type[Float32Blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +123,27 @@ class Verdict:
     reason: str
 
 
-KERNELS: tuple[type[OneDNN] | type[IntMM] | type[Float32Blocks], ...] = (OneDNN, IntMM, Float32Blocks)
+KERNELS: tuple[Kernel, ...] = (OneDNN, IntMM, Float32Blocks)
 
 
-def known_answer(make: Callable[[torch.Tensor], Product], depth: int) -> str:
+def known_answer(make: Callable[[torch.Tensor, bool], Product], depth: int) -> str:
     """Multiply extreme and mixed values of this depth and compare with integers. The empty string where all is right."""
     counted = np.arange(_TEST_OUT * depth, dtype=np.int64)
     mixed = ((counted * 2654435761 >> 7) % 255 - 127).astype(np.int8).reshape(_TEST_OUT, depth)
     extreme = np.full((_TEST_OUT, depth), 127, np.int8)
     extreme[1::2] = -127
     for weight in (extreme, mixed):
-        product = make(torch.from_numpy(weight))
+        products = {wide: make(torch.from_numpy(weight), wide) for wide in (False, True)}
         for rows in _TEST_ROWS:
             x = np.full((rows, depth), 127, np.int8)
             x[1::3] = -128
             x[2::3] = mixed[: len(x[2::3])] if depth else 0
             expected = x.astype(np.int64) @ weight.astype(np.int64).T
-            for name, got in (("exact", product.exact(torch.from_numpy(x))), ("rounded", product.rounded(torch.from_numpy(x)))):
-                wanted = expected if name == "exact" else expected.astype(np.int32).astype(np.float32)
-                if not np.array_equal(got.numpy(), wanted):
-                    return f"wrong sums at depth {depth}, {rows} rows ({name})"
+            for wide, product in products.items():
+                wanted = expected if wide else expected.astype(np.int32).astype(np.float32)
+                given = torch.from_numpy(x)
+                if not (np.array_equal(product(given).numpy(), wanted) and np.array_equal(product.sums(given).numpy(), expected)):
+                    return f"wrong sums at depth {depth}, {rows} rows{', wide' if wide else ''}"
     return ""
 
 
@@ -145,7 +165,7 @@ def verdicts(depths: Iterable[int]) -> list[Verdict]:
     ]
 
 
-def choose(depths: Iterable[int]) -> type[OneDNN] | type[IntMM] | type[Float32Blocks]:
+def choose(depths: Iterable[int]) -> Kernel:
     """The fastest kernel that is right for every depth. Raises LocalError where none is."""
     found = verdicts(depths)
     for kernel, verdict in zip(KERNELS, found, strict=True):
