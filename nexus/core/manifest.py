@@ -18,6 +18,11 @@ CHUNK_BYTES = 1 << 20
 LAYERS_MAX = 512
 EMBEDDING, HEAD = "embedding", "head"
 CAUSAL, ENCODER = "causal", "encoder"
+EXACT, FLOAT = "exact", "float"
+# What weights may be stored in, by profile.
+STORED = {EXACT: ("int8",), FLOAT: ("float32", "bfloat16", "float16")}
+# What an exact model brings beside its pieces: what is computed how, the tables, and known answers (docs/exact.md).
+EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS = "exact.json", "exact.safetensors", "vectors.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +39,15 @@ class Manifest(Record):
     """Everything that decides what a model computes.
 
     `kind`: "causal" (tokens in, tokens out) or "encoder" (tokens in, one vector out). `architecture`: the transformers class.
-    `dtype`: of the stored weights. `kv_bytes`: bytes of KV cache per token and layer in float32, 0 for an encoder.
+    `profile`: the arithmetic, "exact" (the same bits everywhere) or "float". `dtype`: of the stored weights. `kv_bytes`: bytes of
+    KV cache per token and layer, in profile "float" as float32; 0 for an encoder.
     `tied`: 1 where the head shares the embedding's weights, so that the last stage needs the embedding piece too.
     """
 
     spec: int = uint(1, least=1)
     kind: str = text(16)
     architecture: str = text(64)
+    profile: str = text(16)
     dtype: str = text(16)
     layers: int = uint(LAYERS_MAX)
     hidden_size: int = uint(2**20)
@@ -78,11 +85,15 @@ class Manifest(Record):
             raise MalformedError("the manifest's pieces are not embedding, every layer in order, head")
         if self.kind not in (CAUSAL, ENCODER) or self.spec != 1:
             raise MalformedError(f"unknown kind {self.kind!r} or spec {self.spec} of model")
+        if self.dtype not in STORED.get(self.profile, ()):
+            raise MalformedError(f"unknown arithmetic of a model: profile {self.profile!r}, weights in {self.dtype!r}")
         if not self.layers or not self.hidden_size or not self.context:
             raise MalformedError("a model has at least one layer, one hidden dimension and one position")
         names = [blob.name for blob in self.files]
         if len(set(names)) != len(names) or "config.json" not in names:
             raise MalformedError("the manifest's files are not unique, or config.json is missing")
+        if self.profile == EXACT and not {EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS}.issubset(names):
+            raise MalformedError("the manifest of an exact model lacks its plan, tables or known answers")
         for name in names:
             if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
                 raise MalformedError(f"the file name {name!r} leads out of the model's directory")

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from nexus.core.errors import MalformedError
 from nexus.core.hashing import tagged_hash
-from nexus.core.manifest import LAYERS_MAX, Manifest
+from nexus.core.manifest import EXACT, FLOAT, LAYERS_MAX, Manifest
 from nexus.core.record import Record, digest, many, nested, raw, text, uint
 
 STAGES_MAX = 256
-# What receipts may say was computed; a node signs for no other arithmetic than its own.
-PROFILES = ("float",)
-DTYPES = ("float32", "bfloat16")
+# What may be computed in, by profile, what is planned with first. A node signs for no arithmetic that it does not know.
+DTYPES = {EXACT: ("exact",), FLOAT: ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class PlanStage(Record):
 
 @dataclass(frozen=True, slots=True)
 class Plan(Record):
-    """`profile`: the arithmetic, "float" for now. `dtype`: what it computes in."""
+    """`profile`: the arithmetic, the model's. `dtype`: what it computes in, "exact" where the profile leaves no choice."""
 
     spec: int = uint(1, least=1)
     model_root: bytes = digest()
@@ -41,10 +40,12 @@ class Plan(Record):
     def check(self, manifest: Manifest) -> Plan:
         """This plan, if it covers every layer of this model exactly once, in order, each node once, in arithmetic that there is.
         Raises MalformedError."""
-        if self.profile not in PROFILES or self.dtype not in DTYPES:
+        if self.dtype not in DTYPES.get(self.profile, ()):
             raise MalformedError(f"the plan asks for unknown arithmetic: profile {self.profile!r}, dtype {self.dtype!r}")
         if self.model_root != manifest.root:
             raise MalformedError("the plan is for another model")
+        if self.profile != manifest.profile:
+            raise MalformedError(f"the plan asks for profile {self.profile!r} of a model of profile {manifest.profile!r}")
         covered = 0
         for stage in self.stages:
             if stage.start != covered or stage.end <= stage.start:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from nexus.core.errors import ModelFormatError
-from nexus.core.manifest import CAUSAL, CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, layer_name
+from nexus.core.manifest import CAUSAL, CHUNK_BYTES, EMBEDDING, FLOAT, HEAD, Blob, Manifest, layer_name
 from nexus.engine.architecture import Config, Layout, layout_of, model_class, read_config
 from nexus.engine.pooling import MODULES_FILE, pooling_config_name, read_pooling
 from nexus.engine.safetensors_check import TensorSpec, check_safetensors, encode_header
@@ -115,6 +115,7 @@ def import_model(source: Path, sink: BlobSink, progress: Callable[[str, int, int
         spec=1,
         kind=config.kind,
         architecture=model_class(config).__name__,
+        profile=FLOAT,
         dtype=dtype,
         layers=config.layers,
         hidden_size=config.hidden_size,

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from nexus.core.errors import CapacityError, NotFoundError, TimedOutError
-from nexus.core.manifest import Manifest, stage_pieces
+from nexus.core.manifest import FLOAT, Manifest, stage_pieces
 from nexus.network.transport import PeerAddress
 from nexus.node.blobs import Fetcher
 from nexus.storage.blobs import BlobStore
@@ -143,13 +143,16 @@ class Models:
         progress: ProgressSink,
     ) -> Stage:
         pieces = stage_pieces(manifest, start, end)
-        needed = sum(piece.size for piece in pieces) * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(manifest.dtype, 4)
+        needed = sum(piece.size for piece in pieces)
+        if manifest.profile == FLOAT:
+            needed = needed * DTYPE_BYTES.get(dtype, 4) // DTYPE_BYTES.get(manifest.dtype, 4)
         if needed > self._memory_max_bytes:  # before gigabytes are fetched for nothing
             raise self._no_room(f"layers {start} to {end - 1} need {needed} bytes")
         await self._complete(manifest, (start, end), sources, progress)
         paths = {blob.name: self.blobs.path(blob.root) for blob in (*manifest.files, *pieces)}
-        # What the pieces hold, not what the manifest says they hold: 16-bit weights that pass for float32 take twice their bytes.
-        needed = await trio.to_thread.run_sync(_loaded_bytes, [paths[piece.name] for piece in pieces], dtype)
+        if manifest.profile == FLOAT:
+            # What the pieces hold, not what the manifest says they hold: 16-bit weights that pass for float32 take twice as much.
+            needed = await trio.to_thread.run_sync(_loaded_bytes, [paths[piece.name] for piece in pieces], dtype)
         self._make_room(needed, f"layers {start} to {end - 1} need {needed} bytes")
         slot.n_bytes = needed  # now, so that what is loaded at the same time counts it
         try:

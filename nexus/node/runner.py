@@ -25,6 +25,7 @@ from nexus.core.errors import (
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, Manifest, stage_pieces
+from nexus.core.plan import DTYPES
 from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
@@ -57,7 +58,6 @@ ATTEMPTS_MAX = 3
 # A node that did not answer is left out of plans for so long; its record may live on for minutes.
 AVOID_S = 60.0
 EVENTS_MAX = 64
-DTYPE = "float32"
 # What a session may grow to is planned for; a longer answer is refused by the stage whose memory it would not fit.
 PLANNED_TOKENS = 2048
 
@@ -181,9 +181,9 @@ class Runner:
             )
             for record in records
         ]
-        tokens = min(manifest.context, PLANNED_TOKENS)
+        tokens, dtype = min(manifest.context, PLANNED_TOKENS), DTYPES[manifest.profile][0]
         # Off the trio thread: with many unlike nodes the search takes a noticeable part of a second.
-        search = partial(place, manifest, candidates, coordinator=own.node, stages=stages, dtype=DTYPE, context=tokens)
+        search = partial(place, manifest, candidates, coordinator=own.node, stages=stages, dtype=dtype, context=tokens)
         return await trio.to_thread.run_sync(search)
 
     def plan_view(self, name: str, manifest: Manifest, placement: Placement) -> PlanView:

@@ -25,11 +25,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from nexus.core.errors import CapacityError, MalformedError, UsageError
-from nexus.core.manifest import EMBEDDING, HEAD, Manifest, layer_name
+from nexus.core.manifest import EMBEDDING, EXACT, HEAD, Manifest, layer_name
 from nexus.core.plan import STAGES_MAX, Plan, PlanStage
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-PROFILE = "float"
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 # One part in so many may be given up of the slowest stage's speed for bytes that need not be fetched.
 SLACK = 8
 # Speeds are cut to this many significant bits (steps of 1/8 to 1/16), so that measuring again seldom changes a plan.
@@ -74,13 +73,17 @@ class StageCosts:
 
     def __init__(self, manifest: Manifest, dtype: str, context: int) -> None:
         """`dtype`: of the computation. `context`: tokens whose KV cache counts. Raises MalformedError for an unknown dtype."""
-        if dtype not in DTYPE_BYTES or manifest.dtype not in DTYPE_BYTES:
+        # In the exact profile weights and KV cache are in memory as they are stored, and `dtype` says nothing more.
+        width_of = manifest.dtype if manifest.profile == EXACT else dtype
+        if width_of not in DTYPE_BYTES or manifest.dtype not in DTYPE_BYTES:
             raise MalformedError(f"no known size of {manifest.dtype!r} or {dtype!r}")
         self.layers = manifest.layers
         self._tied = bool(manifest.tied)
         self._stored = {piece.name: piece.size for piece in manifest.pieces}
-        self._stored_width, self._width = DTYPE_BYTES[manifest.dtype], DTYPE_BYTES[dtype]
-        kv = manifest.kv_bytes * min(context, manifest.context) * self._width // DTYPE_BYTES["float32"]
+        self._stored_width, self._width = DTYPE_BYTES[manifest.dtype], DTYPE_BYTES[width_of]
+        kv = manifest.kv_bytes * min(context, manifest.context)
+        if manifest.profile != EXACT:
+            kv = kv * self._width // DTYPE_BYTES["float32"]
         names = [layer_name(layer) for layer in range(self.layers)]
         # Over layers [0, n), by n, and without embedding and head.
         self.memory_to = [0, *accumulate(self._loaded(name) + kv for name in names)]
@@ -136,7 +139,7 @@ def place(
     if chains is None:
         raise _no_room(costs, serving, stages)
     chain = min(chains, key=lambda chain: _merit(costs, chain, serving))
-    plan = Plan(1, manifest.root, PROFILE, dtype, tuple(PlanStage(one.node.node, one.start, one.end) for one in chain))
+    plan = Plan(1, manifest.root, manifest.profile, dtype, tuple(PlanStage(one.node.node, one.start, one.end) for one in chain))
     return Placement(
         plan=plan.check(manifest),
         memory_bytes=tuple(costs.memory(one.start, one.end) for one in chain),

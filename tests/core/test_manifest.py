@@ -10,14 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.core.errors import MalformedError, NotFoundError
-from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, blob_root, chunk_count, layer_name, stage_pieces
+from nexus.core.manifest import (
+    CHUNK_BYTES,
+    EMBEDDING,
+    EXACT_PLAN,
+    EXACT_TABLES,
+    EXACT_VECTORS,
+    HEAD,
+    Blob,
+    Manifest,
+    blob_root,
+    chunk_count,
+    layer_name,
+    stage_pieces,
+)
 
 
 def manifest_of(layers: int = 4, tied: int = 0) -> Manifest:
     names = [EMBEDDING, *(layer_name(index) for index in range(layers)), HEAD]
     pieces = tuple(Blob(name, 100 + index, bytes([index]) * 32) for index, name in enumerate(names))
     files = (Blob("config.json", 10, b"c" * 32), Blob("tokenizer/vocab.txt", 20, b"t" * 32))
-    return Manifest(1, "causal", "LlamaForCausalLM", "float32", layers, 8, 16, 64, 32, tied, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, files)
 
 
 def test_it_comes_back_from_its_bytes() -> None:
@@ -31,6 +44,7 @@ def test_the_root_binds_every_field() -> None:
     changed = [
         replace(manifest, kind="encoder"),
         replace(manifest, architecture="other"),
+        replace(manifest, profile="exact"),
         replace(manifest, dtype="bfloat16"),
         replace(manifest, hidden_size=9),
         replace(manifest, vocab_size=17),
@@ -52,6 +66,22 @@ def test_the_root_binds_every_field() -> None:
     assert len(set(roots)) == len(roots)
 
 
+def exact_manifest() -> Manifest:
+    extra = tuple(Blob(name, 5, bytes(32)) for name in (EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS))
+    manifest = manifest_of()
+    return replace(manifest, profile="exact", dtype="int8", files=manifest.files + extra)
+
+
+def test_an_exact_model_has_its_plan_tables_and_known_answers() -> None:
+    manifest = exact_manifest().check()
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    for number in range(2, 5):
+        with pytest.raises(MalformedError, match="lacks its plan, tables or known answers"):
+            replace(manifest, files=manifest.files[:number] + manifest.files[number + 1 :]).check()
+    with pytest.raises(MalformedError, match="unknown arithmetic"):
+        replace(manifest, dtype="float32").check()
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../config", "a/../b", "a//b", "a/./b", "", "a\\b", "a\0b", ".", "a/"])
 def test_file_names_that_lead_out_of_the_directory_are_refused(name: str) -> None:
     manifest = manifest_of()
@@ -64,6 +94,10 @@ def test_file_names_that_lead_out_of_the_directory_are_refused(name: str) -> Non
     [
         {"spec": 0},
         {"kind": "diffusion"},
+        {"profile": ""},
+        {"profile": "exact"},
+        {"dtype": "int8"},
+        {"dtype": "F31"},
         {"layers": 3},
         {"layers": 0},
         {"hidden_size": 0},

@@ -18,7 +18,9 @@ PLAN = plan_for(MODEL, 3)
 @pytest.mark.parametrize(
     "change",
     [
-        {"profile": "exact"},  # a node would sign that it computed so, whatever it computes in
+        {"profile": "exact", "dtype": "exact"},  # a node would sign that it computed so, whatever the model is
+        {"profile": "exact"},
+        {"dtype": "exact"},
         {"profile": ""},
         {"dtype": "float31"},
         {"dtype": "\x1b[2J"},

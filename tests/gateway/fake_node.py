@@ -44,7 +44,7 @@ ANSWER = ("Once", " upon", " a", " time", ".\n")
 def manifest() -> Manifest:
     pieces = tuple(Blob(name, 1000, leaf_hash(name.encode())) for name in ("embedding", "layer.0", "layer.1", "head"))
     files = (Blob("config.json", 10, leaf_hash(b"config")),)
-    return Manifest(1, "causal", "LlamaForCausalLM", "float32", 2, 64, 256, 512, 1024, 0, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", 2, 64, 256, 512, 1024, 0, pieces, files)
 
 
 def bundle(outputs: int = len(ANSWER)) -> Bundle:
@@ -52,7 +52,9 @@ def bundle(outputs: int = len(ANSWER)) -> Bundle:
     model = manifest()
     plan = Plan(1, model.root, FLOAT, "float32", (PlanStage(FIRST.public_key, 0, 1), PlanStage(SECOND.public_key, 1, 2)))
     prompt = tokens_to_bytes([5, 6, 7])
-    terms = Terms(1, b"n" * 16, COORDINATOR.public_key, model.root, plan.root, leaf_hash(prompt), 16, WINDOW, 0, 1_000_000, 0, ())
+    terms = Terms(
+        1, b"n" * 16, COORDINATOR.public_key, model.root, plan.root, leaf_hash(prompt), 16, WINDOW, 0, 0, MICRO, 0, MICRO, 0, ()
+    )
     requests = make_requests(COORDINATOR, terms, plan)
     results = tuple(tokens_to_bytes([index]) for index in range(outputs))
     payloads = ([prompt, *results[:-1]], [b"hidden"] * outputs, list(results))

@@ -81,9 +81,8 @@ def manifest(library: Library) -> Manifest:
         return library.store.put(name, size, [rng.randbytes(size)])
 
     pieces = tuple(put(name) for name in (EMBEDDING, *(layer_name(index) for index in range(LAYERS)), HEAD))
-    manifest = Manifest(
-        1, "causal", "LlamaForCausalLM", "float32", LAYERS, 8, 16, 64, 32, 0, pieces, (put("config.json"), put("vocab.txt"))
-    )
+    files = (put("config.json"), put("vocab.txt"))
+    manifest = Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", LAYERS, 8, 16, 64, 32, 0, pieces, files)
     library.catalog.add("nano", manifest)
     return manifest
 

@@ -42,7 +42,7 @@ def manifest(kind: str = CAUSAL, layers: int = 8) -> Manifest:
         return Blob(name, 10, leaf_hash(name.encode()))
 
     pieces = tuple(blob(name) for name in (EMBEDDING, *(layer_name(i) for i in range(layers)), HEAD))
-    return Manifest(1, kind, "Toy", "float32", layers, HIDDEN, 256, 4096, 8, 0, pieces, (blob("config.json"),)).check()
+    return Manifest(1, kind, "Toy", "float", "float32", layers, HIDDEN, 256, 4096, 8, 0, pieces, (blob("config.json"),)).check()
 
 
 def plan_for(model: Manifest, stages: int) -> Plan:
@@ -65,7 +65,10 @@ def terms_for(
         steps_max=steps_max,
         window=window,
         temperature=0,
+        top_k=0,
         top_p=1_000_000,
+        min_p=0,
+        repetition_penalty=1_000_000,
         seed=0,
         end_tokens=end_tokens,
     )

@@ -24,7 +24,7 @@ def model(
     sizes = {EMBEDDING: embedding, **{layer_name(index): size for index, size in enumerate(layers)}, HEAD: head}
     pieces = tuple(Blob(name, size, name.encode().ljust(32, b".")) for name, size in sizes.items())
     files = (Blob("config.json", 1, bytes(32)),)
-    return Manifest(1, "causal", "LlamaForCausalLM", dtype, len(layers), 8, 16, 4096, kv_bytes, tied, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", dtype, len(layers), 8, 16, 4096, kv_bytes, tied, pieces, files)
 
 
 def node(
@@ -278,6 +278,12 @@ class TestCounts:
     def test_a_node_named_twice_is_refused(self) -> None:
         with pytest.raises(UsageError, match="twice"):
             plan(model([400]), [node(1), node(1)])
+
+    def test_memory_of_an_exact_model_is_that_of_its_bytes(self) -> None:
+        manifest = replace(model([400] * 2, kv_bytes=10, dtype="int8"), profile="exact")
+        found = place(manifest, [node(1)], coordinator=ME, stages=None, dtype="exact", context=8)
+        assert found.memory_bytes == (2 * 400 + 2 * 40 + 2 * 8 * 10,)
+        assert (found.plan.profile, found.plan.dtype) == ("exact", "exact")
 
     def test_an_unknown_dtype_is_refused(self) -> None:
         with pytest.raises(MalformedError, match="int3"):
