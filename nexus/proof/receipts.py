@@ -23,15 +23,26 @@ WINDOW_MAX = 64
 STEPS_MAX = 1 << 20
 FLOAT = "float"
 MICRO = 1_000_000
+TEMPERATURE_MAX = 100
+TOP_K_MAX = 1 << 24
+REPETITION_PENALTY_MAX = 100
+# The least is as far below 1, which changes nothing, as the most is above it.
+REPETITION_PENALTY_MIN = 0.01
+
+
+def millionths(value: float) -> int:
+    """A sampling option as it is signed for and computed with. Gives back `count` for `count / MICRO`."""
+    return round(value * MICRO)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms(Record):
     """What a session is about; its hash is the session id, so every receipt binds the sampling and the prompt as well.
 
-    `temperature` and `top_p` are in millionths; temperature 0 is greedy. `seed` makes sampling repeatable. `steps_max`: passes
-    through the model at most. `end_tokens`: ids that end the answer. `prompt`: leaf hash of the first step's input bytes.
-    `window`: steps per receipt; 0 asks for none, and then nothing of the session can be verified.
+    `temperature`, `top_p`, `min_p` and `repetition_penalty` are in millionths; temperature 0 is greedy, top_k 0 is no limit, a
+    penalty of one million is none. `seed` makes sampling repeatable. `steps_max`: passes through the model at most. `end_tokens`:
+    ids that end the answer. `prompt`: leaf hash of the first step's input bytes. `window`: steps per receipt; 0 asks for none,
+    and then nothing of the session can be verified.
     """
 
     spec: int = uint(SPEC, least=SPEC)
@@ -42,8 +53,11 @@ class Terms(Record):
     prompt: bytes = digest()
     steps_max: int = uint(STEPS_MAX)
     window: int = uint(WINDOW_MAX)
-    temperature: int = uint(100 * MICRO)
-    top_p: int = uint(MICRO)
+    temperature: int = uint(TEMPERATURE_MAX * MICRO)
+    top_k: int = uint(TOP_K_MAX)
+    top_p: int = uint(MICRO, least=1)
+    min_p: int = uint(MICRO)
+    repetition_penalty: int = uint(REPETITION_PENALTY_MAX * MICRO, least=millionths(REPETITION_PENALTY_MIN))
     seed: int = uint()
     end_tokens: tuple[int, ...] = many(uint(2**32 - 1), 64)
 

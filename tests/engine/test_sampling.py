@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nexus.core.errors import NexusError, UsageError
-from nexus.engine.sampling import GREEDY, Sampling, nucleus, sample, uniform
+from nexus.engine.sampling import GREEDY, Sampling, nucleus, penalised, sample, uniform
+from nexus.proof.receipts import MICRO, millionths
+from tests.swarm.ring import manifest, plan_for, terms_for
 
 LOGITS = arrays(np.float32, st.integers(1, 60), elements=st.floats(-50, 50, width=32))
 SEEDS = st.integers(0, 2**64 - 1)
@@ -69,7 +73,51 @@ def test_draws_follow_the_softmax() -> None:
 def test_extreme_temperatures_do_not_break() -> None:
     logits = np.array([-1e30, 3.0, 1e30], np.float32)
     assert sample(logits, Sampling(5e-324), 0) == 2
-    assert sample(logits, Sampling(1e300), 0) in range(3)
+    assert sample(logits, Sampling(100.0), 0) in range(3)
+
+
+@given(LOGITS, TEMPERATURES, st.integers(1, 70), st.floats(0, 1))
+def test_top_k_and_min_p_take_away_from_the_end(logits: np.ndarray, temperature: float, top_k: int, min_p: float) -> None:
+    everything = nucleus(logits, Sampling(temperature))[0].tolist()
+    tokens = nucleus(logits, Sampling(temperature, top_k=top_k, min_p=min_p))[0].tolist()
+    assert tokens == everything[: len(tokens)]
+    assert 1 <= len(tokens) <= top_k
+    shares = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    assert np.all(shares[tokens] >= min_p)
+    left_out = [token for token in everything[:top_k] if token not in tokens]
+    assert np.all(shares[left_out] < min_p)
+
+
+def test_the_repetition_penalty_divides_what_is_positive_and_multiplies_what_is_not() -> None:
+    logits = np.array([4.0, 3.0, -1.0, -1.5], np.float32)
+    twice = Sampling(repetition_penalty=2.0)
+    assert penalised(logits, [0, 2, 0], twice).tolist() == [2.0, 3.0, -2.0, -1.5]
+    assert logits.tolist() == [4.0, 3.0, -1.0, -1.5]
+    assert penalised(logits, [], twice) is logits
+    assert penalised(logits, [0], GREEDY) is logits
+    assert sample(logits, twice, 0) == 0
+    assert sample(logits, twice, 0, [0]) == 1
+    assert sample(np.array([3e38, -3e38], np.float32), Sampling(repetition_penalty=0.01), 0, [0, 1]) == 0
+
+
+def test_terms_say_it_in_millionths() -> None:
+    model = manifest()
+    plan = plan_for(model, 1)
+    terms = replace(
+        terms_for(model, plan, [b"1234"], 1),
+        temperature=700_001,
+        top_k=40,
+        top_p=950_003,
+        min_p=49_999,
+        repetition_penalty=1_100_007,
+        seed=9,
+    )
+    assert Sampling.of(terms) == Sampling(0.700001, 0.950003, 9, 40, 0.049999, 1.100007)
+
+
+@given(st.integers(0, 100 * MICRO))
+def test_millionths_come_back(count: int) -> None:
+    assert millionths(count / MICRO) == count
 
 
 @pytest.mark.parametrize(
@@ -83,9 +131,18 @@ def test_extreme_temperatures_do_not_break() -> None:
         (1.0, math.nan, 0),
         (1, 1, -1),
         (1, 1, 2**64),
+        (100.1,),
+        (1, 1, 0, -1),
+        (1, 1, 0, 2**24 + 1),
+        (1, 1, 0, 0, -0.1),
+        (1, 1, 0, 0, 1.1),
+        (1, 1, 0, 0, math.nan),
+        (1, 1, 0, 0, 0, 0),
+        (1, 1, 0, 0, 0, 101),
+        (1, 1, 0, 0, 0, math.nan),
     ],
 )
-def test_impossible_settings_are_refused(arguments: tuple[float, float, int]) -> None:
+def test_impossible_settings_are_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(UsageError):
         Sampling(*arguments)
 

@@ -1,0 +1,117 @@
+"""The exact profile's sampler: the same logits, options, seed and step give the same token on every machine, as anyone can check.
+
+Nothing here sums floats or calls a math library. Logits become integers in units of 2^-16, softmax weights integers in units of
+2^-40 through the tables of exp(-x), and every share is compared as a product of integers.
+docs/protocol.md says the same in words, for other implementations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus.core.errors import ModelFormatError, UsageError
+from nexus.engine.sampling import Sampling, draw_bits, likeliest, penalised
+from nexus.proof.receipts import MICRO, millionths
+
+# exp(-i/8) and exp(-j/32768) in float64, i < 256, j < 4096: see nexus.engine.exact.tables.
+ExpTables = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+# 2^22 weights of at most 2^40 sum to at most 2^62, which an int64 holds.
+VOCAB_MAX = 1 << 22
+_ID_BITS = 22
+_LOGIT_UNIT = 65536.0
+_WEIGHT_ONE = 1 << 40
+# Of the temperature, above which a logit may lie below the highest and still weigh something: exp(-28.5) * 2^40 < 1/2.
+_GAP_MAX = 29.0
+# Gaps in units of 2^-16 stop here: times a million they fit an int64, and at the highest temperature the weight is 0 long before.
+_GAP_UNITS_MAX = float(1 << 42)
+_EXP_INDEX_MAX = 254 << 12
+
+
+def sample_exact(logits: NDArray[np.float32], sampling: Sampling, step: int, tables: ExpTables, seen: Sequence[int] = ()) -> int:
+    """The token id for pass number `step` of a session, from float32 logits [vocabulary].
+
+    `tables`: exp(-i/8) float64 [256] and exp(-j/32768) float64 [4096]. `seen`: the token ids that the repetition penalty is for, in
+    any order and number. Greedy takes the highest logit, the lowest id among equals. Raises NexusError where the logits are not
+    finite, ModelFormatError for a vocabulary of more than VOCAB_MAX tokens.
+    """
+    if logits.dtype != np.float32 or logits.ndim != 1 or not len(logits):
+        raise UsageError(f"logits are float32 [vocabulary], not {logits.dtype} {list(logits.shape)}")
+    if len(logits) > VOCAB_MAX:
+        raise ModelFormatError(f"the vocabulary has {len(logits)} tokens; the exact sampler takes {VOCAB_MAX}", "Use profile float")
+    best = likeliest(logits)
+    values = penalised(logits, seen, sampling)
+    if millionths(sampling.temperature) == 0:
+        return best if values is logits else likeliest(values)
+    tokens, cumulative = candidates(values, sampling, tables)
+    # The draw is uniform on [0, 2^64); its product with the total takes up to 126 bits, so it is Python's.
+    point = (draw_bits(sampling.seed, step) * int(cumulative[-1])) >> 64
+    return int(tokens[int(np.searchsorted(cumulative, point, side="right"))])
+
+
+def candidates(logits: NDArray[np.float32], sampling: Sampling, tables: ExpTables) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The tokens that may be drawn, likeliest first (lower id first among equals), and the running sum of their weights.
+
+    The temperature must be at least a millionth; the penalty is not applied. Weights are integers, 2^40 for the likeliest token;
+    those that round to 0 may be left out or not, since they cannot be drawn.
+    """
+    top = float(logits.max())
+    temperature = millionths(sampling.temperature)
+    # A first cut by float comparison, for speed alone: rounded downwards, it only leaves out what weighs 0.
+    with np.errstate(over="ignore"):  # below the lowest float32 is -inf, and nothing is left out
+        least = np.nextafter(np.float32(top - 1 - _GAP_MAX * temperature / MICRO), np.float32(-np.inf))
+    if 0 < sampling.top_k < len(logits):
+        least = max(least, np.partition(logits, -sampling.top_k)[-sampling.top_k])
+    tokens = ordered(logits, np.flatnonzero(logits >= least))[: sampling.top_k or None]
+    weights = weights_of(logits[tokens], temperature, tables)
+    cumulative = np.cumsum(weights)
+    # The fewest that reach top_p of the total: sum * MICRO >= top_p * total, the product in Python's integers.
+    needed = -(-millionths(sampling.top_p) * int(cumulative[-1]) // MICRO)
+    by_share = int(np.searchsorted(cumulative, max(needed, 1))) + 1
+    # Weights fall along the order. A weight times a million is below 2^60.
+    by_least = int(np.count_nonzero(weights * MICRO >= millionths(sampling.min_p) * _WEIGHT_ONE))
+    count = min(by_share, by_least)
+    return tokens[:count], cumulative[:count]
+
+
+def ordered(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`tokens` from the highest logit to the lowest, lower id first among equals.
+
+    Sorts one integer per token, the logit's bits above the id: no two are equal, so any way of sorting gives the same.
+    """
+    # Adding 0 turns -0 into 0, which it equals.
+    bits = (logits[tokens] + np.float32(0)).view(np.int32)
+    # Of floats, positive ones are ordered as their bits are, negative ones the other way round.
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (~ascending).astype(np.int64)
+    keys <<= _ID_BITS
+    keys |= tokens
+    keys.sort()
+    keys &= VOCAB_MAX - 1
+    return keys
+
+
+def weights_of(logits: NDArray[np.float32], temperature: int, tables: ExpTables) -> NDArray[np.int64]:
+    """Softmax weights in units of 2^-40 of the highest logit's, from logits with the highest first; `temperature` in millionths."""
+    exp_hi, exp_lo = tables
+    units = logits.astype(np.float64)
+    units *= _LOGIT_UNIT
+    np.rint(units, out=units)
+    # Differences of whole numbers; the bound before the cast, whose result is not defined beyond int64.
+    np.subtract(units[0], units, out=units)
+    np.minimum(units, _GAP_UNITS_MAX, out=units)
+    index = units.astype(np.int64)
+    # x = gap / 2^16 / (temperature / MICRO); the index is x * 2^15 to the nearest, half upwards.
+    index *= MICRO
+    index += temperature
+    index //= 2 * temperature
+    np.minimum(index, _EXP_INDEX_MAX, out=index)
+    weights: NDArray[np.float64] = exp_hi[index >> 12]
+    index &= 4095
+    weights *= exp_lo[index]
+    weights *= float(_WEIGHT_ONE)
+    np.rint(weights, out=weights)
+    return weights.astype(np.int64)
