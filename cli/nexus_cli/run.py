@@ -26,7 +26,10 @@ INPUT_BYTES_MAX = 4 * 1024 * 1024
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, help="Tokens of the answer at most. [default: 128]")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token; higher is more varied. [default: 0]")
+@click.option("--top-k", type=int, help="Sample among so many of the likeliest tokens; 0 is all. [default: 0]")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that make up this share. [default: 1]")
+@click.option("--min-p", type=float, help="Sample among tokens at least this times as likely as the likeliest. [default: 0]")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens of the answer so far get less likely. [default: 1]")
 @click.option("--seed", type=int, help="Makes sampling repeatable. [default: drawn anew]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
 @click.option("--stages", type=int, help="Split over this many nodes. [default: the node decides]")
@@ -39,7 +42,10 @@ def run(
     prompt: str,
     max_tokens: int | None,
     temperature: float | None,
+    top_k: int | None,
     top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
     seed: int | None,
     stop: tuple[str, ...],
     stages: int | None,
@@ -61,7 +67,10 @@ def run(
     body |= {
         "max_tokens": max_tokens,
         "temperature": check_finite(temperature, "--temperature"),
+        "top_k": top_k,
         "top_p": check_finite(top_p, "--top-p"),
+        "min_p": check_finite(min_p, "--min-p"),
+        "repetition_penalty": check_finite(repetition_penalty, "--repetition-penalty"),
     }
     body |= {"seed": seed, "stages": stages, "receipts": not no_receipts}
     tokens: list[Token] = []

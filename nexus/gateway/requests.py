@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nexus.core.errors import UsageError
 from nexus.gateway.wire import Json
 from nexus.models import BUILTIN_NAMES
 from nexus.node.api import EmbedRequest, GenerateRequest
-from nexus.proof.receipts import STEPS_MAX
+from nexus.proof.receipts import REPETITION_PENALTY_MAX, REPETITION_PENALTY_MIN, STEPS_MAX, TEMPERATURE_MAX, TOP_K_MAX
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
 NAME_CHARS_MAX = 128
@@ -20,7 +20,6 @@ TEXTS_MAX = 1024
 STOPS_MAX = 16
 STOP_CHARS_MAX = 256
 STAGES_MAX = 256
-TEMPERATURE_MAX = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def _refuse_constant(word: str) -> float:
 
 
 def parse_generate(body: bytes) -> GenerateRequest:
-    value = parse_object(body, "model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stages", "receipts")
+    value = parse_object(body, *(option.name for option in fields(GenerateRequest)))
     given = {key: entry for key, entry in value.items() if entry is not None}
     default = GenerateRequest(_name(given, "model"), _prompt(given))
     return GenerateRequest(
@@ -60,7 +59,12 @@ def parse_generate(body: bytes) -> GenerateRequest:
         prompt=default.prompt,
         max_tokens=_integer(given, "max_tokens", 1, STEPS_MAX, default.max_tokens),
         temperature=_number(given, "temperature", 0.0, TEMPERATURE_MAX, default.temperature),
+        top_k=_integer(given, "top_k", 0, TOP_K_MAX, default.top_k),
         top_p=_number(given, "top_p", 0.0, 1.0, default.top_p, above_least=True),
+        min_p=_number(given, "min_p", 0.0, 1.0, default.min_p),
+        repetition_penalty=_number(
+            given, "repetition_penalty", REPETITION_PENALTY_MIN, REPETITION_PENALTY_MAX, default.repetition_penalty
+        ),
         seed=_optional_integer(given, "seed", 0, 2**64 - 1),
         stop=_texts(given, "stop", STOPS_MAX, STOP_CHARS_MAX) if "stop" in given else default.stop,
         stages=_optional_integer(given, "stages", 1, STAGES_MAX),

@@ -85,14 +85,17 @@ class PlanView:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """`temperature` 0 is greedy. `seed` None: a fresh one is drawn. `stages` None: the node decides. `receipts` False: the stages
-    sign nothing, and nothing of the answer can be verified."""
+    """Sampling options as `nexus.engine.sampling.Sampling` has them. `seed` None: a fresh one is drawn. `stages` None: the node
+    decides. `receipts` False: the stages sign nothing, and nothing of the answer can be verified."""
 
     model: str
     prompt: str
     max_tokens: int = 128
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stages: int | None = None

@@ -42,7 +42,7 @@ from nexus.core.record import MessageSet, Record, digest, many, nested, raw, tex
 from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.node.live import Live
 from nexus.proof.bundle import Bundle, check_request
-from nexus.proof.receipts import MICRO, STEPS_MAX, Refusal, SignedReceipt, SignedRefusal, SignedRequest, Terms
+from nexus.proof.receipts import STEPS_MAX, Refusal, SignedReceipt, SignedRefusal, SignedRequest, Terms
 from nexus.swarm.session import (
     AskFinish,
     Close,
@@ -456,7 +456,7 @@ class _Served:
         last = self._opened.stage == len(plan.stages) - 1
         if not last or self._feeds_back:
             await self._reach_next()
-        sampling = Sampling(terms.temperature / MICRO, terms.top_p / MICRO, terms.seed) if last and self._feeds_back else None
+        sampling = Sampling.of(terms) if last and self._feeds_back else None
         self._stage.open(self._session, sampling)
         service._served[key] = self
         service.totals.sessions += 1

@@ -44,7 +44,7 @@ from nexus.node.api import (
 from nexus.node.infer import PAYLOAD_MAX, Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.live import Live
 from nexus.node.models import Models
-from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, tokens_from_bytes, tokens_to_bytes
+from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.placement import Candidate, Placement, place
 from nexus.swarm.session import Result
@@ -70,11 +70,14 @@ class _Job:
     manifest: Manifest
     inputs: tuple[bytes, ...]
     steps_max: int
-    temperature: int
-    top_p: int
-    seed: int
-    end_tokens: tuple[int, ...]
     stages: int | None
+    temperature: int = 0
+    top_k: int = 0
+    top_p: int = MICRO
+    min_p: int = 0
+    repetition_penalty: int = MICRO
+    seed: int = 0
+    end_tokens: tuple[int, ...] = ()
     receipts: bool = True
 
 
@@ -220,8 +223,11 @@ class Runner:
             manifest=manifest,
             inputs=(tokens_to_bytes(prompt),),
             steps_max=min(request.max_tokens, manifest.context - len(prompt), STEPS_MAX),
-            temperature=round(request.temperature * MICRO),
-            top_p=round(request.top_p * MICRO),
+            temperature=millionths(request.temperature),
+            top_k=request.top_k,
+            top_p=max(1, millionths(request.top_p)),
+            min_p=millionths(request.min_p),
+            repetition_penalty=millionths(request.repetition_penalty),
             seed=randbits(64) if request.seed is None else request.seed,
             end_tokens=tuple(tokenizer.end_tokens),
             stages=request.stages,
@@ -258,7 +264,7 @@ class Runner:
                 raise UsageError(
                     f"text {number + 1} has {len(tokens)} tokens; {name} reads {manifest.context}", "Split it into shorter texts"
                 )
-        job = _Job(name, manifest, tuple(tokens_to_bytes(tokens) for tokens in texts), len(texts), 0, MICRO, 0, (), request.stages)
+        job = _Job(name, manifest, tuple(tokens_to_bytes(tokens) for tokens in texts), len(texts), request.stages)
         clock = _Clock()
         async with aclosing(self._run(job)) as events:
             async for event, _ in events:
@@ -321,7 +327,10 @@ class Runner:
             steps_max=job.steps_max,
             window=WINDOW if job.receipts else 0,
             temperature=job.temperature,
+            top_k=job.top_k,
             top_p=job.top_p,
+            min_p=job.min_p,
+            repetition_penalty=job.repetition_penalty,
             seed=job.seed,
             end_tokens=job.end_tokens,
         )

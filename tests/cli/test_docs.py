@@ -70,8 +70,8 @@ def test_the_default_named_in_help_is_the_one_that_holds() -> None:
 
     request = GenerateRequest("", "")
     shown = {parameter.name: parameter for parameter in nexus.commands["run"].params if isinstance(parameter, click.Option)}
-    for name, default in (("max_tokens", request.max_tokens), ("temperature", request.temperature), ("top_p", request.top_p)):
-        assert f"[default: {default:g}]" in str(shown[name].help)
+    for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        assert f"[default: {getattr(request, name):g}]" in str(shown[name].help)
     embed = {parameter.name: parameter for parameter in nexus.commands["embed"].params if isinstance(parameter, click.Option)}
     assert f"[default: {EmbedRequest(()).model}]" in str(embed["model"].help)
 

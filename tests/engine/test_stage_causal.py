@@ -109,6 +109,14 @@ def test_sampling_depends_on_the_seed_alone(imported: Imported) -> None:
     assert generate(one, b"c", 32, Sampling(temperature=1.5, top_p=0.95, seed=12)) != tokens
 
 
+def test_the_repetition_penalty_counts_the_answer(imported: Imported) -> None:
+    _, manifest, folder = imported("llama")
+    heavy = Sampling(repetition_penalty=100.0)
+    tokens = generate(load_chain(manifest, folder, 1), b"a", NEW, heavy)
+    assert generate(load_chain(manifest, folder, 3), b"b", NEW, heavy) == tokens
+    assert len(set(tokens)) > len(set(generate(load_chain(manifest, folder, 1), b"c", NEW)))
+
+
 def test_sessions_do_not_touch_each_other(imported: Imported) -> None:
     _, manifest, folder = imported("gemma3")
     chain = load_chain(manifest, folder, 2)

@@ -35,7 +35,7 @@ from nexus.node.api import (
     Token,
 )
 from nexus.proof.bundle import Bundle, make_requests
-from nexus.proof.receipts import FLOAT, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
+from nexus.proof.receipts import FLOAT, MICRO, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 ANSWER = ("Once", " upon", " a", " time", ".\n")

@@ -22,8 +22,9 @@ def test_defaults_are_those_of_the_request() -> None:
 
 
 def test_everything_given_arrives() -> None:
-    request = generate(max_tokens=7, temperature=0.5, top_p=0.9, seed=2**64 - 1, stop=["a", "b"], stages=3, receipts=False)
-    assert request == GenerateRequest("nano", "hi", 7, 0.5, 0.9, 2**64 - 1, ("a", "b"), 3, False)
+    given = {"max_tokens": 7, "temperature": 0.5, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
+    given |= {"seed": 2**64 - 1, "stages": 3, "receipts": False}
+    assert generate(**given, stop=["a", "b"]) == GenerateRequest("nano", "hi", **given, stop=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,13 @@ def test_everything_given_arrives() -> None:
         ({"temperature": 1e300}, "temperature"),
         ({"top_p": 0}, "top_p is 0. Give a number above 0"),
         ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k is -1. Give a whole number from 0"),
+        ({"top_k": 2**24 + 1}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": -0.1}, "min_p is -0.1. Give a number from 0 to 1"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0. Give a number from 0.01 to 100"),
+        ({"repetition_penalty": 1e9}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"stop": "text"}, "stop is not a list"),
