@@ -42,7 +42,7 @@ class Float32Blocks:
     def __init__(self, weight: torch.Tensor, wide: bool) -> None:
         """`weight`: int8 [N, K]."""
         self._wide = wide
-        self._blocks = [block.float().contiguous() for block in weight.split(F32_DEPTH_MAX, 1)]
+        self._blocks = [block.float().contiguous() for block in torch.split(weight, F32_DEPTH_MAX, 1)]
         self.nbytes = sum(block.nbytes for block in self._blocks)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ class Float32Blocks:
         return total if self._wide else total.float()
 
     def sums(self, x: torch.Tensor) -> torch.Tensor:
-        first, *rest = zip(x.float().split(F32_DEPTH_MAX, 1), self._blocks, strict=True)
+        first, *rest = zip(torch.split(x.float(), F32_DEPTH_MAX, 1), self._blocks, strict=True)
         total = torch.nn.functional.linear(*first).to(torch.int32)
         for part, block in rest:
             total += torch.nn.functional.linear(part, block).to(torch.int32)

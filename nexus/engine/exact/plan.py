@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from nexus.engine.architecture import Config
 
 SPEC = 1
-PLAN_FILE, TABLES_FILE, VECTORS_FILE = "exact.json", "exact.safetensors", "vectors.safetensors"
 # transformers' model_type: the architectures whose every option below was tested against float.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "bert")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
@@ -40,8 +39,8 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """`window`: positions that a query sees, itself included; 0 for all. `rope`: which of `ExactPlan.ropes`. `wide`: operations whose
-    input is 16 bits wide, of `LINEARS` and "attention"."""
+    """`window`: positions that a query sees, itself included; 0 for all. `rope`: which of `ExactPlan.ropes`. `wide`: operations
+    whose input is 16 bits wide, of `LINEARS` and "attention"."""
 
     window: int = 0
     rope: int = 0
@@ -124,7 +123,7 @@ class ExactPlan:
         for name in norms:
             shapes |= self._norm(name)
         if self.qk_norm:
-            shapes |= {name: ("F32", (self.head_dim,)) for name in ("q_norm.weight", "k_norm.weight")}
+            shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), ("F32", (self.head_dim,)))
         return shapes
 
     def embedding_tensors(self) -> Shapes:

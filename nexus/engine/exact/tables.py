@@ -1,4 +1,4 @@
-"""The tables of the exact profile, computed once when a model is converted, with 120 bits, so that every machine computes the same bytes.
+"""The tables of the exact profile, computed once, when a model is converted, with 120 bits: every machine computes the same bytes.
 
 A node never computes them: it reads them from the model, whose root they are part of. Rotary frequencies follow the rules of
 transformers' `modeling_rope_utils` (llama3: Llama 3.1's model card; yarn: Peng et al., arXiv:2309.00071).
@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -193,7 +193,7 @@ class _Linear:
             sums = self.product(torch.cat(split16(q)))
             if trace:
                 trace(sums)
-            high, low = sums.double().split(len(x))
+            high, low = torch.split(sums.double(), len(x))
             total = (high * 256.0 + low).float()
         else:
             q, s = quantise8(x)
@@ -226,7 +226,6 @@ class TorchModel:
     head: _Linear | None
     weight_bytes: int
     kernel: str = ""
-    _index: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def new_cache(self) -> TorchCache | None:
         return TorchCache(self.plan, [layer.plan for layer in self.layers]) if self.plan.causal else None
@@ -242,7 +241,13 @@ class TorchModel:
         Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [runs, vocab] of each run's last token.
         Raises OutOfBoundsError.
         """
-        x = self._embedded(runs, x) if self.first else x
+        x = self.hidden(runs, self.embedded(runs, x) if self.first else x, trace, cancelled)
+        return self.logits(runs, x) if self.last and self.plan.causal else x
+
+    def hidden(
+        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, cancelled: Callable[[], bool] | None = None
+    ) -> torch.Tensor:
+        """`x` [rows, hidden] through the layers."""
         for run in runs:
             if run.cache is not None:
                 run.cache.reserve(run.position + run.count)
@@ -250,15 +255,18 @@ class TorchModel:
             if cancelled and cancelled():
                 break
             x = self._layer(index, layer, runs, x, trace)
-        if not (self.last and self.plan.causal):
-            amax(x)
-            return x
+        amax(x)
+        return x
+
+    def logits(self, runs: Sequence[TorchRun], x: torch.Tensor) -> torch.Tensor:
+        """float32 [runs, vocab] of each run's last row."""
         ends = torch.tensor([run.count for run in runs]).cumsum(0) - 1
         assert self.head is not None
         logits = self.head(rms_norm(x[ends], self.extras["norm.weight"], self.plan.eps))
         return self.functions.cap(logits, self.plan.logit_cap) if self.plan.logit_cap else logits
 
-    def _embedded(self, runs: Sequence[TorchRun], ids: torch.Tensor) -> torch.Tensor:
+    def embedded(self, runs: Sequence[TorchRun], ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [rows] to the hidden states before the first layer."""
         assert self.embed is not None
         weight, scale = self.embed
         x = weight[ids].float() * scale[ids, None]
@@ -288,7 +296,7 @@ class TorchModel:
             x = self._norm(layer, "attention_norm", x + y)
             return self._norm(layer, "mlp_norm", x + op("down", self.functions.activation(plan.activation, op("gate_up", x))))
         x = x + (self._norm(layer, "post_attention_norm", y) if plan.post_norms else y)
-        gate, up = op("gate_up", self._norm(layer, "mlp_norm", x)).split(plan.ffn, -1)
+        gate, up = torch.split(op("gate_up", self._norm(layer, "mlp_norm", x)), plan.ffn, -1)
         y = op("down", self.functions.activation(plan.activation, gate) * up)
         return x + (self._norm(layer, "post_mlp_norm", y) if plan.post_norms else y)
 
@@ -298,12 +306,12 @@ class TorchModel:
         (ca, sa), (cb, sb) = coarse[positions // ROPE_FINE].unbind(-1), fine[positions % ROPE_FINE].unbind(-1)
         c, s = (ca * cb - sa * sb).float()[:, None], (sa * cb + ca * sb).float()[:, None]
         half = self.plan.rotated // 2
-        one, two, rest = x.split((half, half, self.plan.head_dim - 2 * half), -1)
+        one, two, rest = torch.split(x, [half, half, self.plan.head_dim - 2 * half], -1)
         return torch.cat((one * c - two * s, two * c + one * s, rest), -1)
 
     def _attention(self, index: int, layer: _Layer, runs: Sequence[TorchRun], y: torch.Tensor) -> torch.Tensor:
         plan = self.plan
-        q, k, v = y.split((plan.q_size, plan.kv_size, plan.kv_size), -1)
+        q, k, v = torch.split(y, [plan.q_size, plan.kv_size, plan.kv_size], -1)
         q, k, v = (part.reshape(len(y), -1, plan.head_dim) for part in (q, k, v))
         if plan.qk_norm:
             q, k = self._norm(layer, "q_norm", q), self._norm(layer, "k_norm", k)
@@ -317,17 +325,11 @@ class TorchModel:
         for run in runs:
             rows = slice(at, at + run.count)
             at += run.count
-            part = ki[rows], ks[rows, :, 0], vi[rows], vs[rows, :, 0]
-            keys, key_scales, values, value_scales = self._seen(index, run, part)
+            stored = self._seen(index, run, (ki[rows], ks[rows, :, 0], vi[rows], vs[rows, :, 0]))
             first = 0
             if layer.plan.window and run.count == 1:
                 first = max(0, run.position + 1 - layer.plan.window)
-            seen = slice(first, None)
-            out.append(
-                self._attend(
-                    layer.plan, run, first, qi[rows], qs[rows], keys[:, seen], key_scales[:, seen], values[:, seen], value_scales[:, seen]
-                )
-            )
+            out.append(self._attend(layer.plan, run, first, (qi[rows], qs[rows]), [seen[:, first:] for seen in stored]))
         return torch.cat(out)
 
     def _seen(self, index: int, run: TorchRun, new: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -348,14 +350,11 @@ class TorchModel:
         layer: LayerPlan,
         run: TorchRun,
         first: int,
-        q: torch.Tensor,
-        q_scale: torch.Tensor,
-        keys: torch.Tensor,
-        key_scales: torch.Tensor,
-        values: torch.Tensor,
-        value_scales: torch.Tensor,
+        queries: tuple[torch.Tensor, torch.Tensor],
+        stored: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         """One run's queries [rows, heads, size] over positions from `first` on; [rows, heads * size]."""
+        (q, q_scale), (keys, key_scales, values, value_scales) = queries, stored
         plan, rows, seen = self.plan, len(q), keys.shape[1]
         groups, size = plan.kv_heads, plan.head_dim
         each = plan.heads // groups
@@ -431,4 +430,5 @@ def build(
         for n in range(len(plan.ropes))
     ]
     extras = {name: value for name, value in (*embedding.items(), *head_piece.items()) if value.dtype == torch.float32}
-    return TorchModel(plan, first, last, Functions(tables), layers, ropes, embed, extras, head, weight_bytes, f"torch ({kernel.name})")
+    name = f"torch ({kernel.name})"
+    return TorchModel(plan, first, last, Functions(tables), layers, ropes, embed, extras, head, weight_bytes, name)

@@ -1,0 +1,104 @@
+"""Reading the pieces and tables of an exact model, block by block, each checked for form and meaning before anything uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus.core.errors import ModelFormatError
+from nexus.engine.exact.plan import Shapes
+from nexus.engine.safetensors_check import TensorSpec, check_safetensors
+
+_DTYPES: dict[str, np.dtype[Any]] = {"I8": np.dtype("i1"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+_BLOCK_BYTES = 16 << 20
+SCALE_MIN, SCALE_MAX = 2.0**-60, 2.0**20
+VALUE_MAX = 2.0**20
+
+Array = NDArray[Any]
+
+
+class Piece:
+    """One safetensors file whose tensors are as the plan says. Nothing of it is kept in memory."""
+
+    def __init__(self, path: Path, shapes: Shapes) -> None:
+        """Raises ModelFormatError where the file does not hold exactly these tensors."""
+        self.path = path
+        self._specs = check_safetensors(path)
+        if {name: (spec.dtype, spec.shape) for name, spec in self._specs.items()} != shapes:
+            raise ModelFormatError(f"the piece {path.name} does not hold the tensors that the model's config asks for", _AGAIN)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._specs
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._specs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._specs[name].shape
+
+    def tensor(self, name: str) -> Array:
+        """A whole tensor, checked. Raises ModelFormatError."""
+        spec = self._specs[name]
+        values = _read(self.path, spec, spec.start, spec.size).reshape(spec.shape)
+        _check(name, values)
+        return values
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Array]]:
+        """A two-dimensional tensor by blocks of whole rows: (first row, rows)."""
+        spec = self._specs[name]
+        rows, depth = spec.shape
+        row_bytes = depth * _DTYPES[spec.dtype].itemsize
+        step = max(1, _BLOCK_BYTES // row_bytes)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            values = _read(self.path, spec, spec.start + start * row_bytes, count * row_bytes).reshape(count, depth)
+            _check(name, values)
+            yield start, values
+
+
+_AGAIN = "Fetch or add the model again"
+
+
+def _read(path: Path, spec: TensorSpec, start: int, size: int) -> Array:
+    values: Array = np.empty(size // _DTYPES[spec.dtype].itemsize, _DTYPES[spec.dtype])
+    view = memoryview(values.view(np.uint8).data)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise ModelFormatError(f"{path.name} ends before its last tensor", "Check the disk, then add the model again")
+            view = view[count:]
+    return values
+
+
+def _check(name: str, values: Array) -> None:
+    """Values outside these bounds are no honest conversion's, and could overflow what comes after."""
+    if values.dtype == np.int8:
+        if values.size and int(values.min()) < -127:
+            raise ModelFormatError(f"{name} holds -128, which no conversion writes", _AGAIN)
+    elif values.dtype == np.float32 and values.size:
+        low, high = float(values.min()), float(values.max())  # NaN where any is
+        if name.endswith(".scale"):
+            if not (low >= SCALE_MIN and high <= SCALE_MAX):
+                raise ModelFormatError(f"{name} holds scales from {low} to {high}, outside [2^-60, 2^20]", _AGAIN)
+        elif not (low >= -VALUE_MAX and high <= VALUE_MAX):
+            raise ModelFormatError(f"{name} holds values from {low} to {high}, beyond 2^20 or not numbers", _AGAIN)
+
+
+def read_tables(path: Path, expected: Shapes) -> dict[str, NDArray[np.float64]]:
+    """The tables of a model by name. Raises ModelFormatError for anything but finite float64 of the shapes expected."""
+    piece = Piece(path, expected)
+    tables = {}
+    for name in expected:
+        values = piece.tensor(name).astype(np.float64, copy=False)
+        # Beyond these no cosine, exponential or distribution function goes; amplitudes of long contexts are below 2.
+        if not (np.isfinite(values).all() and float(np.abs(values).max()) <= 4.0):
+            raise ModelFormatError(f"the table {name} holds values that cannot be", _AGAIN)
+        tables[name] = values
+    return tables

@@ -1,0 +1,322 @@
+"""A stage of the exact profile: pieces loaded into a kernel, which must give the model's known answers before it serves.
+
+A model carries the hidden state before every layer for a short text (`vectors.safetensors`). A stage that does not give the next
+ones bit for bit, because of a wrong kernel, a wrong table or damaged memory, is not served; the answers are checked again from
+time to time while it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, UsageError
+from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, HEAD, Manifest, layer_name
+from nexus.engine.architecture import Config, read_json
+from nexus.engine.exact import gemm, torch_step
+from nexus.engine.exact.pieces import Piece, read_tables
+from nexus.engine.exact.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes, plan_of
+from nexus.engine.exact.sampler import sample_exact
+from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
+from nexus.engine.float_stage import use_threads
+from nexus.engine.pooling import Pooling
+from nexus.engine.sampling import GREEDY
+from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
+
+BOUND = 2.0**40
+# A bit that flips in memory is found at the latest after so many seconds of work.
+RECHECK_S = 600.0
+TORCH = "torch"
+
+Tables = Mapping[str, NDArray[np.float64]]
+
+
+class Kernel(Protocol):
+    """Layers in memory that compute: `torch_step.TorchModel` and `native.NativeModel`."""
+
+    kernel: str
+    weight_bytes: int
+
+    def new_cache(self) -> Any: ...
+
+    def run(self, cache: Any, position: int, count: int) -> Any: ...
+
+    def step(self, runs: Sequence[Any], x: torch.Tensor) -> torch.Tensor: ...
+
+
+class ExactStage(Stage):
+    """Sessions of one call are computed as one batch; the bits are those of each alone."""
+
+    chunked = True
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        start: int,
+        end: int,
+        plan: ExactPlan,
+        model: Kernel,
+        tables: Tables,
+        vectors: KnownAnswers,
+        pooling: Pooling,
+    ) -> None:
+        super().__init__(manifest, start, end, pooling)
+        self.plan = plan
+        self.model = model
+        self._exp_tables = tables["exp_hi"], tables["exp_lo"]
+        self._vectors = vectors
+        self._checked_s = monotonic()
+
+    @property
+    def kernel(self) -> str:
+        """Which implementation computes here, e.g. "native (amx)"."""
+        return self.model.kernel
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.model.weight_bytes
+
+    def check(self) -> None:
+        """Compute the model's known answers once more. Raises LocalError where a single bit differs."""
+        self._vectors.check(self)
+        self._checked_s = monotonic()
+
+    def _new_cache(self) -> Cache | None:
+        cache: Cache | None = self.model.new_cache()
+        return cache
+
+    def _compute(self, passes: Sequence[Pass]) -> list[NDArray[np.float32] | NexusError]:
+        if monotonic() - self._checked_s > RECHECK_S:
+            self.check()
+        try:
+            return list(self._batch(passes))
+        except NexusError as error:
+            # One session's values must not stop the others: each alone then tells whose they were.
+            return [error] if len(passes) == 1 else [result for one in passes for result in self._compute([one])]
+
+    @torch.inference_mode()
+    def _batch(self, passes: Sequence[Pass]) -> list[NDArray[np.float32]]:
+        use_threads(self.weight_bytes)
+        runs = [self.model.run(one.session.cache, one.session.position, one.tokens) for one in passes]
+        if not self.causal:
+            # An encoder sees the whole of a text: texts go one by one.
+            return [self._encoded(self.model.step([run], _tensor(one.inputs))) for run, one in zip(runs, passes, strict=True)]
+        inputs = passes[0].inputs if len(passes) == 1 else np.concatenate([one.inputs for one in passes])
+        out = self.model.step(runs, _tensor(inputs))
+        if self.last:
+            return list(out.numpy())
+        return [part.numpy() for part in torch.split(out, [one.tokens for one in passes])]
+
+    def _encoded(self, hidden: torch.Tensor) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = (pooled(hidden, self.pooling) if self.last else hidden).numpy()
+        return values
+
+    def _choose(self, session: Session) -> int:
+        assert session.logits is not None
+        return sample_exact(session.logits, session.sampling, session.steps, self._exp_tables, session.tokens)
+
+    def _check_states(self, values: NDArray[np.float32]) -> None:
+        if not bool((np.abs(values) <= BOUND).all()):
+            raise MalformedError("the hidden states are not all numbers up to 2^40, as every honest computation's are")
+
+
+def _tensor(inputs: NDArray[np.int64] | NDArray[np.float32]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(inputs) if inputs.flags.writeable else inputs.copy())
+
+
+def pooled(hidden: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """float32 [tokens, hidden] to one vector, by docs/exact.md ("The whole")."""
+    if pooling.mode == "cls":
+        vector = hidden[0]
+    else:
+        v, c = torch_step.fixed_point(hidden.reshape(1, -1))
+        vector = (v.view(hidden.shape).sum(0) / c[0] / len(hidden)).float()
+    if not pooling.normalize:
+        return vector
+    v, c = torch_step.fixed_point(vector[None])
+    return vector * torch_step.inverse_sqrt((v * v).sum(-1) / (c[0] * c[0]))
+
+
+class KnownAnswers:
+    """A short text, the hidden state before every layer, and what comes out at the end."""
+
+    def __init__(self, tokens: NDArray[np.int64], states: NDArray[np.float32], answer: NDArray[np.float32]) -> None:
+        """`tokens` [n]; `states` [layers + 1, n, hidden]; `answer`: the last token's logits, or an encoder's vector."""
+        self.tokens, self.states, self.answer = tokens, states, answer
+
+    @classmethod
+    def read(cls, path: Path, plan: ExactPlan) -> KnownAnswers:
+        try:
+            shapes = vector_shapes(plan)
+            piece = Piece(path, shapes)
+        except ModelFormatError:
+            raise ModelFormatError(
+                f"{path.name} does not hold the known answers of this model", "Fetch or add the model again"
+            ) from None
+        tokens = piece.tensor("tokens").astype(np.int64)
+        if int(tokens.min()) < 0 or int(tokens.max()) >= plan.vocab:
+            raise ModelFormatError("the known answers are for tokens that the model does not have", "Add the model again")
+        return cls(tokens, piece.tensor("states").astype(np.float32), piece.tensor(_answer_name(plan)).astype(np.float32))
+
+    def check(self, stage: ExactStage) -> None:
+        """Raises LocalError where the stage does not give these answers, bit for bit."""
+        given = self.tokens if stage.first else self.states[stage.start]
+        expected = self.answer if stage.last else self.states[stage.end]
+        got = stage._batch([Pass(Session(stage._new_cache() if stage.causal else None, GREEDY), given)])[0]
+        if not np.array_equal(got.view(np.uint32), expected.view(np.uint32)):
+            raise LocalError(
+                f"layers {stage.start} to {stage.end - 1} do not give the model's known answers with the kernel {stage.kernel}",
+                "Nothing is served from them. Try `nexus engine check`; if every kernel is right, fetch the model again",
+            )
+
+
+def known_answers(plan: ExactPlan, piece: Callable[[str], Piece], tables: Tables, pooling: Pooling) -> KnownAnswers:
+    """The known answers of a model just converted, by the reference, one layer in memory at a time. `piece`: by its name."""
+    tokens, count = vector_tokens(plan), len(plan.layers)
+    x = torch.from_numpy(tokens)
+    states = []
+    for index in range(count):
+        last = index == count - 1
+        needed = [layer_name(index), *([EMBEDDING] if index == 0 or (last and plan.tied) else []), *([HEAD] if last else [])]
+        model = build_torch(plan, index, index + 1, {name: piece(name) for name in needed}, tables, None)
+        runs = [model.run(model.new_cache(), 0, len(tokens))]
+        if index == 0:
+            x = model.embedded(runs, x)
+            states.append(x)
+        x = model.hidden(runs, x)
+        states.append(x)
+    answer = model.logits(runs, x)[0] if plan.causal else pooled(x, pooling)
+    return KnownAnswers(tokens, torch.stack(states).numpy(), answer.numpy())
+
+
+VECTOR_TOKENS = 8
+
+
+def vector_shapes(plan: ExactPlan) -> Shapes:
+    n = min(VECTOR_TOKENS, plan.context)
+    return {
+        "tokens": ("I64", (n,)),
+        "states": ("F32", (len(plan.layers) + 1, n, plan.hidden)),
+        _answer_name(plan): ("F32", (plan.vocab if plan.causal else plan.hidden,)),
+    }
+
+
+def _answer_name(plan: ExactPlan) -> str:
+    return "logits" if plan.causal else "vector"
+
+
+def vector_tokens(plan: ExactPlan) -> NDArray[np.int64]:
+    """The text of the known answers: tokens spread over the vocabulary."""
+    return np.array([(7 + 2654435761 * i) % plan.vocab for i in range(min(VECTOR_TOKENS, plan.context))], np.int64)
+
+
+def table_shapes(plan: ExactPlan) -> Shapes:
+    shapes: Shapes = {"exp_hi": ("F64", (256,)), "exp_lo": ("F64", (4096,)), "phi": ("F64", (PHI_PER_UNIT * PHI_MAX + 2,))}
+    for number in range(len(plan.ropes)):
+        shapes[f"rope.{number}.coarse"] = ("F64", (-(-plan.context // ROPE_FINE), plan.rotated // 2, 2))
+        shapes[f"rope.{number}.fine"] = ("F64", (ROPE_FINE, plan.rotated // 2, 2))
+    return shapes
+
+
+def read_plan(config: Config, path: Path) -> ExactPlan:
+    """The plan of a model from its config.json and exact.json. Raises ModelFormatError."""
+    plan = plan_of(config)
+    stored = read_json(path)
+    wide = stored.get("wide")
+    valid = (
+        stored.get("spec") == SPEC
+        and isinstance(wide, dict)
+        and set(wide) == set(WIDE_OPS)
+        and all(_are_layers(indices, 1 if op == HEAD_OP else len(plan.layers)) for op, indices in wide.items())
+    )
+    if not valid:
+        raise ModelFormatError(
+            f"{path.name} is not a plan that this version of Nexus knows", "Update Nexus, or add the model again"
+        )
+    assert isinstance(wide, dict)
+    return plan.widened(wide)
+
+
+def _are_layers(value: object, count: int) -> bool:
+    return isinstance(value, list) and all(type(index) is int and 0 <= index < count for index in value)
+
+
+def load_exact_stage(
+    manifest: Manifest, config: Config, start: int, end: int, files: Mapping[str, Path], pooling: Pooling, kernel: str | None
+) -> ExactStage:
+    """See `nexus.engine.stage.load_stage`. `kernel`: "torch" for stock torch operations, "torch:NAME" for one of
+    `gemm.KERNELS`, or a variant of the compiled one ("amx", "avx512", ...); None takes the fastest that is right here.
+    """
+    plan = read_plan(config, path_of(files, EXACT_PLAN))
+    check_config(manifest, config, plan.kv_bytes)
+    tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
+    vectors = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan)
+    stage = stage_of(manifest, plan, start, end, open_pieces(plan, start, end, files), tables, vectors, pooling, kernel)
+    stage.check()
+    return stage
+
+
+def stage_of(
+    manifest: Manifest,
+    plan: ExactPlan,
+    start: int,
+    end: int,
+    pieces: Mapping[str, Piece],
+    tables: Tables,
+    vectors: KnownAnswers,
+    pooling: Pooling,
+    kernel: str | None,
+) -> ExactStage:
+    model = build_model(plan, start, end, pieces, tables, kernel)
+    return ExactStage(manifest, start, end, plan, model, tables, vectors, pooling)
+
+
+def open_pieces(plan: ExactPlan, start: int, end: int, files: Mapping[str, Path]) -> dict[str, Piece]:
+    """The pieces of layers [start, end) by name."""
+    last = end == len(plan.layers)
+    pieces = {layer_name(index): Piece(path_of(files, layer_name(index)), plan.layer_tensors()) for index in range(start, end)}
+    if start == 0 or (last and plan.tied):
+        pieces[EMBEDDING] = Piece(path_of(files, EMBEDDING), plan.embedding_tensors())
+    if last:
+        pieces[HEAD] = Piece(path_of(files, HEAD), plan.head_tensors())
+    return pieces
+
+
+def build_model(
+    plan: ExactPlan, start: int, end: int, pieces: Mapping[str, Piece], tables: Tables, kernel: str | None = None
+) -> Kernel:
+    """The layers in memory, ready to compute, by the kernel asked for. Raises LocalError where it is not right here."""
+    if kernel is None or not kernel.startswith(TORCH):
+        from nexus.engine.exact import native
+
+        variants = native.available()
+        if kernel is not None and kernel not in variants:
+            raise UsageError(f"there is no kernel {kernel!r} here", f"There are: {', '.join([*variants, TORCH])}")
+        if variants:
+            return native.build(plan, start, end, pieces, tables, kernel or variants[0])
+    return build_torch(plan, start, end, pieces, tables, kernel and kernel.removeprefix(TORCH).removeprefix(":"))
+
+
+def build_torch(
+    plan: ExactPlan, start: int, end: int, pieces: Mapping[str, Piece], tables: Tables, kernel: str | None
+) -> torch_step.TorchModel:
+    """The layers for the reference implementation, with the integer products of the name given, or the fastest right here."""
+    depths = [depth for _, depth in plan.linear_shapes().values()]
+    chosen = _named(kernel, depths) if kernel else gemm.choose(depths)
+    tensors = {name: {key: torch.from_numpy(piece.tensor(key)) for key in piece.names} for name, piece in pieces.items()}
+    return torch_step.build(plan, start, end, tensors, tables, chosen)
+
+
+def _named(name: str, depths: Sequence[int]) -> gemm.Kernel:
+    for kernel, verdict in zip(gemm.KERNELS, gemm.verdicts(depths), strict=True):
+        if kernel.name == name:
+            if not verdict.right:
+                raise LocalError(f"the kernel {name} is not right on this processor: {verdict.reason}", "Use another one")
+            return kernel
+    raise UsageError(f"torch has no kernel {name!r}", f"There are: {', '.join(kernel.name for kernel in gemm.KERNELS)}")
