@@ -1,7 +1,8 @@
 """Taking a Hugging Face model directory apart into a manifest and blobs.
 
 Everything that can be wrong with the directory is found before the first weight is read. The same weights give the same pieces, and
-so the same root, on every machine: whether they come in one file or in shards, with whatever metadata and in whatever order.
+so the same root, on every machine: whether they come in one file or in shards, with whatever metadata and in whatever order. In the
+exact profile the weights become int8 on the way (`nexus.engine.exact.convert`); what is in a sink already is not made again.
 """
 
 from __future__ import annotations
@@ -13,14 +14,38 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from nexus.core.errors import ModelFormatError
-from nexus.core.manifest import CAUSAL, CHUNK_BYTES, EMBEDDING, FLOAT, HEAD, Blob, Manifest, layer_name
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus.core.encoding import encode
+from nexus.core.errors import ModelFormatError, UsageError
+from nexus.core.hashing import leaf_hash, tagged_hash
+from nexus.core.manifest import (
+    CAUSAL,
+    EMBEDDING,
+    EXACT,
+    EXACT_PLAN,
+    EXACT_TABLES,
+    EXACT_VECTORS,
+    FLOAT,
+    HEAD,
+    STORED,
+    Blob,
+    Manifest,
+    layer_name,
+)
 from nexus.engine.architecture import Config, Layout, layout_of, model_class, read_config
-from nexus.engine.pooling import MODULES_FILE, pooling_config_name, read_pooling
-from nexus.engine.safetensors_check import TensorSpec, check_safetensors, encode_header
+from nexus.engine.exact.bounds import check_bounds
+from nexus.engine.exact.convert import CONVERTER, PieceSources, piece_chunks, piece_sources
+from nexus.engine.exact.plan import SPEC, ExactPlan, plan_of
+from nexus.engine.pooling import MODULES_FILE, Pooling, pooling_config_name, read_pooling
+from nexus.engine.safetensors_check import check_safetensors, encode_header, encode_safetensors
+from nexus.engine.source import TensorSource, file_chunks
 from nexus.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE = "config.json"
+AUTO = "auto"
+PROFILES = (AUTO, EXACT, FLOAT)
 _WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _INDEX_BYTES_MAX = 64 << 20
@@ -50,82 +75,228 @@ class BlobSink(Protocol):
 
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> Blob: ...
 
+    def path(self, root: bytes) -> Path: ...
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """One tensor of the directory."""
 
-    path: Path
-    spec: TensorSpec
+class Journal(Protocol):
+    """Which pieces an import has put already, for the next one if this one is interrupted. `nexus.storage.journal` has one."""
+
+    def begin(self, key: bytes) -> None:
+        """What follows is about the import `key`: of the same bytes into the same form."""
+
+    def recall(self, name: str) -> Blob | None:
+        """The piece `name`, if it is whole in the sink."""
+
+    def note(self, blob: Blob) -> None: ...
+
+
+class NoJournal:
+    """Every import starts at the beginning."""
+
+    def begin(self, key: bytes) -> None:
+        pass
+
+    def recall(self, name: str) -> Blob | None:
+        return None
+
+    def note(self, blob: Blob) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
+    """A piece to be stored. `source_bytes`: of the tensors that it is made of. `chunks`: its bytes, given whom to tell of what was
+    read of those."""
+
     name: str
-    tensors: Mapping[str, _Source]
-
-    @property
-    def header(self) -> bytes:
-        return encode_header((name, source.spec.dtype, source.spec.shape) for name, source in self.tensors.items())
-
-    @property
-    def size(self) -> int:
-        return len(self.header) + sum(source.spec.size for source in self.tensors.values())
+    size: int
+    source_bytes: int
+    chunks: Callable[[Callable[[int], None]], Iterator[bytes]]
 
 
-def import_model(source: Path, sink: BlobSink, progress: Callable[[str, int, int], None]) -> Manifest:
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A directory that was found to be sound."""
+
+    root: Path
+    config: Config
+    layout: Layout
+    files: Mapping[str, Path]
+    pooling: Pooling
+    tokenizer: Tokenizer
+    tensors: Mapping[str, TensorSource]
+
+    def identity(self, profile: str) -> bytes:
+        """The same for the same files, as far as can be told without reading them, and the same form."""
+        paths = sorted({source.path for source in self.tensors.values()} | set(self.files.values()))
+        stats = [(str(path), path.stat().st_size, str(path.stat().st_mtime_ns)) for path in paths]
+        config = leaf_hash(self.files[CONFIG_FILE].read_bytes())
+        return tagged_hash("import", encode((str(self.root), profile, CONVERTER, config, tuple(stats))))
+
+
+def import_model(
+    source: Path,
+    sink: BlobSink,
+    progress: Callable[[str, int, int], None],
+    *,
+    profile: str = AUTO,
+    journal: Journal | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Manifest:
     """Put the model in directory `source` into `sink`, piece by piece, and return its manifest.
 
-    `progress`: called with the blob at work, bytes done and bytes in all. Never holds more than one chunk of a weight in memory.
-    Raises ModelFormatError with cause and fix for anything that is not a whole, sound and supported model.
+    `progress`: called with the blob at work, bytes read and bytes in all. `profile`: "exact", "float", or "auto": exact where the
+    model can be, else float, and `notice` is told why. `journal`: pieces that it recalls are not made again. Never holds more than
+    the int8 form of one tensor in memory, and one layer for the known answers. Raises ModelFormatError with cause and fix for
+    anything that is not a whole, sound and supported model.
     """
+    if profile not in PROFILES:
+        raise UsageError(f"there is no profile {profile!r}", f"Use one of {', '.join(PROFILES)}")
+    model = _read_model(source)
+    exact: tuple[ExactPlan, list[PieceSources]] | None = None
+    if profile != FLOAT:
+        try:
+            plan = plan_of(model.config)
+            check_bounds(plan)
+            exact = plan, piece_sources(model.config, plan, model.layout)
+        except ModelFormatError as error:
+            if profile == EXACT:
+                raise
+            if notice:
+                notice(f"added in the float profile, whose answers cannot be checked by others: {error.cause}")
+    chosen = FLOAT if exact is None else EXACT
+    journal = journal or NoJournal()
+    identity = model.identity(chosen)
+    journal.begin(identity)
+    pieces = _float_pieces(model) if exact is None else _exact_pieces(model, *exact)
+    stored = _Stored(sink, journal, progress, sum(piece.source_bytes for piece in pieces) + _size(model.files.values()))
+    piece_blobs = tuple(stored.piece(piece) for piece in pieces)
+    file_blobs = [stored.file(name, path) for name, path in model.files.items()]
+    kv_bytes = model.config.kv_bytes
+    if exact is not None:
+        kv_bytes, made = _finish_exact(model, exact[0], sink, piece_blobs, progress)
+        file_blobs += made
+    if model.identity(chosen) != identity:
+        raise ModelFormatError(
+            f"{source} changed while it was read", "Leave the directory alone while it is added, and add it again"
+        )
+    config, pooling = model.config, model.pooling
+    return Manifest(
+        spec=1,
+        kind=config.kind,
+        architecture=model_class(config).__name__,
+        profile=chosen,
+        dtype=_common_dtype(model.tensors.values()) if exact is None else STORED[EXACT][0],
+        layers=config.layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context=min(config.context, pooling.tokens_max or config.context),
+        kv_bytes=kv_bytes,
+        tied=int(config.tied),
+        pieces=piece_blobs,
+        files=tuple(file_blobs),
+    ).check()
+
+
+def _read_model(source: Path) -> _Model:
     root = _directory(source)
     weights = _weight_files(root)
     config = read_config(_inside(root, CONFIG_FILE))
     files = _files(root)
-    pooling = read_pooling(files) if config.kind != CAUSAL else None
+    pooling = read_pooling(files) if config.kind != CAUSAL else Pooling()
     if TOKENIZER_FILE not in files:
         raise ModelFormatError(
             f"{source} has no {TOKENIZER_FILE}",
             "Convert its tokenizer: transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(directory)",
         )
-    Tokenizer.load(files)
+    tokenizer = Tokenizer.load(files)
     layout = layout_of(config)
     tensors = _canonical(_tensors(root, weights), layout)
-    pieces = _pieces(config, layout, tensors)
-    dtype = _common_dtype(pieces)
     _check_tied(layout, tensors)
+    return _Model(root, config, layout, files, pooling, tokenizer, {name: tensors[name] for name in layout.shapes})
 
-    total = sum(piece.size for piece in pieces) + sum(path.stat().st_size for path in files.values())
-    done = 0
 
-    def counted(name: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        nonlocal done
-        for chunk in chunks:
-            yield chunk
-            done += len(chunk)
-            progress(name, done, total)
+class _Stored:
+    """Puts pieces and files into the sink, and says how far it is."""
 
-    piece_blobs = tuple(sink.put(piece.name, piece.size, counted(piece.name, _piece_chunks(piece))) for piece in pieces)
-    file_blobs = []
-    for name, path in files.items():
+    def __init__(self, sink: BlobSink, journal: Journal, progress: Callable[[str, int, int], None], total: int) -> None:
+        self._sink, self._journal, self._progress, self._total = sink, journal, progress, total
+        self._done = 0
+
+    def piece(self, piece: _Piece) -> Blob:
+        begun = self._done
+        blob = self._journal.recall(piece.name)
+        if blob is None:
+            blob = self._sink.put(piece.name, piece.size, piece.chunks(lambda count: self._advance(piece.name, count)))
+            self._journal.note(blob)
+        # Of some tensors not all is needed.
+        self._advance(piece.name, begun + piece.source_bytes - self._done)
+        return blob
+
+    def file(self, name: str, path: Path) -> Blob:
         size = path.stat().st_size
-        file_blobs.append(sink.put(name, size, counted(name, _chunks(path, 0, size))))
-    return Manifest(
-        spec=1,
-        kind=config.kind,
-        architecture=model_class(config).__name__,
-        profile=FLOAT,
-        dtype=dtype,
-        layers=config.layers,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        context=min(config.context, pooling.tokens_max or config.context) if pooling else config.context,
-        kv_bytes=config.kv_bytes,
-        tied=int(config.tied),
-        pieces=piece_blobs,
-        files=tuple(file_blobs),
-    ).check()
+        return self._sink.put(name, size, _counted(file_chunks(path, 0, size), lambda count: self._advance(name, count)))
+
+    def _advance(self, name: str, count: int) -> None:
+        if count:
+            self._done += count
+            self._progress(name, self._done, self._total)
+
+
+def _counted(chunks: Iterable[bytes], read: Callable[[int], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        read(len(chunk))
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _exact_pieces(model: _Model, plan: ExactPlan, pieces: Iterable[PieceSources]) -> list[_Piece]:
+    def made(piece: PieceSources) -> _Piece:
+        names = {name for names in piece.sources.values() for name in names}
+        return _Piece(
+            piece.name,
+            piece.size,
+            sum(model.tensors[name].spec.size for name in names),
+            lambda read: piece_chunks(piece, plan, model.tensors, read),
+        )
+
+    return [made(piece) for piece in pieces]
+
+
+def _finish_exact(
+    model: _Model, plan: ExactPlan, sink: BlobSink, pieces: Iterable[Blob], progress: Callable[[str, int, int], None]
+) -> tuple[int, list[Blob]]:
+    """What an exact model has beside its pieces, computed from them: bytes of KV cache per token and layer, and the files."""
+    from nexus.engine.exact.calibrate import CALIBRATION_TEXT, calibrate
+    from nexus.engine.exact.tables import tables_of
+
+    blobs = {piece.name: piece for piece in pieces}
+    sizes = [blobs[layer_name(index)].size for index in range(len(plan.layers))]
+    tables = tables_of(plan)
+    found = calibrate(
+        plan,
+        lambda name: sink.path(blobs[name].root),
+        tables,
+        model.tokenizer.encode(CALIBRATION_TEXT),
+        model.pooling,
+        lambda done: progress("known answers", sum(sizes[:done]), sum(sizes)),
+    )
+    stored = {"spec": SPEC, "wide": found.plan.wide_ops(), "bounds": check_bounds(found.plan)}
+    answers = found.answers
+    vectors: dict[str, NDArray[np.generic]] = {
+        "tokens": answers.tokens,
+        "states": answers.states,
+        "logits" if plan.causal else "vector": answers.answer,
+    }
+    contents = {
+        EXACT_PLAN: json.dumps(stored, sort_keys=True, separators=(",", ":")).encode("ascii"),
+        EXACT_TABLES: encode_safetensors(tables),
+        EXACT_VECTORS: encode_safetensors(vectors),
+    }
+    return found.plan.kv_bytes, [sink.put(name, len(content), [content]) for name, content in contents.items()]
 
 
 def _directory(source: Path) -> Path:
@@ -194,8 +365,8 @@ def _files(root: Path) -> dict[str, Path]:
     return files
 
 
-def _tensors(root: Path, files: Mapping[str, frozenset[str] | None]) -> dict[str, _Source]:
-    tensors: dict[str, _Source] = {}
+def _tensors(root: Path, files: Mapping[str, frozenset[str] | None]) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
     for name, expected in files.items():
         path = _inside(root, name)
         specs = check_safetensors(path)
@@ -203,16 +374,16 @@ def _tensors(root: Path, files: Mapping[str, frozenset[str] | None]) -> dict[str
             raise ModelFormatError(f"{name} lacks {_some(absent)}, which the index says are in it", "Download the model again")
         if twice := sorted(specs.keys() & tensors.keys()):
             raise ModelFormatError(f"{_some(twice)} are in more than one file", "Download the model again")
-        tensors |= {tensor: _Source(path, spec) for tensor, spec in specs.items()}
+        tensors |= {tensor: TensorSource(tensor, path, spec) for tensor, spec in specs.items()}
     return tensors
 
 
-def _canonical(tensors: Mapping[str, _Source], layout: Layout) -> dict[str, _Source]:
+def _canonical(tensors: Mapping[str, TensorSource], layout: Layout) -> dict[str, TensorSource]:
     """The tensors under the names that transformers gives them now, each of the shape that the config asks for."""
     known = layout.shapes.keys() | layout.tied_names
     # A checkpoint of the bare model lacks the first part of the names; one of a model with heads has one more.
     prefix = layout.layers.split(".")[0] + "."
-    found: dict[str, _Source] = {}
+    found: dict[str, TensorSource] = {}
     superfluous = []
     for name, source in tensors.items():
         renamed = name
@@ -252,25 +423,39 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _pieces(config: Config, layout: Layout, tensors: Mapping[str, _Source]) -> list[_Piece]:
-    pieces = [_Piece(EMBEDDING, {name: tensors[name] for name in layout.embedding_tensors()})]
-    for index in range(config.layers):
+def _float_pieces(model: _Model) -> list[_Piece]:
+    """The tensors as they are, under their names inside the piece."""
+    layout = model.layout
+    pieces = [_float_piece(EMBEDDING, {name: model.tensors[name] for name in layout.embedding_tensors()})]
+    for index in range(model.config.layers):
         names = layout.layer_tensors(index)
-        pieces.append(_Piece(layer_name(index), {name: tensors[f"{layout.layers}.{index}.{name}"] for name in names}))
-    pieces.append(_Piece(HEAD, {name: tensors[name] for name in layout.head_tensors()}))
+        tensors = {name: model.tensors[f"{layout.layers}.{index}.{name}"] for name in names}
+        pieces.append(_float_piece(layer_name(index), tensors))
+    pieces.append(_float_piece(HEAD, {name: model.tensors[name] for name in layout.head_tensors()}))
     return pieces
 
 
-def _common_dtype(pieces: Iterable[_Piece]) -> str:
+def _float_piece(name: str, tensors: Mapping[str, TensorSource]) -> _Piece:
+    header = encode_header((tensor, source.spec.dtype, source.spec.shape) for tensor, source in tensors.items())
+    size = sum(source.spec.size for source in tensors.values())
+
+    def chunks(read: Callable[[int], None]) -> Iterator[bytes]:
+        yield header
+        for tensor in sorted(tensors):
+            yield from _counted(tensors[tensor].chunks(), read)
+
+    return _Piece(name, len(header) + size, size, chunks)
+
+
+def _common_dtype(tensors: Iterable[TensorSource]) -> str:
     """The dtype that most bytes are stored in."""
     sizes = dict.fromkeys(_DTYPES, 0)
-    for piece in pieces:
-        for source in piece.tensors.values():
-            sizes[source.spec.dtype] += source.spec.size
+    for source in tensors:
+        sizes[source.spec.dtype] += source.spec.size
     return _DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
 
 
-def _check_tied(layout: Layout, tensors: Mapping[str, _Source]) -> None:
+def _check_tied(layout: Layout, tensors: Mapping[str, TensorSource]) -> None:
     """A tied head that is stored as well must be what it is tied to: it is dropped."""
     for name in layout.tied_names & tensors.keys():
         head = tensors[name]
@@ -282,31 +467,7 @@ def _check_tied(layout: Layout, tensors: Mapping[str, _Source]) -> None:
             )
 
 
-def _same_bytes(one: _Source, other: _Source) -> bool:
+def _same_bytes(one: TensorSource, other: TensorSource) -> bool:
     if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
         return False
-    pairs = zip(_source_chunks(one), _source_chunks(other), strict=True)
-    return all(left == right for left, right in pairs)
-
-
-def _piece_chunks(piece: _Piece) -> Iterator[bytes]:
-    yield piece.header
-    for name in sorted(piece.tensors):
-        yield from _source_chunks(piece.tensors[name])
-
-
-def _source_chunks(source: _Source) -> Iterator[bytes]:
-    return _chunks(source.path, source.spec.start, source.spec.size)
-
-
-def _chunks(path: Path, start: int, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while size:
-            chunk = file.read(min(size, CHUNK_BYTES))
-            if not chunk:
-                raise ModelFormatError(
-                    f"{path.name} became shorter while it was read", "Leave the directory alone while it is added"
-                )
-            size -= len(chunk)
-            yield chunk
+    return all(left == right for left, right in zip(one.chunks(), other.chunks(), strict=True))

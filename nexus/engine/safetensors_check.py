@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nexus.core.errors import ModelFormatError
 
@@ -38,6 +41,7 @@ DTYPE_BYTES = {
     "U64": 8,
     "F64": 8,
 }
+NUMPY_DTYPES = {"int8": "I8", "int64": "I64", "float32": "F32", "float64": "F64"}
 _FIX = "Download the file again, or save the model again with safetensors"
 
 
@@ -147,3 +151,10 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
     raw = json.dumps(listed, separators=(",", ":")).encode("ascii")
     raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def encode_safetensors(tensors: Mapping[str, NDArray[np.generic]]) -> bytes:
+    """A whole file of arrays (int8, int64, float32, float64), in the one form of `encode_header`."""
+    header = encode_header((name, NUMPY_DTYPES[values.dtype.name], values.shape) for name, values in tensors.items())
+    little = (values.astype(values.dtype.newbyteorder("<"), copy=False) for _, values in sorted(tensors.items()))
+    return b"".join((header, *(values.tobytes() for values in little)))

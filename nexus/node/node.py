@@ -30,6 +30,7 @@ from nexus.node.runner import Runner
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
+from nexus.storage.journal import ImportJournal
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.swarm.membership import HOLDINGS_MAX, Holding, LayerRange, NodeRecord
 
@@ -250,8 +251,10 @@ class Node:
     def _import(self, path: Path, name: str, progress: Callable[[str, int, int], None]) -> Manifest:
         from nexus.engine.importer import import_model
 
-        manifest = import_model(path, self._blobs, progress)
+        journal = ImportJournal(Home(self._options.home).models, self._blobs)
+        manifest = import_model(path, self._blobs, progress, profile="float", journal=journal)
         self._catalog.add(name, manifest)
+        journal.end()
         return manifest
 
     async def _import_builtin(self, name: str) -> None:

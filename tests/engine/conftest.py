@@ -73,6 +73,7 @@ class Folder:
 
     root: Path
     paths: dict[str, Path] = field(default_factory=dict)
+    by_root: dict[bytes, Path] = field(default_factory=dict)
 
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> Blob:
         data = b"".join(chunks)
@@ -81,7 +82,12 @@ class Folder:
         path.write_bytes(data)
         self.paths[name] = path
         hashes = [leaf_hash(data[at : at + CHUNK_BYTES]) for at in range(0, max(1, size), CHUNK_BYTES)]
-        return Blob(name, size, blob_root(size, hashes))
+        blob = Blob(name, size, blob_root(size, hashes))
+        self.by_root[blob.root] = path
+        return blob
+
+    def path(self, root: bytes) -> Path:
+        return self.by_root[root]
 
     def stage_files(self, manifest: Manifest, start: int, end: int) -> dict[str, Path]:
         """What the stage of these layers needs, and nothing else."""
@@ -141,7 +147,7 @@ def imported(
         directory = make_model(name, **overrides)
         if directory not in done:
             folder = Folder(tmp_path_factory.mktemp(f"{name}-blobs"))
-            done[directory] = (directory, import_model(directory, folder, lambda *_: None), folder)
+            done[directory] = (directory, import_model(directory, folder, lambda *_: None, profile="float"), folder)
         return done[directory]
 
     return take

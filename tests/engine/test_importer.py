@@ -26,6 +26,9 @@ class Nowhere:
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> Blob:
         raise AssertionError(f"{name} was stored")
 
+    def path(self, root: bytes) -> Path:
+        raise AssertionError("nothing is here to be read")
+
 
 @pytest.fixture
 def copy(make_model: MakeModel, tmp_path: Path) -> Callable[[str], Path]:
@@ -35,7 +38,7 @@ def copy(make_model: MakeModel, tmp_path: Path) -> Callable[[str], Path]:
 def take(directory: Path, folder: Path) -> tuple[Manifest, Folder]:
     folder.mkdir()
     sink = Folder(folder)
-    return import_model(directory, sink, lambda *_: None), sink
+    return import_model(directory, sink, lambda *_: None, profile="float"), sink
 
 
 def set_config(directory: Path, **values: object) -> None:
@@ -68,8 +71,9 @@ def test_a_model_is_taken_apart(make_model: MakeModel, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     (tmp_path / "blobs").mkdir()
     folder = Folder(tmp_path / "blobs")
-    manifest = import_model(directory, folder, lambda *call: calls.append(call))
-    assert (manifest.kind, manifest.architecture, manifest.dtype) == (CAUSAL, "LlamaForCausalLM", "float32")
+    manifest = import_model(directory, folder, lambda *call: calls.append(call), profile="float")
+    assert (manifest.kind, manifest.architecture) == (CAUSAL, "LlamaForCausalLM")
+    assert (manifest.profile, manifest.dtype) == ("float", "float32")
     assert (manifest.layers, manifest.hidden_size, manifest.vocab_size, manifest.context) == (8, 48, 131, 128)
     assert (manifest.kv_bytes, manifest.tied) == (2 * 4 * 2 * 12, 0)
     assert Manifest.from_bytes(manifest.to_bytes()).check() == manifest
@@ -86,7 +90,8 @@ def test_a_model_is_taken_apart(make_model: MakeModel, tmp_path: Path) -> None:
     assert folder.paths["tokenizer.json"].read_bytes() == (directory / "tokenizer.json").read_bytes()
     done = [call[1] for call in calls]
     assert done == sorted(done)
-    assert done[-1] == calls[-1][2] == manifest.weight_bytes + sum(blob.size for blob in manifest.files)
+    weights = sum(value.nbytes for value in tensors.values())
+    assert done[-1] == calls[-1][2] == weights + sum(blob.size for blob in manifest.files)
 
 
 def test_the_same_weights_have_the_same_root(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_a_tied_head_is_stored_once(copy: Callable[[str], Path], tmp_path: Path)
     assert take(directory, tmp_path / "b")[0].root == one.root
     edit_tensors(directory, lambda tensors: tensors["lm_head.weight"][0].add_(1))
     with pytest.raises(ModelFormatError, match="other weights"):
-        import_model(directory, Nowhere(), lambda *_: None)
+        import_model(directory, Nowhere(), lambda *_: None, profile="float")
 
 
 def test_older_names_mean_the_same(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -294,7 +299,7 @@ def test_bad_models_are_refused_before_anything_is_stored(name: str, copy: Calla
     directory = copy("llama")
     edit(directory)
     with pytest.raises(ModelFormatError, match=cause) as caught:
-        import_model(directory, Nowhere(), lambda *_: None)
+        import_model(directory, Nowhere(), lambda *_: None, profile="float")
     assert caught.value.fix, "say what to do"
 
 
@@ -323,7 +328,7 @@ def test_bad_encoders_are_refused(name: str, minilm: Path, tmp_path: Path) -> No
             shutil.copy(path, directory / path.relative_to(minilm))
     (directory / file).write_text(json.dumps(content))
     with pytest.raises(ModelFormatError, match=cause):
-        import_model(directory, Nowhere(), lambda *_: None)
+        import_model(directory, Nowhere(), lambda *_: None, profile="float")
 
 
 def test_weights_that_shrink_while_they_are_read(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -336,4 +341,4 @@ def test_weights_that_shrink_while_they_are_read(copy: Callable[[str], Path], tm
             return super().put(name, size, chunks)
 
     with pytest.raises(ModelFormatError, match="became shorter"):
-        import_model(directory, Truncating(tmp_path), lambda *_: None)
+        import_model(directory, Truncating(tmp_path), lambda *_: None, profile="float")

@@ -53,11 +53,11 @@ for part in ("small", "large"):
     (out / part).mkdir()
 # The first load pays for code and tables that every later one shares.
 folder = Folder(out / "small")
-manifest = import_model(small, folder, lambda *_: None)
+manifest = import_model(small, folder, lambda *_: None, profile="float")
 kept = [load_stage(manifest, 2, 7, folder.paths)]
 
 folder = Folder(out / "large")
-manifest, grown = peak_of(lambda: import_model(large, folder, lambda *_: None))
+manifest, grown = peak_of(lambda: import_model(large, folder, lambda *_: None, profile="float"))
 print("import", manifest.weight_bytes, grown)
 for start, end in ((2, 7), (6, 8)):
     share = sum(piece.size for piece in stage_pieces(manifest, start, end))

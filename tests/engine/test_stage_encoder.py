@@ -24,7 +24,7 @@ TEXTS = ["hello world", "", "Ünïcödé, 漢字 and 🙂", "The river remembers
 @pytest.fixture(scope="module")
 def model(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Folder]:
     folder = Folder(tmp_path_factory.mktemp("minilm"))
-    return import_model(minilm, folder, lambda *_: None), folder
+    return import_model(minilm, folder, lambda *_: None, profile="float"), folder
 
 
 @pytest.fixture(scope="module")
