@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -40,6 +39,7 @@ from nexus.core.manifest import CAUSAL, Manifest
 from nexus.core.plan import Plan
 from nexus.core.record import MessageSet, Record, digest, many, nested, raw, text, uint
 from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.node.batching import Batcher, Outcome
 from nexus.node.live import Live
 from nexus.proof.bundle import Bundle, check_request
 from nexus.proof.receipts import STEPS_MAX, Refusal, SignedReceipt, SignedRefusal, SignedRequest, Terms
@@ -257,14 +257,11 @@ class InferService:
         self._source = source
         self._serve = serve
         self._sessions_max = sessions_max
-        self._inline_step_s = inline_step_s
         self._served: dict[tuple[bytes, int], _Served] = {}
         self._seats: dict[tuple[bytes, int], str] = {}  # sessions from their Open on, and whose they are
         self.live = Live()
         self._dialling: dict[str, trio.Lock] = {}
-        # Sessions wait in line here, one step each, so a long prompt delays the others by one step and no more. Two threads,
-        # so that it does not delay them at all while there is a second core.
-        self._compute = trio.CapacityLimiter(2)
+        self._batcher = Batcher(inline_step_s)
         self.totals = ServedTotals()
         self.draining = False
 
@@ -407,21 +404,9 @@ class InferService:
             if not lock.locked():  # also when nobody answers there: strangers name as many peers as they like
                 self._dialling.pop(peer_id, None)
 
-    async def compute(self, stage: Stage, session: bytes, payload: bytes, expected_s: float | None) -> tuple[bytes, float]:
-        """One step: what came out, and the seconds that it took without the waiting.
-
-        Off the trio thread, but for steps so short that the two hand-overs between threads would cost a good part of them: see
-        docs/adr/0007.
-        """
-
-        def step() -> tuple[bytes, float]:
-            began = perf_counter()
-            return stage.step(session, payload), perf_counter() - began
-
-        if expected_s is not None and expected_s < self._inline_step_s and not self._compute.borrowed_tokens:
-            await trio.lowlevel.checkpoint()
-            return step()
-        return await trio.to_thread.run_sync(step, limiter=self._compute)
+    async def compute(self, stage: Stage, session: bytes, payload: bytes, expected_s: float | None) -> Outcome:
+        """One step of a session, in its turn: see `Batcher.compute`."""
+        return await self._batcher.compute(stage, session, payload, expected_s)
 
 
 class _Served:
@@ -470,7 +455,11 @@ class _Served:
         finally:
             del service._served[key]
             self._link_scope.cancel()
-            self._stage.close(self._session)
+            with trio.CancelScope(shield=True):
+                # Who holds the lock is cancelled by now, but for the engine: it may still write to the cache of this session, which
+                # must not be another's by then.
+                async with self._lock:
+                    self._stage.close(self._session)
             service._source.reserve_kv(self._session, 0)
             with trio.move_on_after(LINK_TIMEOUT_S) as scope:
                 scope.shield = True
@@ -596,13 +585,13 @@ class _Served:
         service = self._service
         service._source.reserve_kv(self._session, self._token_kv_bytes * self._machine.kv_len)
         is_token = len(payload) == self._stage.input_size(1)
-        output, compute_s = await service.compute(self._stage, self._session, payload, self._token_s if is_token else None)
-        self._compute_s += compute_s
+        outcome = await service.compute(self._stage, self._session, payload, self._token_s if is_token else None)
+        self._compute_s += outcome.compute_s
         if is_token:
-            self._token_s = compute_s if self._token_s is None else self._token_s + (compute_s - self._token_s) / 4
+            self._token_s = outcome.turn_s if self._token_s is None else self._token_s + (outcome.turn_s - self._token_s) / 4
         self.step = step + 1
         service.totals.steps += 1
-        await self._perform(self._machine.computed(step, output))
+        await self._perform(self._machine.computed(step, outcome.output))
 
     async def _send_link(self, message: Push | OwnReceipt | Finish) -> None:
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:

@@ -24,6 +24,7 @@ from nexus.core.manifest import CAUSAL, ENCODER, Manifest
 from nexus.core.plan import Plan
 from nexus.network.simulated import SimulatedNetwork
 from nexus.network.transport import PeerAddress, Transport
+from nexus.node.batching import Outcome
 from nexus.node.infer import (
     INFER,
     INFER_MESSAGES,
@@ -45,6 +46,8 @@ from tests.swarm.ring import identity, manifest, plan_for, terms_for, toy_comput
 
 class ToyStage:
     """Bytes of the right length, and whatever a test wants to happen before them."""
+
+    chunked = False
 
     def __init__(self, model: Manifest, plan: Plan, stage: int, before: Callable[[int], None]) -> None:
         self._compute = lambda payload: toy_compute(model, plan, stage, 0, payload)
@@ -359,7 +362,7 @@ async def test_a_stopped_process_is_named_in_seconds(monkeypatch: pytest.MonkeyP
     async with swarm(3) as nodes:
         compute = nodes.services[silent].compute
 
-        async def stop(*arguments: object) -> tuple[bytes, float]:
+        async def stop(*arguments: object) -> Outcome:
             stopped = nodes.services[silent]
             if stopped.totals.steps == 3:
                 for served in stopped._served.values():
