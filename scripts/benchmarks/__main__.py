@@ -1,4 +1,4 @@
-"""scripts/bench NAME [--json]: benchmarks as ratios, both sides measured in turn in one run.
+"""Benchmarks as ratios, both sides measured in turn in one run.
 
 Machines are noisy and differ; a ratio of two things measured alternately, round by round, is what can be compared.
 """
@@ -8,24 +8,34 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
-from scripts.benchmarks import decode, receipts
+from scripts.benchmarks import decode, engine, memory, receipts
 from scripts.benchmarks.result import Result
 
-BENCHES = {"decode": decode.run, "receipts": receipts.run}
+SWARM: dict[str, Callable[[int, int, bool], Result]] = {"decode": decode.run, "receipts": receipts.run}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("bench", choices=sorted(BENCHES))
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
-    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds per comparison; the median counts [default: 9]")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per round, the first left out [default: 128]")
-    parser.add_argument("--quick", action="store_true", help="nano only, three rounds: a smoke test, no figure to publish")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    common.add_argument("--quick", action="store_true", help="small and short: a smoke test, no figure to publish")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
+    for name in SWARM:
+        bench = benches.add_parser(name, parents=[common], help=f"{name} in a swarm on loopback")
+        bench.add_argument("--rounds", type=int, default=9, help="alternating rounds; the median counts [default: %(default)s]")
+        bench.add_argument("--tokens", type=int, default=128, help="tokens per round, the first left out [default: %(default)s]")
+    bench = benches.add_parser("engine", parents=[common], help="the engine against transformers and llama.cpp, no network")
+    engine.add_arguments(bench)
+    bench = benches.add_parser("memory", parents=[common], help="what a fragment and a conversion take in memory")
+    memory.add_arguments(bench)
     options = parser.parse_args()
-    if options.quick:
-        options.rounds = min(options.rounds, 3)
-    result: Result = BENCHES[options.bench](options.rounds, options.tokens, options.quick)
+    if options.bench in SWARM:
+        rounds = min(options.rounds, 3) if options.quick else options.rounds
+        result = SWARM[options.bench](rounds, options.tokens, options.quick)
+    else:
+        result = {"engine": engine.run, "memory": memory.run}[options.bench](options)
     if options.json:
         print(json.dumps(result.as_dict()))
     else:

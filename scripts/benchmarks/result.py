@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,9 +34,18 @@ class Result:
         higher = self.better == "higher"
         met = self.ratio >= self.goal if higher else self.ratio <= self.goal
         print(f"{self.bench}: {self.ratio:.3f} (goal {'>=' if higher else '<='} {self.goal}: {'met' if met else 'MISSED'})")
-        for name, value in self.parts.items():
-            print(f"  {name}: {value}")
+        _show(self.parts, "  ")
         print(f"  machine: {machine()}")
+
+
+def _show(parts: Mapping[str, object], indent: str) -> None:
+    """Parts of parts below them; the smallest ones on one line each."""
+    for name, value in parts.items():
+        if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+            print(f"{indent}{name}:")
+            _show(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {value}")
 
 
 def machine() -> dict[str, object]:
