@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,25 @@ class ToyStage:
         return self._compute(payload)
 
 
+class ToyBatchStage(ToyStage):
+    """Takes prompts in parts and several sessions at a time. `turns`: how many sessions each had, and how many were not through."""
+
+    chunked = causal = True
+
+    def __init__(self, model: Manifest, plan: Plan, stage: int, before: Callable[[int], None]) -> None:
+        super().__init__(model, plan, stage, before)
+        self._last = stage == len(plan.stages) - 1
+        self.turns: list[tuple[int, int]] = []
+
+    def step_many(self, steps: Sequence[tuple[bytes, bytes]], more: Sequence[bool] = ()) -> list[bytes | NexusError]:
+        self.turns.append((len(steps), sum(more)))
+        parts = more or [False] * len(steps)
+        return [
+            b"" if part and self._last else self.step(session, payload)
+            for (session, payload), part in zip(steps, parts, strict=True)
+        ]
+
+
 @dataclass
 class ToySource:
     model: Manifest
@@ -80,6 +100,7 @@ class ToySource:
     kv_limit: int = 1 << 30
     kv: dict[bytes, int] = field(default_factory=dict)
     loaded: ToyStage | None = None
+    stage_type: type[ToyStage] = ToyStage
 
     async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest:
         assert model_root == self.model.root
@@ -88,7 +109,7 @@ class ToySource:
     @asynccontextmanager
     async def stage(self, manifest, start, end, dtype, sources, progress) -> AsyncIterator[ToyStage]:  # type: ignore[no-untyped-def]
         await progress("loading", 0, 0)
-        self.loaded = self.loaded or ToyStage(self.model, self.plan, self.stage_number, self.before)
+        self.loaded = self.loaded or self.stage_type(self.model, self.plan, self.stage_number, self.before)
         yield self.loaded
 
     def reserve_kv(self, session: bytes, n_bytes: int) -> None:
@@ -136,7 +157,11 @@ class Swarm:
 
 @asynccontextmanager
 async def swarm(
-    stages: int, kind: str = CAUSAL, sessions_max: int = 8, before: Callable[[int, int], None] | None = None
+    stages: int,
+    kind: str = CAUSAL,
+    sessions_max: int = 8,
+    before: Callable[[int, int], None] | None = None,
+    stage_type: type[ToyStage] = ToyStage,
 ) -> AsyncIterator[Swarm]:
     model = manifest(kind)
     plan = plan_for(model, stages)
@@ -149,7 +174,7 @@ async def swarm(
             hook = (lambda step, stage=stage: before(stage, step)) if before else (lambda _: None)
             # What blocks in `before` must do so on a thread.
             inline_step_s = 0.0 if before else INLINE_STEP_S
-            source = ToySource(model, plan, stage, hook)
+            source = ToySource(model, plan, stage, hook, stage_type=stage_type)
             service = InferService(
                 node, identity(stage + 1), source, serve=True, sessions_max=sessions_max, inline_step_s=inline_step_s
             )
@@ -187,6 +212,44 @@ async def test_sessions_run_side_by_side() -> None:
     async with swarm(3) as nodes, trio.open_nursery() as nursery:
         for n in range(6):
             nursery.start_soon(nodes.run, 20, (n + 1, 2, 3))
+
+
+async def test_sessions_run_in_batches_and_long_prompts_in_parts() -> None:
+    async with swarm(3, stage_type=ToyBatchStage) as nodes:
+        async with trio.open_nursery() as nursery:
+            for n in range(6):
+                nursery.start_soon(nodes.run, 20, [n + 1] * (1 + 100 * n))
+        for source in nodes.sources:
+            assert isinstance(source.loaded, ToyBatchStage)
+            assert sum(sessions - unfinished for sessions, unfinished in source.loaded.turns) == 6 * 20
+            assert sum(unfinished for _, unfinished in source.loaded.turns) >= 1 + 2 + 3 + 3  # of 201, 301, 401 and 501 tokens
+            assert not source.loaded.sessions
+
+
+async def test_a_session_is_closed_when_the_engine_is_done_with_it() -> None:
+    """The coordinator's stream closes it, the link computes for it: what is freed may be another session's at once."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def before(stage: int, step: int) -> None:
+        if stage == 1 and step == 1:
+            begun.set()
+            assert go_on.wait(20)
+
+    async with swarm(2, before=before) as nodes, trio.open_nursery() as nursery:
+        nursery.start_soon(nodes.run, 8)
+        assert await trio.to_thread.run_sync(begun.wait, 20)
+        (served,) = nodes.services[1]._served.values()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True), trio.fail_after(20):
+            await served._over.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            loaded = nodes.sources[1].loaded
+            assert loaded
+            assert loaded.sessions
+            go_on.set()
+            while nodes.services[1].live.count:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            assert not loaded.sessions
 
 
 async def test_a_slow_session_does_not_hold_up_another() -> None:
