@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from nexus.core.encoding import encode
 from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash
 from nexus.core.keys import Identity
 from nexus.core.manifest import blob_root
 from nexus.core.record import Record
+from nexus.engine.exact.sampler import sample_exact
+from nexus.engine.exact.tables import exp_tables
+from nexus.engine.sampling import Sampling
 from nexus.node.infer import (
     INFER_MESSAGES,
     LINK_MESSAGES,
@@ -27,7 +32,7 @@ from nexus.node.infer import (
     OwnReceipt,
     Push,
 )
-from nexus.proof.receipts import Refusal, SignedRefusal
+from nexus.proof.receipts import Refusal, SignedRefusal, millionths
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
 from tests.swarm.ring import causal_ring, encoder_ring, identity
 
@@ -149,7 +154,43 @@ def wire_vectors() -> dict[str, object]:
     }
 
 
-FILES = {"core.json": core_vectors, "session.json": session_vectors, "wire.json": wire_vectors}
+SAMPLINGS = [
+    Sampling(),
+    Sampling(repetition_penalty=1.3),
+    Sampling(1.0, seed=1),
+    Sampling(0.7, seed=2**64 - 1, top_k=40),
+    Sampling(1.3, 0.9, 3),
+    Sampling(1.0, seed=4, min_p=0.05),
+    Sampling(0.8, 0.95, 7, 40, 0.05, 1.1),
+    Sampling(100.0, seed=5),
+]
+
+
+def sampling_vectors() -> dict[str, object]:
+    """The exact profile's choice from 512 logits, with equal ones among them, at 16 steps, each penalised for those before."""
+    logits = ((np.arange(512, dtype=np.float32) * np.float32(0.37)) % np.float32(11)).round(1)
+    tables = exp_tables()
+    cases = []
+    for sampling in SAMPLINGS:
+        tokens: list[int] = []
+        for step in range(16):
+            tokens.append(sample_exact(logits, sampling, step, tables, tokens))
+        options = {name: millionths(getattr(sampling, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        cases.append(options | {"top_k": sampling.top_k, "seed": sampling.seed, "tokens": tokens})
+    return {
+        "exp_hi, as leaf hash of 256 float64": leaf_hash(tables[0].astype("<f8").tobytes()).hex(),
+        "exp_lo, as leaf hash of 4096 float64": leaf_hash(tables[1].astype("<f8").tobytes()).hex(),
+        "logits, float32": logits.astype("<f4").tobytes().hex(),
+        "cases": cases,
+    }
+
+
+FILES = {
+    "core.json": core_vectors,
+    "sampling.json": sampling_vectors,
+    "session.json": session_vectors,
+    "wire.json": wire_vectors,
+}
 
 
 def text_of(name: str) -> str:
