@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus.core.manifest import DEFAULT_PROFILE, EXACT, FLOAT, PROFILES_ASKED
 from nexus_cli import show
 from nexus_cli.options import NexusGroup, Shared, pass_shared
 
@@ -19,19 +20,33 @@ if TYPE_CHECKING:
 
     from nexus.node.api import ModelView, PlanView, Progress
 
+_PROFILES = {
+    EXACT: "exact: int8, the same bits on every machine",
+    FLOAT: "float: answers differ in their last digits between machines",
+}
+
 model = NexusGroup(name="model", help="Models: add, list, show, and plan who computes what.")
 
 
 @model.command("add")
 @click.argument("source")
-@click.option("--name", help="What to call it. [default: the directory's name, or the built-in's]")
+@click.option(
+    "--name", help="What to call it. [default: the directory's name, or the built-in's; with -float behind it if so asked]"
+)
+@click.option(
+    "--profile",
+    type=click.Choice(PROFILES_ASKED),
+    default=DEFAULT_PROFILE,
+    show_default=True,
+    help="The arithmetic: exact (int8, the same bits on every machine), float, or exact where the model can be.",
+)
 @pass_shared
-def model_add(shared: Shared, source: str, name: str | None) -> None:
+def model_add(shared: Shared, source: str, name: str | None, profile: str) -> None:
     """Take in a model. A Hugging Face directory (safetensors), or the built-in "nano" or "minilm"."""
     from nexus.core.errors import LocalError, NotFoundError
     from nexus.gateway.wire import to_json
     from nexus.models import BUILTIN_NAMES
-    from nexus.node.api import ModelView, Progress
+    from nexus.node.api import ModelView, Notice, Progress
     from nexus_cli.client import connected
 
     if source not in BUILTIN_NAMES:
@@ -41,9 +56,11 @@ def model_add(shared: Shared, source: str, name: str | None) -> None:
         source = str(path)
     added: ModelView | None = None
     with connected(shared, None) as daemon, progress_bars(shared) as advance:
-        for event in daemon.stream("/v0/models", {"source": source, "name": name}):
+        for event in daemon.stream("/v0/models", {"source": source, "name": name, "profile": profile}):
             if isinstance(event, Progress):
                 advance(event)
+            elif isinstance(event, Notice):
+                click.echo(show.printable(event.text), err=True)
             elif isinstance(event, ModelView):
                 added = event
     if added is None:
@@ -75,6 +92,7 @@ def model_list(shared: Shared) -> None:
             view.name,
             view.manifest.root.hex()[:12],
             view.manifest.kind,
+            view.manifest.profile,
             view.manifest.architecture,
             str(view.manifest.layers),
             show.size(view.manifest.weight_bytes),
@@ -83,7 +101,7 @@ def model_list(shared: Shared) -> None:
         )
         for view in found
     ]
-    columns = ("name", "root", "kind", "architecture", "layers", "size", "here", "peers")
+    columns = ("name", "root", "kind", "profile", "architecture", "layers", "size", "here", "peers")
     show.console(shared).print(show.table(columns, rows, right=("layers", "size", "peers"), wrap=("name", "architecture", "here")))
 
 
@@ -108,6 +126,7 @@ def model_show(shared: Shared, name: str) -> None:
             ("name", view.name),
             ("root", manifest.root.hex()),
             ("kind", manifest.kind),
+            ("profile", _PROFILES[manifest.profile]),
             ("architecture", manifest.architecture),
             ("weights", f"{show.size(manifest.weight_bytes)} in {manifest.dtype}, {len(manifest.pieces)} pieces"),
             ("shape", f"{manifest.layers} layers, hidden size {manifest.hidden_size}, vocabulary {manifest.vocab_size}"),

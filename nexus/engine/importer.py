@@ -21,6 +21,7 @@ from nexus.core.encoding import encode
 from nexus.core.errors import ModelFormatError, UsageError
 from nexus.core.hashing import leaf_hash, tagged_hash
 from nexus.core.manifest import (
+    AUTO,
     CAUSAL,
     EMBEDDING,
     EXACT,
@@ -29,6 +30,7 @@ from nexus.core.manifest import (
     EXACT_VECTORS,
     FLOAT,
     HEAD,
+    PROFILES_ASKED,
     STORED,
     Blob,
     Manifest,
@@ -44,8 +46,6 @@ from nexus.engine.source import TensorSource, file_chunks
 from nexus.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE = "config.json"
-AUTO = "auto"
-PROFILES = (AUTO, EXACT, FLOAT)
 _WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _INDEX_BYTES_MAX = 64 << 20
@@ -150,8 +150,8 @@ def import_model(
     the int8 form of one tensor in memory, and one layer for the known answers. Raises ModelFormatError with cause and fix for
     anything that is not a whole, sound and supported model.
     """
-    if profile not in PROFILES:
-        raise UsageError(f"there is no profile {profile!r}", f"Use one of {', '.join(PROFILES)}")
+    if profile not in PROFILES_ASKED:
+        raise UsageError(f"there is no profile {profile!r}", f"Use one of {', '.join(PROFILES_ASKED)}")
     model = _read_model(source)
     exact: tuple[ExactPlan, list[PieceSources]] | None = None
     if profile != FLOAT:

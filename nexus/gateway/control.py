@@ -224,7 +224,7 @@ class Control:
     async def add_model(self, request: Request) -> Response:
         wanted = requests.parse_add_model(await _body(request))
         self._check_accepting()
-        return EventStream(self.node.add_model(wanted.source, wanted.name))
+        return EventStream(self.node.add_model(wanted.source, wanted.name, wanted.profile))
 
     async def model(self, request: Request) -> Response:
         return JsonResponse(to_json(await self.node.model(request.path_params["name"])))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nexus.core.errors import UsageError
+from nexus.core.manifest import DEFAULT_PROFILE, PROFILES_ASKED
 from nexus.gateway.wire import Json
 from nexus.models import BUILTIN_NAMES
 from nexus.node.api import EmbedRequest, GenerateRequest
@@ -24,10 +25,11 @@ STAGES_MAX = 256
 
 @dataclass(frozen=True, slots=True)
 class AddModelRequest:
-    """`source`: a directory, or the name of a built-in model."""
+    """`source`: a directory, or the name of a built-in model. `profile`: "exact", "float" or "auto"."""
 
     source: Path | str
     name: str | None
+    profile: str
 
 
 def parse_object(body: bytes, *known: str) -> Mapping[str, Json]:
@@ -83,19 +85,23 @@ def parse_embed(body: bytes) -> EmbedRequest:
 
 
 def parse_add_model(body: bytes) -> AddModelRequest:
-    value = parse_object(body, "source", "name")
+    value = parse_object(body, "source", "name", "profile")
     source = value.get("source")
     if not isinstance(source, str) or not source or "\0" in source:
         raise UsageError("source is missing", f"Give a model directory, or one of: {', '.join(BUILTIN_NAMES)}")
     name = _name(value, "name") if value.get("name") is not None else None
+    profile = value.get("profile")
+    profile = DEFAULT_PROFILE if profile is None else profile
+    if profile not in PROFILES_ASKED:
+        raise UsageError(f"profile is {_shown(profile)}", f"Give one of {', '.join(PROFILES_ASKED)}")
     if source in BUILTIN_NAMES:
-        return AddModelRequest(source, name)
+        return AddModelRequest(source, name, str(profile))
     path = Path(source)
     if not path.is_absolute():
         raise UsageError(
             f"{source!r} is neither a built-in model nor an absolute path", "The daemon has a working directory of its own"
         )
-    return AddModelRequest(path, name)
+    return AddModelRequest(path, name, str(profile))
 
 
 def parse_address(body: bytes) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from nexus.core.errors import MalformedError
 from nexus.core.manifest import Manifest
-from nexus.node.api import Embedding, Event, Finished, ModelView, Planned, Progress, Token
+from nexus.node.api import Embedding, Event, Finished, ModelView, Notice, Planned, Progress, Token
 from nexus.proof.bundle import Bundle
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -28,6 +28,7 @@ ERROR_EVENT = "error"
 EVENTS: dict[str, type] = {
     "planned": Planned,
     "progress": Progress,
+    "notice": Notice,
     "token": Token,
     "embedding": Embedding,
     "finished": Finished,

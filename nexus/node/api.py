@@ -127,6 +127,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that whoever asked should know, in a sentence. It is not an error."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """`text`: what this token adds to the answer, possibly nothing until a character is whole."""
 
@@ -170,7 +177,7 @@ class Finished:
     bundle: Bundle
 
 
-Event = Planned | Progress | Token | Embedding | Finished
+Event = Planned | Progress | Notice | Token | Embedding | Finished
 
 
 class NodeApi(Protocol):
@@ -188,8 +195,12 @@ class NodeApi(Protocol):
         """Round-trip time in seconds; `peer_id` may be a unique prefix or a node's name."""
         ...
 
-    def add_model(self, source: Path | str, name: str | None) -> AsyncIterator[Progress | ModelView]:
-        """Import a Hugging Face directory or a built-in ("nano", "minilm"); progress, then the model as the last item."""
+    def add_model(self, source: Path | str, name: str | None, profile: str) -> AsyncIterator[Progress | Notice | ModelView]:
+        """Import a Hugging Face directory or a built-in ("nano", "minilm"); progress, then the model as the last item.
+
+        `profile`: "exact", "float", or "auto", which is exact where the model can be, and else float with a notice that says why.
+        `name` None: the directory's, with "-float" behind it where the float profile was asked for.
+        """
         ...
 
     async def models(self) -> list[ModelView]: ...

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import trio
 
 from nexus.core.errors import LocalError, NexusError, NotFoundError, PeerError, TimedOutError, UsageError
 from nexus.core.keys import Identity, parse_peer_id
-from nexus.core.manifest import Manifest
+from nexus.core.manifest import DEFAULT_PROFILE, FLOAT, Manifest
 from nexus.models import BUILTIN_NAMES, builtin_path
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import PeerAddress, Transport
-from nexus.node.api import EmbedRequest, Event, GenerateRequest, ModelView, NodeStatus, PeerView, PlanView, Progress
+from nexus.node.api import EmbedRequest, Event, GenerateRequest, ModelView, NodeStatus, Notice, PeerView, PlanView, Progress
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer import InferService
 from nexus.node.membership import Membership
@@ -211,16 +212,20 @@ class Node:
         except UsageError:
             raise NotFoundError(f"no peer in reach is called {text!r}", "`nexus peers` lists them") from None
 
-    async def add_model(self, source: Path | str, name: str | None) -> AsyncGenerator[Progress | ModelView, None]:
+    async def add_model(
+        self, source: Path | str, name: str | None, profile: str
+    ) -> AsyncGenerator[Progress | Notice | ModelView, None]:
         """Import a model; one at a time, since each reads and writes as fast as the disk goes."""
         text = str(source)
         builtin = text in BUILTIN_NAMES
         path = builtin_path(text) if builtin else Path(source)
         if not builtin and not path.is_absolute():
             raise UsageError(f"{text!r} is neither a built-in model nor an absolute path", f"Built in: {', '.join(BUILTIN_NAMES)}")
-        name = check_name(name or (text if builtin else path.name))
+        # So that the same directory may be added in both profiles: exact is what a model is by default.
+        name = check_name(name or (text if builtin else path.name) + ("-float" if profile == FLOAT else ""))
         send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
         added: list[Manifest] = []
+        notices: list[str] = []
         failure: list[NexusError] = []
         scope = trio.CancelScope()
 
@@ -232,7 +237,8 @@ class Node:
             with scope, send:
                 try:
                     async with self._add_lock:
-                        added.append(await trio.to_thread.run_sync(self._import, path, name, progress))
+                        work = partial(self._import, path, name, profile, progress, notices.append)
+                        added.append(await trio.to_thread.run_sync(work))
                 except NexusError as error:
                     failure.append(error)
 
@@ -246,13 +252,22 @@ class Node:
         if failure:
             raise failure[0]
         self._holdings_changed()
+        for notice in notices:
+            yield Notice(notice)
         yield self._view(name, added[0])
 
-    def _import(self, path: Path, name: str, progress: Callable[[str, int, int], None]) -> Manifest:
+    def _import(
+        self,
+        path: Path,
+        name: str,
+        profile: str,
+        progress: Callable[[str, int, int], None],
+        notice: Callable[[str], None],
+    ) -> Manifest:
         from nexus.engine.importer import import_model
 
         journal = ImportJournal(Home(self._options.home).models, self._blobs)
-        manifest = import_model(path, self._blobs, progress, profile="float", journal=journal)
+        manifest = import_model(path, self._blobs, progress, profile=profile, journal=journal, notice=notice)
         self._catalog.add(name, manifest)
         journal.end()
         return manifest
@@ -261,7 +276,8 @@ class Node:
         """The first use of a built-in model takes it in; it came with the program."""
         async with self._add_lock:
             if name not in self._catalog.names():
-                await trio.to_thread.run_sync(self._import, builtin_path(name), name, lambda *_: None)
+                work = partial(self._import, builtin_path(name), name, DEFAULT_PROFILE, lambda *_: None, lambda _: None)
+                await trio.to_thread.run_sync(work)
         self._holdings_changed()
 
     async def models(self) -> list[ModelView]:

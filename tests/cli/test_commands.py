@@ -104,10 +104,16 @@ def test_models(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
     root = manifest().root.hex()
     assert cli("model", "add", "nano").out == f"nano  {root}\n"
     assert cli("model", "add", str(tmp_path), "--name", "mine", "--json").json["model"]["name"] == "mine"
+    notice = cli("model", "add", "nano", "--profile", "exact").err
+    assert "profile exact" in notice
+    assert "\x1b" not in notice
+    assert cli("model", "add", "nano", "--profile", "fast").code == 2
     assert cli("model", "add", str(tmp_path / "nowhere")).code == 5
     assert root[:12] in cli("model", "list").out
     assert cli("model", "list", "--json").json["models"][0]["manifest"]["root"] == root
-    assert "LlamaForCausalLM" in cli("model", "show", "nano").out
+    shown = cli("model", "show", "nano").out
+    assert "LlamaForCausalLM" in shown
+    assert "differ in their last digits" in shown
     assert cli("model", "show", "missing").code == 5
     assert "two nodes are enough" in cli("model", "plan", "nano").out
     assert len(cli("model", "plan", "nano", "--json", "--stages", "2").json["plan"]["stages"]) == 2

@@ -26,6 +26,7 @@ from nexus.node.api import (
     GenerateRequest,
     ModelView,
     NodeStatus,
+    Notice,
     PeerView,
     Planned,
     PlanView,
@@ -137,8 +138,11 @@ class FakeNode:
             raise NotFoundError(f"there is no peer {peer_id!r}", "See: nexus peers")
         return 0.0123
 
-    async def add_model(self, source: Path | str, name: str | None) -> AsyncGenerator[Progress | ModelView, None]:
+    async def add_model(
+        self, source: Path | str, name: str | None, profile: str
+    ) -> AsyncGenerator[Progress | Notice | ModelView, None]:
         yield Progress(COORDINATOR.peer_id, "import", 10, 100)
+        yield Notice(f"profile {profile}\x1b[2J")
         yield await self.model(name or str(source))
 
     async def models(self) -> list[ModelView]:

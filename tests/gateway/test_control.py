@@ -73,7 +73,10 @@ async def test_everything_that_can_be_done(path: Path, node: FakeNode) -> None:
         assert (added.status_code, added.json()["peer_id"]) == (201, FIRST.peer_id)
         assert (await client.post("/v0/ping", json={"peer": FIRST.peer_id})).json()["rtt_s"] == 0.0123
         model = await client.post("/v0/models", json={"source": "nano"})
-        assert [json.loads(line)["event"] for line in model.text.splitlines()] == ["progress", "model"]
+        assert [json.loads(line)["event"] for line in model.text.splitlines()] == ["progress", "notice", "model"]
+        for profile, status in (("float", 200), ("exact", 200), ("fast", 400)):
+            answer = await client.post("/v0/models", json={"source": "nano", "profile": profile})
+            assert (answer.status_code, f"profile {profile}" in answer.text) == (status, status == 200)
         assert (await client.post("/v0/stop")).status_code == 202
         assert stop.is_set()
 

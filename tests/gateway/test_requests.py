@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.core.errors import UsageError
+from nexus.core.manifest import DEFAULT_PROFILE
 from nexus.gateway import requests
 from nexus.node.api import EmbedRequest, GenerateRequest
 
@@ -98,7 +99,11 @@ def test_embedding_requests() -> None:
 
 
 def test_a_model_comes_from_a_directory_or_is_built_in() -> None:
-    assert requests.parse_add_model(b'{"source": "nano"}').source == "nano"
+    assert requests.parse_add_model(b'{"source": "nano"}') == requests.AddModelRequest("nano", None, DEFAULT_PROFILE)
+    assert requests.parse_add_model(b'{"source": "nano", "profile": "exact"}').profile == "exact"
+    for profile in (b'"exakt"', b"1", b'["exact"]', b"true", b'""'):
+        with pytest.raises(UsageError, match="profile"):
+            requests.parse_add_model(b'{"source": "nano", "profile": ' + profile + b"}")
     assert str(requests.parse_add_model(b'{"source": "/models/x", "name": "y"}').source) == "/models/x"
     for body in (b'{"source": "relative/path"}', b'{"source": ""}', b"{}", b'{"source": "/a\\u0000b"}'):
         with pytest.raises(UsageError):

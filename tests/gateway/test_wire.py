@@ -18,6 +18,7 @@ names = st.text(max_size=20)
 views = st.one_of(
     st.builds(api.Token, st.integers(0, 2**40), st.integers(0, 2**32), names),
     st.builds(api.Progress, names, names, st.integers(0, 2**60), st.integers(0, 2**60)),
+    st.builds(api.Notice, names),
     st.builds(api.Embedding, st.integers(0, 1000), st.lists(st.floats(allow_nan=False, allow_infinity=False)).map(tuple)),
     st.builds(api.Planned, st.just(plan_view()), st.binary(min_size=32, max_size=32)),
     st.just(finished()),
