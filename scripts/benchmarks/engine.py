@@ -53,6 +53,7 @@ class Options:
     shapes: tuple[str, ...]
     threads: tuple[int, ...]
     profile: str
+    kernel: str
     rounds: int
     tokens: int
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", default="1,2", help="thread counts; the first is also that of the batch [default: %(default)s]"
     )
     parser.add_argument("--profile", default="exact", choices=("exact", "float"), help="of our engine [default: %(default)s]")
+    parser.add_argument("--kernel", default="", help="of the exact profile, e.g. torch [default: what the engine chooses]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per comparison; the median counts [default: %(default)s]")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per round [default: %(default)s]")
 
@@ -76,6 +78,7 @@ def run(arguments: argparse.Namespace) -> Result:
         tuple(shapes),
         tuple([1] if quick else map(int, arguments.threads.split(","))),
         arguments.profile,
+        arguments.kernel,
         min(arguments.rounds, 3) if quick else arguments.rounds,
         min(arguments.tokens, 16) if quick else arguments.tokens,
     )
@@ -153,7 +156,7 @@ class _Bench:
 
     @contextmanager
     def sides(self, threads: int) -> Iterator[dict[str, Child]]:
-        chosen: dict[str, tuple[object, ...]] = {"ours": ("engine", self.store, threads)}
+        chosen: dict[str, tuple[object, ...]] = {"ours": ("engine", self.store, threads, self.options.kernel)}
         if self.options.profile == "exact":
             chosen["ours_torch"] = ("engine", self.store, threads, "torch")
         chosen["transformers_bf16"] = ("transformers", self.source, threads)
@@ -218,7 +221,7 @@ class _Bench:
         prompts = [self.prompt(100 + number, PROMPT_TOKENS) for number in range(SESSIONS)]
         rounds = min(self.options.rounds, 3)
         part: Part = {}
-        with Child("scripts.benchmarks.engine_sides", "engine", self.store, threads, threads=threads) as side:
+        with Child("scripts.benchmarks.engine_sides", "engine", self.store, threads, self.options.kernel, threads=threads) as side:
             side.ask("batch", prompts=prompts, tokens=2)
             batches = [side.ask("batch", prompts=prompts, tokens=BATCH_TOKENS) for _ in range(rounds)]
             same = side.ask("same_batched", prompts=prompts, tokens=4)
@@ -241,10 +244,22 @@ class _Bench:
         prompts = [self.prompt(200 + number, PROMPT_TOKENS) for number in range(max(PIPELINE_GOALS))]
         tokens = self.options.tokens
         with ExitStack() as stack:
-            whole = stack.enter_context(Child("scripts.benchmarks.engine_sides", "engine", self.store, 1, threads=1))
-            tail = stack.enter_context(Child("scripts.benchmarks.engine_pipeline", "tail", self.store, cut, threads=1))
+            whole = stack.enter_context(
+                Child("scripts.benchmarks.engine_sides", "engine", self.store, 1, self.options.kernel, threads=1)
+            )
+            tail = stack.enter_context(
+                Child("scripts.benchmarks.engine_pipeline", "tail", self.store, cut, self.options.kernel, threads=1)
+            )
             head = stack.enter_context(
-                Child("scripts.benchmarks.engine_pipeline", "head", self.store, cut, tail.greeting["port"], threads=1)
+                Child(
+                    "scripts.benchmarks.engine_pipeline",
+                    "head",
+                    self.store,
+                    cut,
+                    self.options.kernel,
+                    tail.greeting["port"],
+                    threads=1,
+                )
             )
 
             def alone(number: int) -> dict[str, Any]:

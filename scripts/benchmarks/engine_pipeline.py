@@ -1,7 +1,7 @@
 """One model in two processes that pass activations over TCP on loopback: what splitting costs without the rest of Nexus.
 
-Usage: python -m scripts.benchmarks.engine_pipeline head STORE CUT PORT
-       python -m scripts.benchmarks.engine_pipeline tail STORE CUT
+Usage: python -m scripts.benchmarks.engine_pipeline head STORE CUT KERNEL PORT
+       python -m scripts.benchmarks.engine_pipeline tail STORE CUT KERNEL
 `tail` names the port that it listens on; `head` is asked for tokens as in `engine_sides.serve`. Every payload is hashed with BLAKE3
 by who sends it and by who gets it, in both directions.
 """
@@ -51,8 +51,8 @@ class Link:
         return data
 
 
-def tail(store: Path, cut: int, answer: Callable[[Answer], None]) -> None:
-    stage = load(store, start=cut)
+def tail(store: Path, cut: int, kernel: str, answer: Callable[[Answer], None]) -> None:
+    stage = load(store, start=cut, kernel=kernel or None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         answer({"port": server.getsockname()[1]})
         link = Link(server.accept()[0])
@@ -74,8 +74,8 @@ def tail(store: Path, cut: int, answer: Callable[[Answer], None]) -> None:
 
 
 class Head:
-    def __init__(self, store: Path, cut: int, port: int) -> None:
-        self._stage = load(store, end=cut)
+    def __init__(self, store: Path, cut: int, kernel: str, port: int) -> None:
+        self._stage = load(store, end=cut, kernel=kernel or None)
         self._link = Link(socket.create_connection(("127.0.0.1", port)))
         self._sessions = 0
 
@@ -112,12 +112,12 @@ class Head:
 
 
 def main() -> None:
-    role, store, cut, *rest = sys.argv[1:]
+    role, store, cut, kernel, *rest = sys.argv[1:]
     answer = claim_stdout()
     if role == "tail":
-        tail(Path(store), int(cut), answer)
+        tail(Path(store), int(cut), kernel, answer)
     else:
-        head = Head(Path(store), int(cut), int(rest[0]))
+        head = Head(Path(store), int(cut), kernel, int(rest[0]))
         serve(lambda operation, arguments: head.decode(**arguments), answer)
 
 

@@ -1,7 +1,7 @@
 """What `bench engine` compares, each in a process of its own: exact (or float) stages, transformers, llama.cpp.
 
-Usage: python -m scripts.benchmarks.engine_sides SIDE MODEL THREADS. One request per line in, one answer per line out, both JSON;
-`scripts.benchmarks.engine_child` is the other end. MODEL: the store of `engine_store`, a model directory, or a GGUF file.
+Usage: python -m scripts.benchmarks.engine_sides SIDE MODEL THREADS [KERNEL]. One request per line in, one answer per line out, both
+JSON; `scripts.benchmarks.engine_child` is the other end. MODEL: the store of `engine_store`, a model directory, or a GGUF file.
 """
 
 from __future__ import annotations

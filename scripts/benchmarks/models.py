@@ -49,7 +49,7 @@ class Shape:
 
 SHAPES = {
     # For trying out the benchmarks themselves.
-    "tiny": Shape(4, 256, 4, 2, 512, 1024, tied=True),
+    "tiny": Shape(4, 256, 4, 2, 512, 8192, tied=True),
     # SmolLM2-135M
     "135m": Shape(30, 576, 9, 3, 1536, 49152, tied=True),
     # Llama-3.2-1B
