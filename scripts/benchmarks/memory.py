@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--convert", default=CONVERSION_GOAL_SHAPE, choices=models.SHAPES, help="shape to convert [default: %(default)s]"
     )
     parser.add_argument("--profile", default="exact", choices=("exact", "float"), help="of our engine [default: %(default)s]")
+    parser.add_argument("--kernel", default="", help="of the exact profile, e.g. torch [default: what the engine chooses]")
     parser.add_argument("--threads", type=int, default=1, help="[default: %(default)s]")
 
 
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> Result:
         raise SystemExit("bench memory reads /proc, which only Linux has")
     if options.quick:
         options.fragment = options.convert = "135m"
-    fragment = _fragments(options.fragment, options.profile, options.threads)
+    fragment = _fragments(options.fragment, options.profile, options.kernel, options.threads)
     ratio = max(float(str(part["ratio"])) for part in fragment.values())
     return Result(
         "memory",
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> Result:
     )
 
 
-def _fragments(name: str, profile: str, threads: int) -> dict[str, Part]:
+def _fragments(name: str, profile: str, kernel: str, threads: int) -> dict[str, Part]:
     """Both halves of the model, each in a process that loads it and reads a prompt of CACHED_TOKENS tokens."""
     shape = models.SHAPES[name]
     with tempfile.TemporaryDirectory(prefix="nexus-bench-memory-") as text:
@@ -82,6 +83,7 @@ def _fragments(name: str, profile: str, threads: int) -> dict[str, Part]:
                     store=str(directory / "store"),
                     start=start,
                     end=end,
+                    kernel=kernel,
                     tokens=CACHED_TOKENS,
                     incoming=str(incoming),
                     outgoing=str(outgoing),

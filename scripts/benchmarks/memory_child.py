@@ -33,20 +33,20 @@ def convert(source: str, store: str, profile: str) -> Answer:
     return {"before_bytes": before, "peak_bytes": resident_bytes("VmHWM"), "stored_bytes": manifest.weight_bytes}
 
 
-def load(warm_store: str, store: str, start: int, end: int, tokens: int, incoming: str, outgoing: str) -> Answer:
+def load(warm_store: str, store: str, start: int, end: int, kernel: str, tokens: int, incoming: str, outgoing: str) -> Answer:
     """Memory that the stage of layers [start, end) adds, with `tokens` tokens of one session in its cache.
 
     `warm_store`: a tiny model that is used and dropped first, so that libraries and buffers of the first use are not counted.
     `incoming`: file with the payload of the tokens, token ids or hidden states; what comes out is written to `outgoing`.
     """
-    warm = engine_store.load(Path(warm_store))
+    warm = engine_store.load(Path(warm_store), kernel=kernel or None)
     warm.open(_SESSION)
     warm.step(_SESSION, np.arange(2, dtype="<u4").tobytes())
     warm.close(_SESSION)
     del warm
     gc.collect()
     before = resident_bytes("VmRSS")
-    stage = engine_store.load(Path(store), start, end)
+    stage = engine_store.load(Path(store), start, end, kernel or None)
     loaded = resident_bytes("VmRSS")
     stage.open(_SESSION)
     payload = Path(incoming).read_bytes()
