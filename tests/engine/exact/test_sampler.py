@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy._core._multiarray_umath import __cpu_dispatch__
 
 from nexus.core.errors import ModelFormatError, NexusError, UsageError
 from nexus.core.hashing import tagged_hash
@@ -20,6 +24,7 @@ from nexus.engine.exact.sampler import VOCAB_MAX, candidates, ordered, sample_ex
 from nexus.engine.exact.tables import exp_tables
 from nexus.engine.sampling import GREEDY, Sampling
 from nexus.proof.receipts import MICRO
+from tests.vectors.make import DIRECTORY
 
 TABLES = exp_tables()
 ONE = 1 << 40
@@ -260,3 +265,13 @@ def test_the_draws_are_pinned() -> None:
     sampling = Sampling(0.8, 0.95, 7, 40, 0.05, 1.1)
     drawn = [sample_exact(logits, sampling, step, TABLES, [29, 58]) for step in range(8)]
     assert drawn == [653, 862, 386, 981, 653, 505, 980, 802]
+
+
+@pytest.mark.parametrize("first", range(len(__cpu_dispatch__)))
+def test_numpy_without_its_vector_instructions_gives_the_golden_vectors(first: int) -> None:
+    """numpy picks code by processor; older ones are had by taking instruction sets away, the newest first."""
+    program = "import sys; from tests.vectors.make import text_of; sys.stdout.write(text_of('sampling.json'))"
+    disabled = {"NPY_DISABLE_CPU_FEATURES": " ".join(__cpu_dispatch__[first:])}
+    command, root = [sys.executable, "-c", program], DIRECTORY.parents[1]
+    done = subprocess.run(command, cwd=root, env=os.environ | disabled, capture_output=True, text=True, check=True)
+    assert done.stdout == (DIRECTORY / "sampling.json").read_text(encoding="utf-8")
