@@ -24,7 +24,7 @@ from nexus.engine.exact.stage import KnownAnswers, pooled, vector_tokens
 from nexus.engine.pooling import Pooling
 
 # An operation whose error is above this, in the mean over the calibration's tokens, is made wide.
-ERROR_MAX = 0.05
+ERROR_MAX = 0.03
 CALIBRATION_TOKENS = 64
 # Prose, a list, code, numbers and other scripts: what activates the odd channels of a model.
 CALIBRATION_TEXT = (
@@ -63,7 +63,7 @@ def calibrate(
 
     Raises LocalError where no integer product is right on this processor, OutOfBoundsError for weights that compute nonsense.
     """
-    kernel = gemm.choose(depth for _, depth in plan.linear_shapes().values())
+    kernel = _kernel(plan)
     known = vector_tokens(plan)
     embedded = _Embedding(plan, Piece(path(EMBEDDING), plan.embedding_tensors()), tables, kernel)
     sample = embedded(np.array(tokens[: min(CALIBRATION_TOKENS, plan.context)], np.int64)) if plan.causal else None
@@ -91,6 +91,13 @@ def calibrate(
         plan = replace(plan, wide_head=errors[HEAD_OP][0] > ERROR_MAX)
         answer = head.logits(x[-1:], wide=plan.wide_head)
     return Calibrated(plan, KnownAnswers(known, torch.stack(states).numpy(), answer.numpy()), errors)
+
+
+def _kernel(plan: ExactPlan) -> gemm.Kernel:
+    """A product that is right here and takes the weights as they are: each weight is used for few rows and then dropped."""
+    depths = {depth for _, depth in plan.linear_shapes().values()}
+    right = {verdict.name for verdict in gemm.verdicts(depths) if verdict.right}
+    return gemm.IntMM if gemm.IntMM.name in right else gemm.choose(depths)
 
 
 def _tensors(piece: Piece) -> Tensors:
