@@ -109,7 +109,8 @@ def _measure(name: str, options: Options) -> Part:
         store = directory / "store"
         manifest = engine_store.add(source, store, options.profile)
         gguf, absent = _gguf(source, shape, directory / "model.gguf")
-        bench = _Bench(name, shape, options, source, store, gguf, absent)
+        bytes_per_token = engine_store.bytes_per_token(manifest) if options.profile == "exact" else None
+        bench = _Bench(name, shape, options, source, store, bytes_per_token, gguf, absent)
         part: Part = {"million_weights": round(shape.weights / 1e6, 1)}
         for threads in options.threads:
             _say(f"{name}: decode and prefill, {threads} thread(s)")
@@ -139,13 +140,15 @@ def _gguf(source: Path, shape: models.Shape, path: Path) -> tuple[Path | None, s
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """One shape, with its weights on disk in the form that each side reads. `absent`: why there is no GGUF file, if so."""
+    """One shape, with its weights on disk in the form that each side reads. `bytes_per_token`: that must be read to decode one,
+    None for what the stage says. `absent`: why there is no GGUF file, if so."""
 
     name: str
     shape: models.Shape
     options: Options
     source: Path
     store: Path
+    bytes_per_token: int | None
     gguf: Path | None
     absent: str | None
 
@@ -177,7 +180,8 @@ class _Bench:
                 side.ask("prefill", ids=long_prompt)
             decode = _rounds(sides, self.options.rounds, lambda side: side.ask("decode", prompt=prompt, tokens=self.options.tokens))
             prefill = _rounds(sides, self.options.rounds, lambda side: side.ask("prefill", ids=long_prompt))
-        weight_bytes = described["ours"]["weight_bytes"]
+        # What a token needs, not what a kernel keeps: copies in other forms are its own affair.
+        weight_bytes = self.bytes_per_token or described["ours"]["weight_bytes"]
         with Child("scripts.benchmarks.engine_bandwidth", weight_bytes, threads, threads=threads) as reader:
             limit: float = reader.ask("read")["bytes_per_s"]
         reached = median(decode["ours"]) * weight_bytes

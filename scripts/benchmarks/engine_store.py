@@ -42,6 +42,11 @@ def load(store: Path, start: int = 0, end: int | None = None, kernel: str | None
     return load_stage(manifest, start, last, paths(store, manifest, start, last), kernel=kernel)
 
 
+def bytes_per_token(manifest: Manifest) -> int:
+    """Stored weights that decoding a token reads: all but the embedding, of which it takes one row, unless the head shares it."""
+    return manifest.weight_bytes - (0 if manifest.tied else manifest.pieces[0].size)
+
+
 def balanced_cut(manifest: Manifest) -> int:
     """Where to cut the model in two so that both halves read about as many bytes per token.
 
