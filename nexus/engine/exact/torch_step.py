@@ -98,16 +98,21 @@ def amax(x: torch.Tensor) -> torch.Tensor:
     return a.clamp_min(SMALLEST)
 
 
+def quotient(number: float, x: torch.Tensor) -> torch.Tensor:
+    """number / x, rounded once. torch makes of `number / x` the product with a reciprocal, which is rounded twice."""
+    return torch.full((), number, dtype=x.dtype) / x
+
+
 def quantise8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [..., n] to int8 and scale [..., 1]."""
     a = amax(x)
-    return (x * (MAX8 / a)).round().to(torch.int8), a / MAX8
+    return (x * quotient(MAX8, a)).round().to(torch.int8), a / MAX8
 
 
 def quantise16(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [..., n] to int32 of 16 bits and scale [..., 1]."""
     a = amax(x)
-    return (x * (MAX16 / a)).round().to(torch.int32), a / MAX16
+    return (x * quotient(MAX16, a)).round().to(torch.int32), a / MAX16
 
 
 def split16(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +160,7 @@ class Functions:
 
     def sigmoid(self, v: torch.Tensor) -> torch.Tensor:
         e = self.exp_neg(v.abs())
-        return torch.where(v >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
+        return torch.where(v >= 0, quotient(1.0, 1.0 + e), e / (1.0 + e))
 
     def cap(self, v: torch.Tensor, cap: float) -> torch.Tensor:
         e = self.exp_neg((v / cap).abs() * 2.0)
@@ -378,7 +383,7 @@ class TorchModel:
         total = (e * _UNIT).round().sum(-1, keepdim=True)
         b = e * value_scales.double()[:, None]
         largest = b.amax(-1, keepdim=True)
-        p = (b * (_P_MAX / largest)).round()
+        p = (b * quotient(_P_MAX, largest)).round()
         out = (p @ values.double()).float() * ((largest * _UNIT) / (total * _P_MAX)).float()
         return out.view(groups, each, rows, size).permute(2, 0, 1, 3).reshape(rows, groups * each * size)
 
