@@ -1,0 +1,452 @@
+"""The compiled step of the exact engine (native/*.c) behind ctypes: one call computes a batch of runs through all layers.
+
+`available()` names what runs here; it is empty where the library was not built, and then the torch path serves, with the same
+bits. The structures mirror native/nexus_native.h line by line. ctypes releases the interpreter lock while the step computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nexus.core.errors import LocalError
+from nexus.core.manifest import EMBEDDING, HEAD, layer_name
+from nexus.engine.exact import native_build
+from nexus.engine.exact.plan import ATTENTION, ExactPlan, LayerPlan
+from nexus.engine.exact.torch_step import OutOfBoundsError, Trace
+
+PAGE_TOKENS = 64
+_ABI = 1
+_ALIGNMENT = 64
+_OK, _BOUNDS, _CANCELLED, _WORKSPACE, _BAD_ARGUMENT = range(5)
+_NO_LOGITS, _LAST_LOGITS, _ALL_LOGITS = range(3)
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+_RMS_NORM, _LAYER_NORM = range(2)
+_FREE_WORKSPACES_MAX = 4
+
+Array = NDArray[Any]
+Fields = list[tuple[str, Any]]
+_P, _I32, _I64, _F32, _F64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+
+
+class _Linear(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [
+        *[(name, _P) for name in ("weights", "scale", "bias")],
+        *[(name, _I32) for name in ("n", "k", "wide", "reserved")],
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [("weight", _P), ("bias", _P)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [
+        *[(name, _Linear) for name in ("qkv", "o", "gate", "up", "down")],
+        *[(name, _Norm) for name in ("attention_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm", "q_norm", "k_norm")],
+        *[(name, _I32) for name in ("window", "rope", "wide_attention", "reserved")],
+    ]
+
+
+class _Rope(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [("coarse", _P), ("fine", _P), ("coarse_rows", _I64)]
+
+
+class _Model(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [
+        *[(name, _I32) for name in ("hidden", "heads", "kv_heads", "head_dim", "rotated", "layers")],
+        *[(name, _I32) for name in ("norm_kind", "activation", "encoder", "reserved")],
+        *[(name, _F32) for name in ("attention_scale", "attention_cap", "final_cap", "embed_scale")],
+        ("norm_eps", _F64),
+        *[(name, _P) for name in ("exp_hi", "exp_lo", "phi")],
+        ("rope", _Rope * 2),
+        ("embed", _Linear),
+        *[(name, _P) for name in ("position", "type")],
+        ("positions", _I64),
+        ("embed_norm", _Norm),
+        ("head", _Linear),
+        ("final_norm", _Norm),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Run(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [
+        ("pages", _P),
+        ("position", _I64),
+        *[(name, _I32) for name in ("count", "logits", "status", "reserved")],
+    ]
+
+
+class _Trace(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [(name, _P) for name in ("qkv", "o", "gate_up", "down", "attention")]
+
+
+class _Batch(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [
+        ("runs", ctypes.POINTER(_Run)),
+        *[(name, _I32) for name in ("run_count", "threads")],
+        *[(name, _P) for name in ("ids", "states", "states_out", "logits_out", "trace", "cancel", "workspace")],
+        ("workspace_bytes", ctypes.c_uint64),
+    ]
+
+
+class _Variant(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [("name", ctypes.c_char_p), ("supported", _I32), ("reserved", _I32)]
+
+
+class Tensors(Protocol):
+    """One piece of a model: `nexus.engine.exact.pieces.Piece`."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str) -> Array: ...
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Array]]: ...
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The library, or None where it is missing, was built for something else, or is of another version of these sources."""
+    try:
+        library = ctypes.CDLL(str(native_build.LIBRARY))
+        if library.nx_abi() != _ABI:
+            return None
+    except (OSError, AttributeError):
+        return None
+    library.nx_packed_bytes.restype = ctypes.c_uint64
+    library.nx_packed_bytes.argtypes = [_I64, _I64]
+    library.nx_pack.argtypes = [_P, _I64, _I64, _I64, _I64, _P]
+    library.nx_page_bytes.restype = ctypes.c_uint64
+    library.nx_page_bytes.argtypes = [_P]
+    library.nx_workspace_bytes.restype = ctypes.c_uint64
+    library.nx_workspace_bytes.argtypes = [_P, _I64, _I64, _I64, _I32]
+    library.nx_check_model.argtypes = [_P]
+    library.nx_step.argtypes = [_I32, _P, _P]
+    return library
+
+
+@cache
+def _built() -> dict[str, tuple[int, bool]]:
+    """Index and support of every variant in the library, fastest first."""
+    library = _library()
+    if library is None:
+        return {}
+    count = library.nx_variants(None, 0)
+    variants = (_Variant * count)()
+    library.nx_variants(variants, count)
+    return {variant.name.decode(): (index, bool(variant.supported)) for index, variant in enumerate(variants)}
+
+
+def available() -> list[str]:
+    """The variants that this processor runs, fastest first; none where the library is missing."""
+    return [name for name, (_, supported) in _built().items() if supported]
+
+
+def _aligned(size: int) -> Array:
+    """Uninitialised bytes that begin at a multiple of 64."""
+    whole = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -whole.ctypes.data % _ALIGNMENT
+    return whole[start : start + size]
+
+
+class NativeCache:
+    """Keys and values of one session in one stage, in pages of 64 tokens, all layers together (layout: native/layout.h)."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self._page_bytes = page_bytes
+        self._pages: list[Array] = []
+        self._pointers = np.empty(0, np.uintp)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._pages) * self._page_bytes
+
+    def reserve(self, length: int) -> int:
+        """Room for `length` tokens; the address of the array of page addresses, good until the next call."""
+        pages = -(-length // PAGE_TOKENS)
+        if pages > len(self._pages):
+            self._pages += [_aligned(self._page_bytes) for _ in range(pages - len(self._pages))]
+            self._pointers = np.array([page.ctypes.data for page in self._pages], np.uintp)
+        return int(self._pointers.ctypes.data)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRun:
+    """Consecutive tokens of one session. `cache` is None for an encoder. `logits`: of the "last" token, of "all" or "none"."""
+
+    cache: NativeCache | None
+    position: int
+    count: int
+    logits: str = "last"
+
+
+_LOGITS = {"none": _NO_LOGITS, "last": _LAST_LOGITS, "all": _ALL_LOGITS}
+
+
+class CancelFlag:
+    """Stops a step between two layers when another thread sets it."""
+
+    def __init__(self) -> None:
+        self._flag = _I32(0)
+
+    def set(self) -> None:
+        self._flag.value = 1
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._flag)
+
+
+class CancelledError(LocalError):
+    def __init__(self) -> None:
+        super().__init__("the step was cancelled", "Nothing was lost: ask again")
+
+
+class NativeModel:
+    """Layers [start, end) in the packed form that all variants read; see `build`."""
+
+    def __init__(self, plan: ExactPlan, start: int, end: int, variant: str) -> None:
+        """Empty; `build` fills it."""
+        library = _library()
+        index, supported = _built().get(variant, (-1, False))
+        if library is None or not supported:
+            raise LocalError(f"the compiled kernel {variant!r} does not run here", f"There are: {', '.join(available()) or 'none'}")
+        self.kernel = f"native ({variant})"
+        self.weight_bytes = 0
+        self.plan = plan
+        self._layers = plan.layers[start:end]
+        self._first, self._last = start == 0, end == len(plan.layers)
+        self._library, self._variant = library, index
+        self._kept: list[Array] = []
+        self._layer_structs = (_Layer * max(1, len(self._layers)))()
+        self._model = _Model()
+        self._address = ctypes.addressof(self._model)
+        self._workspaces: list[Array] = []
+        self._lock = threading.Lock()
+        self.page_bytes = 0
+
+    # ---- loading
+
+    def _keep(self, values: Array, dtype: Any) -> int:
+        """The address of a copy that lives as long as this."""
+        values = np.ascontiguousarray(values, dtype)
+        self._kept.append(values)
+        return int(values.ctypes.data)
+
+    def _floats(self, values: Array) -> int:
+        address = self._keep(values, np.float32)
+        self.weight_bytes += values.nbytes
+        return address
+
+    def _linear(self, tensors: Tensors, name: str, wide: bool, first: int = 0, rows: int | None = None) -> _Linear:
+        """Packs rows [first, first + rows) of a weight, block by block as they are read: there is never a second copy of it."""
+        total, depth = tensors.shape(f"{name}.weight")
+        last = total if rows is None else first + rows
+        size = int(self._library.nx_packed_bytes(last - first, depth))
+        if not size:
+            raise LocalError(f"{name} of {last - first} x {depth} is larger than the compiled kernel takes", "Use the torch kernel")
+        packed = _aligned(size)
+        for at, block in tensors.blocks(f"{name}.weight"):
+            begin, end = max(at, first), min(at + len(block), last)
+            if begin < end:
+                part = np.ascontiguousarray(block[begin - at : end - at], np.int8)
+                if self._library.nx_pack(packed.ctypes.data, last - first, depth, begin - first, end - first, part.ctypes.data):
+                    raise LocalError(f"{name} could not be packed", "This is a bug: please report it")
+        self._kept.append(packed)
+        self.weight_bytes += size
+        bias = self._floats(tensors.tensor(f"{name}.bias")[first:last]) if f"{name}.bias" in tensors else None
+        scale = self._floats(tensors.tensor(f"{name}.scale")[first:last])
+        return _Linear(packed.ctypes.data, scale, bias, last - first, depth, wide, 0)
+
+    def _norm(self, tensors: Tensors, name: str) -> _Norm:
+        if f"{name}.weight" not in tensors:
+            return _Norm()
+        bias = self._floats(tensors.tensor(f"{name}.bias")) if f"{name}.bias" in tensors else None
+        return _Norm(self._floats(tensors.tensor(f"{name}.weight")), bias)
+
+    def load_layer(self, index: int, tensors: Tensors) -> None:
+        """`index`: of this stage."""
+        plan, layer, to = self.plan, self._layers[index], self._layer_structs[index]
+        for name in ("qkv", "o", "down"):
+            setattr(to, name, self._linear(tensors, name, name in layer.wide))
+        wide = "gate_up" in layer.wide
+        if plan.gated:
+            to.gate = self._linear(tensors, "gate_up", wide, 0, plan.ffn)
+        to.up = self._linear(tensors, "gate_up", wide, plan.gate_up_size - plan.ffn, plan.ffn)
+        for name, _ in _Layer._fields_:
+            if name.endswith("_norm"):
+                setattr(to, name, self._norm(tensors, name))
+        to.window, to.wide_attention = layer.window, ATTENTION in layer.wide
+        to.rope = layer.rope if plan.rotated and plan.ropes else -1
+
+    def load_ends(self, embedding: Tensors | None, head: Tensors | None, tables: Mapping[str, NDArray[np.float64]]) -> None:
+        """Embedding, head and tables; the last thing to load."""
+        plan, model = self.plan, self._model
+        model.hidden, model.heads, model.kv_heads, model.head_dim = plan.hidden, plan.heads, plan.kv_heads, plan.head_dim
+        model.rotated = plan.rotated if plan.ropes else 0
+        model.layers, model.layer = len(self._layers), self._layer_structs
+        model.norm_kind = _RMS_NORM if plan.causal else _LAYER_NORM
+        model.activation, model.encoder = _ACTIVATIONS[plan.activation], not plan.causal
+        model.attention_scale, model.attention_cap = plan.attention_scale, plan.attention_cap
+        model.final_cap, model.embed_scale, model.norm_eps = plan.logit_cap, plan.embed_scale, plan.eps
+        for name in ("exp_hi", "exp_lo", "phi"):
+            setattr(model, name, self._keep(tables[name], np.float64))
+        for number in range(len(plan.ropes)):
+            coarse, fine = tables[f"rope.{number}.coarse"], tables[f"rope.{number}.fine"]
+            model.rope[number] = _Rope(self._keep(coarse, np.float64), self._keep(fine, np.float64), len(coarse))
+        has_head = self._last and plan.causal
+        if embedding is not None and (self._first or (has_head and plan.tied)):
+            linear = self._linear(embedding, "embed", plan.wide_head)
+            if self._first:
+                model.embed = linear
+            if has_head and plan.tied:
+                model.head = linear
+            if self._first and not plan.causal:
+                model.position, model.type = (self._floats(embedding.tensor(f"{name}.weight")) for name in ("position", "type"))
+                model.positions = embedding.shape("position.weight")[0]
+                model.embed_norm = self._norm(embedding, "embed_norm")
+        if has_head and head is not None:
+            model.final_norm = self._norm(head, "norm")
+            if not plan.tied:
+                model.head = self._linear(head, "head", plan.wide_head)
+        if self._library.nx_check_model(self._address):
+            raise LocalError("a model of this shape is not one that the compiled kernel takes", "Use the torch kernel")
+        self.page_bytes = int(self._library.nx_page_bytes(self._address))
+
+    # ---- computing
+
+    def new_cache(self) -> NativeCache | None:
+        return NativeCache(self.page_bytes) if self.plan.causal else None
+
+    def run(self, cache: NativeCache | None, position: int, count: int, logits: str = "last") -> NativeRun:
+        return NativeRun(cache, position, count, logits)
+
+    def step(
+        self,
+        runs: Sequence[NativeRun],
+        x: torch.Tensor,
+        trace: Trace | None = None,
+        cancel: CancelFlag | None = None,
+        threads: int | None = None,
+    ) -> torch.Tensor:
+        """`x`: token ids, int64 [rows], for the first stage, else float32 [rows, hidden]; the rows of all runs one after the other.
+
+        Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [n, vocab] that the runs ask for, in
+        their order. `threads`: as torch's unless given. Raises OutOfBoundsError, CancelledError.
+        """
+        rows = sum(run.count for run in runs)
+        if len(x) != rows or not rows:
+            raise ValueError(f"{len(x)} rows for runs of {rows} tokens")
+        model, has_head = self._model, bool(self._model.head.weights)
+        structs = (_Run * len(runs))()
+        longest = wanted = 0
+        for struct, run in zip(structs, runs, strict=True):
+            end = run.position + run.count
+            pages = run.cache.reserve(end) if run.cache is not None else None
+            logits = _LOGITS[run.logits] if has_head else _NO_LOGITS
+            struct.pages, struct.position, struct.count, struct.logits = pages, run.position, run.count, logits
+            longest = max(longest, end)
+            wanted += (0, 1, run.count)[logits]
+        if threads is None:
+            threads = torch.get_num_threads()
+        out = torch.empty((wanted, model.head.n) if has_head else (rows, self.plan.hidden), dtype=torch.float32)
+        batch = _Batch(structs, len(runs), threads)
+        ids, states = (_ids(x, self.plan.vocab), None) if self._first else (None, x.to(torch.float32).contiguous())
+        batch.ids = None if ids is None else ids.ctypes.data
+        batch.states = None if states is None else states.data_ptr()
+        batch.logits_out, batch.states_out = (out.data_ptr(), None) if has_head else (None, out.data_ptr())
+        batch.cancel = None if cancel is None else cancel.address
+        traced = _Traced(self.plan, self._layers, rows) if trace else None
+        batch.trace = None if traced is None else ctypes.addressof(traced.structs)
+        size = int(self._library.nx_workspace_bytes(self._address, rows, len(runs), longest, threads))
+        if not size:
+            raise ValueError(f"a batch of {rows} rows up to position {longest} on {threads} threads is beyond the kernel's limits")
+        workspace = self._borrow(size)
+        try:
+            batch.workspace, batch.workspace_bytes = workspace.ctypes.data, workspace.nbytes
+            result = self._library.nx_step(self._variant, self._address, ctypes.byref(batch))
+        finally:
+            with self._lock:
+                if len(self._workspaces) < _FREE_WORKSPACES_MAX:
+                    self._workspaces.append(workspace)
+        if result == _BOUNDS:
+            raise OutOfBoundsError(next(index for index, struct in enumerate(structs) if struct.status))
+        if result == _CANCELLED:
+            raise CancelledError
+        if result != _OK:
+            raise ValueError(f"the compiled kernel refused the batch ({result})")
+        if trace and traced:
+            traced.report(trace)
+        return out
+
+    def _borrow(self, size: int) -> Array:
+        """A workspace that no other thread has, of at least `size` bytes."""
+        with self._lock:
+            workspace = self._workspaces.pop() if self._workspaces else None
+        return workspace if workspace is not None and workspace.nbytes >= size else _aligned(size)
+
+
+def _ids(x: torch.Tensor, vocab: int) -> NDArray[np.uint32]:
+    ids = x.numpy()
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise ValueError(f"token ids must be from 0 to {vocab - 1}")
+    return ids.astype(np.uint32)
+
+
+class _Traced:
+    """Memory for what a traced step puts out."""
+
+    def __init__(self, plan: ExactPlan, layers: Sequence[LayerPlan], rows: int) -> None:
+        self.structs = (_Trace * max(1, len(layers)))()
+        self._values: list[dict[str, torch.Tensor]] = []
+        for layer, struct in zip(layers, self.structs, strict=False):
+            values = {}
+            for name, (width, _) in plan.linear_shapes().items():
+                values[name] = torch.empty((2 * rows if name in layer.wide else rows, width), dtype=torch.int32)
+                if name == "qkv":
+                    values[ATTENTION] = torch.empty((rows, plan.q_size), dtype=torch.float32)
+            for name, value in values.items():
+                setattr(struct, name, value.data_ptr())
+            self._values.append(values)
+
+    def report(self, trace: Trace) -> None:
+        for index, values in enumerate(self._values):
+            for name, value in values.items():
+                trace(index, name, value)
+
+
+def build(
+    plan: ExactPlan,
+    start: int,
+    end: int,
+    pieces: Mapping[str, Tensors],
+    tables: Mapping[str, NDArray[np.float64]],
+    variant: str | None = None,
+) -> NativeModel:
+    """`pieces`: by name, as docs/exact.md lists their tensors; "layer.N" counted in the whole model. `variant`: of `available`."""
+    variants = available()
+    if not variants:
+        raise LocalError("the compiled kernel is not installed", "Use the torch kernel, or install a C compiler and Nexus again")
+    model = NativeModel(plan, start, end, variant or variants[0])
+    for index in range(start, end):
+        model.load_layer(index - start, pieces[layer_name(index)])
+    model.load_ends(pieces.get(EMBEDDING), pieces.get(HEAD), tables)
+    return model
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--build"]:
+        sys.exit("usage: python -m nexus.engine.exact.native --build")
+    native_build.main()

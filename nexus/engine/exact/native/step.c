@@ -1,0 +1,787 @@
+/* The step of a stage, compiled once per variant (NX_VARIANT) with the flags of its instruction set.
+ *
+ * All threads run `run_step` together. Each phase is a list of items (rows, blocks of columns, blocks of queries) that the threads take one by
+ * one; `meet` ends it. What an item computes does not depend on who takes it or when, so neither do the bits. */
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "dot.h"
+#include "float_control.h"
+#include "layout.h"
+#include "rows.h"
+#include "team.h"
+#include "tiles.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+typedef struct {
+    const nx_model *m;
+    nx_batch *b;
+    workspace ws;
+    team team;
+    int rows, logit_rows;
+    int heads_together, head_blocks, query_blocks; /* how the queries of a step are cut into blocks */
+} step;
+
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+
+/* Threads that mark the same run write the same value. */
+static void mark_out_of_bounds(step *s, int row) {
+    __atomic_store_n(&s->b->runs[s->ws.run_of[row]].status, NX_BOUNDS, __ATOMIC_RELAXED);
+}
+
+static float *x_row(const step *s, int row) { return s->ws.x + (size_t)row * (size_t)s->m->hidden; }
+
+/* ---- linear layers -------------------------------------------------------------------------------------------------------------- */
+
+/* How the activations of a linear layer lie in ws.quantised. With 16 bits a token is two rows of the product: high bytes, low bytes. */
+typedef struct {
+    int tokens, parts;
+    int tiles;    /* in tiles (see tiles.h), else row by row */
+    size_t depth; /* inputs, padded */
+} operand;
+
+static operand operand_of(const nx_linear *w, int tokens) {
+    const int parts = w->wide ? 2 : 1;
+    return (operand){tokens, parts, tokens * parts >= TILES_FROM, (size_t)pad_to(w->k, 64)};
+}
+
+static int8_t *operand_row(const step *s, const operand *o, int row) {
+    if (o->tiles)
+        return s->ws.quantised + (size_t)(row / TILE_ROWS) * o->depth * TILE_ROWS + (size_t)(row % TILE_ROWS) * 64;
+    return s->ws.quantised + (size_t)row * o->depth;
+}
+
+/* Makes `values` the activations of a token (`index` among those of the operand) for w. */
+static int quantise_token(const step *s, const nx_linear *w, const operand *o, int index, const float *values) {
+    const int row = index * o->parts;
+    const integers to = {operand_row(s, o, row), w->wide ? operand_row(s, o, row + 1) : NULL, o->tiles ? TILE_BYTES : 64, 1};
+    return quantise(values, w->k, w->wide, to, &s->ws.scale[index], &s->ws.sum[row]);
+}
+
+typedef struct {
+    int32_t *sums; /* NULL: nobody asks */
+    int columns, first;
+} trace_at;
+
+static void trace_sums(const operand *o, trace_at trace, int token, int part, int column, int count, const int32_t *acc,
+                       int32_t correction) {
+    int32_t *to = trace.sums + ((size_t)part * (size_t)o->tokens + (size_t)token) * (size_t)trace.columns + trace.first + column;
+    for (int c = 0; c < count; c++)
+        to[c] = acc[c] - correction;
+}
+
+ALWAYS_INLINE void scale_row(float *y, const int32_t *acc, int32_t correction, float s, const float *scale, int count) {
+    for (int c = 0; c < count; c++)
+        y[c] = ((float)(acc[c] - correction) * s) * scale[c];
+}
+
+ALWAYS_INLINE void scale_wide_row(float *y, const int32_t *high, const int32_t *low, const int32_t corrections[2], float s,
+                                  const float *scale, int count) {
+    for (int c = 0; c < count; c++) /* exact in float64: 256 * 2^31 + 2^31 < 2^53 */
+        y[c] = ((float)((double)(high[c] - corrections[0]) * 256.0 + (double)(low[c] - corrections[1])) * s) * scale[c];
+}
+
+/* y[t][c]: tokens [first, first + tokens) times columns [column, column + 32) of w, of which those below w->n mean something. */
+static void linear_block(const step *s, const nx_linear *w, const operand *o, int first, int tokens, int column, trace_at trace,
+                         float (*y)[NX_BLOCK]) {
+    _Alignas(64) int32_t acc[NX_BLOCK * NX_BLOCK];
+    const size_t group = group_bytes(w->k);
+    const uint8_t *weights = w->weights + (size_t)(column / NX_GROUP) * group;
+    const int rows = tokens * o->parts, count = min_int(NX_BLOCK, w->n - column);
+    const int8_t *x = operand_row(s, o, first * o->parts);
+    if (o->tiles) {
+        dot_tiles(x, o->depth * TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, weights, group, (int)(o->depth / 64), acc);
+    } else {
+        memset(acc, 0, (size_t)rows * sizeof *acc * NX_BLOCK);
+        dot(SIGNED_X, x, o->depth, rows, weights, group, (int)(o->depth / 4), acc);
+    }
+    for (int t = 0; t < tokens; t++) {
+        const int32_t *high = acc + t * o->parts * NX_BLOCK, *low = high + NX_BLOCK;
+        const int32_t *sums = s->ws.sum + (size_t)(first + t) * (size_t)o->parts;
+        const int32_t corrections[2] = {128 * sums[0], w->wide ? 128 * sums[1] : 0};
+        const float scale = s->ws.scale[first + t];
+        if (w->wide)
+            scale_wide_row(y[t], high, low, corrections, scale, w->scale + column, count);
+        else if (count == NX_BLOCK)
+            scale_row(y[t], high, corrections[0], scale, w->scale + column, NX_BLOCK);
+        else
+            scale_row(y[t], high, corrections[0], scale, w->scale + column, count);
+        for (int c = 0; w->bias && c < count; c++)
+            y[t][c] = y[t][c] + w->bias[column + c];
+        for (int part = 0; trace.sums && part < o->parts; part++)
+            trace_sums(o, trace, first + t, part, column, count, part ? low : high, corrections[part]);
+    }
+}
+
+/* Blocks of columns that a thread takes at once: neighbours, since memory likes that, and few enough that all threads end together. */
+static int column_chunk(const step *s, int blocks) {
+    return s->team.threads == 1 ? blocks : min_int(16, max_int(1, blocks / (s->team.threads * 8)));
+}
+
+/* What becomes of the outputs of a linear layer. */
+typedef struct {
+    float *y; /* [tokens, stride] */
+    size_t stride;
+    int add;   /* added to y, else put there */
+    float cap; /* CAP, or 0 */
+} target;
+
+static void put_block(const nx_model *m, target to, int first, int tokens, int column, int count, float (*y)[NX_BLOCK]) {
+    for (int t = 0; t < tokens; t++) {
+        float *out = to.y + (size_t)(first + t) * to.stride + column;
+        if (to.cap != 0)
+            for (int c = 0; c < count; c++)
+                y[t][c] = cap(m, y[t][c], to.cap);
+        if (to.add)
+            for (int c = 0; c < count; c++)
+                out[c] = out[c] + y[t][c];
+        else
+            memcpy(out, y[t], (size_t)count * sizeof *out);
+    }
+}
+
+/* Phase: the activations in ws.quantised times w. */
+static void linear(step *s, const nx_linear *w, int tokens, target to, trace_at trace) {
+    const operand o = operand_of(w, tokens);
+    const int blocks = (w->n + NX_BLOCK - 1) / NX_BLOCK, chunk = column_chunk(s, blocks), together = NX_BLOCK / o.parts;
+    _Alignas(64) float y[NX_BLOCK][NX_BLOCK];
+    if (o.tiles)
+        begin_tiles();
+    for (int block; (block = take(&s->team, chunk)) < blocks;)
+        for (const int end = min_int(block + chunk, blocks); block < end; block++)
+            for (int first = 0; first < tokens; first += together) {
+                const int count = min_int(together, tokens - first), column = block * NX_BLOCK;
+                linear_block(s, w, &o, first, count, column, trace, y);
+                put_block(s->m, to, first, count, column, min_int(NX_BLOCK, w->n - column), y);
+            }
+    if (o.tiles)
+        end_tiles();
+    meet(&s->team);
+}
+
+/* Phase: h = act(gate) * up, or act(up). Gate and up of the same columns are computed together, so that h is all that is kept. */
+static void gated_linear(step *s, const nx_layer *layer, int32_t *trace) {
+    const nx_linear *gate = layer->gate.weights ? &layer->gate : NULL, *up = &layer->up;
+    const operand o = operand_of(up, s->rows);
+    const int blocks = (up->n + NX_BLOCK - 1) / NX_BLOCK, chunk = column_chunk(s, blocks), together = NX_BLOCK / o.parts;
+    const trace_at gate_trace = {trace, gate ? 2 * up->n : 0, 0}, up_trace = {trace, gate ? 2 * up->n : up->n, gate ? up->n : 0};
+    _Alignas(64) float g[NX_BLOCK][NX_BLOCK], u[NX_BLOCK][NX_BLOCK];
+    if (o.tiles)
+        begin_tiles();
+    for (int block; (block = take(&s->team, chunk)) < blocks;)
+        for (const int end = min_int(block + chunk, blocks); block < end; block++)
+            for (int first = 0; first < s->rows; first += together) {
+                const int count = min_int(together, s->rows - first), column = block * NX_BLOCK;
+                const int columns = min_int(NX_BLOCK, up->n - column);
+                linear_block(s, up, &o, first, count, column, up_trace, u);
+                if (gate)
+                    linear_block(s, gate, &o, first, count, column, gate_trace, g);
+                for (int t = 0; t < count; t++) {
+                    float *h = s->ws.h + (size_t)(first + t) * (size_t)up->n + column, *act = gate ? g[t] : u[t];
+                    activate(s->m, act, columns);
+                    for (int c = 0; c < columns; c++)
+                        h[c] = gate ? act[c] * u[t][c] : act[c];
+                }
+            }
+    if (o.tiles)
+        end_tiles();
+    meet(&s->team);
+}
+
+/* ---- rows between linear layers --------------------------------------------------------------------------------------------------- */
+
+static void normalise(step *s, const nx_norm *norm, int row, const float *x, int n, float *y) {
+    const double eps = s->m->norm_eps;
+    const int good =
+        s->m->norm_kind == NX_LAYER_NORM ? layer_norm(x, norm, eps, n, y) : rms_norm(x, norm->weight, eps, n, y);
+    if (!good)
+        mark_out_of_bounds(s, row);
+}
+
+static void quantise_row(step *s, const nx_linear *w, const operand *o, int row, const float *values) {
+    if (!quantise_token(s, w, o, row, values))
+        mark_out_of_bounds(s, row);
+}
+
+static int is_there(const nx_norm *norm) { return norm && norm->weight; }
+
+/* x of a row as it enters the next block: what the last linear layer left in y is added after its own norm (`pending`), if it has one. */
+static void add_pending(step *s, const nx_norm *pending, int row, float *scratch) {
+    if (!is_there(pending))
+        return;
+    const int n = s->m->hidden;
+    float *x = x_row(s, row);
+    normalise(s, pending, row, s->ws.y + (size_t)row * (size_t)n, n, scratch);
+    for (int i = 0; i < n; i++)
+        x[i] = x[i] + scratch[i];
+}
+
+/* Phase: the rows become the activations of `next`. A decoder normalises on the way and keeps x; an encoder's x is what the norm makes of it. */
+static void enter_block(step *s, float *scratch, const nx_norm *pending, const nx_norm *norm, const nx_linear *next) {
+    const operand o = operand_of(next, s->rows);
+    const int n = s->m->hidden;
+    for (int row; (row = take(&s->team, 1)) < s->rows;) {
+        float *x = x_row(s, row), *entering = s->m->encoder ? x : scratch;
+        add_pending(s, pending, row, scratch);
+        if (is_there(norm))
+            normalise(s, norm, row, x, n, entering);
+        quantise_row(s, next, &o, row, entering);
+    }
+    meet(&s->team);
+}
+
+/* Phase: rows of `values` [rows, k] become the activations of w. */
+static void quantise_rows(step *s, const nx_linear *w, const float *values) {
+    const operand o = operand_of(w, s->rows);
+    for (int row; (row = take(&s->team, 1)) < s->rows;)
+        quantise_row(s, w, &o, row, values + (size_t)row * (size_t)w->k);
+    meet(&s->team);
+}
+
+/* ---- queries, keys and values ------------------------------------------------------------------------------------------------------ */
+
+/* Where a row's key and value are kept: positions count from the beginning of the session, in an encoder from that of the run. */
+static int64_t slot_of(const step *s, int row) {
+    return s->ws.position[row] - (s->m->encoder ? s->b->runs[s->ws.run_of[row]].position : 0);
+}
+
+static uint8_t *const *pages_of(const step *s, int run) {
+    return s->m->encoder ? s->ws.scratch_pages + s->ws.first_page[run] : s->b->runs[run].pages;
+}
+
+/* The layer's part of pages: encoders have pages of one layer. */
+typedef struct {
+    page_layer at;
+    size_t offset;
+} page_part;
+
+static page_part page_part_of(const step *s, int layer) {
+    page_part p = {page_layer_of(s->m, &s->m->layer[layer]), 0};
+    for (int l = 0; !s->m->encoder && l < layer; l++)
+        p.offset += page_layer_of(s->m, &s->m->layer[l]).bytes;
+    return p;
+}
+
+/* One head after its norm and rotation. */
+static const float *turned_head(step *s, const nx_layer *layer, const nx_norm *norm, int row, const float *x, float *to) {
+    const nx_model *m = s->m;
+    const int n = m->head_dim, half = m->rotated / 2;
+    if (is_there(norm)) {
+        if (!rms_norm(x, norm->weight, m->norm_eps, n, to))
+            mark_out_of_bounds(s, row);
+        x = to;
+    }
+    if (layer->rope < 0 || half == 0)
+        return x;
+    const float *cosine = s->ws.angle[layer->rope] + (size_t)row * (size_t)m->rotated, *sine = cosine + half;
+    for (int i = 0; i < half; i++) {
+        const float one = x[i], two = x[half + i];
+        to[i] = one * cosine[i] - two * sine[i];
+        to[half + i] = two * cosine[i] + one * sine[i];
+    }
+    if (x != to)
+        memcpy(to + 2 * half, x + 2 * half, (size_t)(n - 2 * half) * sizeof *to);
+    return to;
+}
+
+static void put_query(step *s, const nx_layer *layer, int row, int head, const float *x) {
+    float turned[NX_HEAD_DIM_MAX];
+    const size_t index = (size_t)row * (size_t)s->m->heads + (size_t)head, depth = (size_t)key_dim(s->m);
+    int8_t *to = s->ws.query + index * 2 * depth;
+    memset(to, 0, 2 * depth);
+    x = turned_head(s, layer, &layer->q_norm, row, x, turned);
+    if (!quantise(x, s->m->head_dim, layer->wide_attention, (integers){to, to + depth, 64, 0}, &s->ws.query_scale[index],
+                  &s->ws.query_sum[2 * index]))
+        mark_out_of_bounds(s, row);
+}
+
+static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_t *page, int row, int head, int token, const float *x) {
+    float turned[NX_HEAD_DIM_MAX];
+    int8_t q[2][NX_HEAD_DIM_MAX] = {{0}};
+    int32_t sums[2];
+    const size_t group = (size_t)key_dim(s->m) * NX_GROUP;
+    float *scales = (float *)(page + at->key_scales) + (size_t)head * NX_PAGE_TOKENS;
+    x = turned_head(s, layer, &layer->k_norm, row, x, turned);
+    if (!quantise(x, s->m->head_dim, layer->wide_attention, (integers){q[0], q[1], 64, 0}, &scales[token], sums))
+        mark_out_of_bounds(s, row);
+    for (int part = 0; part <= layer->wide_attention; part++) {
+        uint8_t *to = page + (size_t)head * at->key_head + (size_t)part * at->key_part + packed_offset(token, 0, group);
+        for (int k = 0; k < key_dim(s->m); k += 4, to += 64) {
+            const uint32_t quad = (uint32_t)quad_at(q[part] + k) ^ 0x80808080u; /* plus 128 */
+            memcpy(to, &quad, 4);
+        }
+    }
+}
+
+static void put_value(step *s, const page_layer *at, uint8_t *page, int row, int head, int token, const float *x) {
+    int8_t q[NX_HEAD_DIM_MAX];
+    int32_t sums[2];
+    float *scales = (float *)(page + at->value_scales) + (size_t)head * NX_PAGE_TOKENS;
+    if (!quantise(x, s->m->head_dim, 0, (integers){q, NULL, 64, 0}, &scales[token], sums))
+        mark_out_of_bounds(s, row);
+    uint8_t *to = page + at->values + (size_t)head * at->value_head + packed_offset(0, token, NX_PAGE_TOKENS * NX_GROUP);
+    for (int d = 0; d < s->m->head_dim; d++)
+        to[packed_offset(d, 0, NX_PAGE_TOKENS * NX_GROUP)] = (uint8_t)q[d];
+}
+
+/* Phase: what the qkv layer put out becomes integers; keys and values go to their pages. An item is a head of keys with its queries. */
+static void place_heads(step *s, int layer_index) {
+    const nx_model *m = s->m;
+    const nx_layer *layer = &m->layer[layer_index];
+    const page_part part = page_part_of(s, layer_index);
+    const int each = m->heads / m->kv_heads, dim = m->head_dim;
+    for (int item; (item = take(&s->team, 1)) < s->rows * m->kv_heads;) {
+        const int row = item / m->kv_heads, head = item % m->kv_heads;
+        const float *y = s->ws.y + (size_t)row * (size_t)layer->qkv.n, *keys = y + (size_t)m->heads * (size_t)dim;
+        const float *values = keys + (size_t)m->kv_heads * (size_t)dim;
+        const int64_t slot = slot_of(s, row);
+        uint8_t *page = pages_of(s, s->ws.run_of[row])[slot / NX_PAGE_TOKENS] + part.offset;
+        const int token = (int)(slot % NX_PAGE_TOKENS);
+        for (int q = head * each; q < (head + 1) * each; q++)
+            put_query(s, layer, row, q, y + (size_t)q * (size_t)dim);
+        put_key(s, layer, &part.at, page, row, head, token, keys + (size_t)head * (size_t)dim);
+        put_value(s, &part.at, page, row, head, token, values + (size_t)head * (size_t)dim);
+    }
+    meet(&s->team);
+}
+
+/* ---- attention ------------------------------------------------------------------------------------------------------------------- */
+
+/* Queries of one head of keys that are computed together: some consecutive rows of a run, some heads of each. */
+typedef struct {
+    const nx_layer *layer;
+    page_part part;
+    uint8_t *const *pages;
+    int kv_head, row, rows, head, heads, queries;
+    int64_t begin, end;                                      /* positions that any of them sees, from a page's first on */
+    int64_t from[NX_QUERIES], to[NX_QUERIES];                /* positions that each sees, counted from `begin` */
+    float factor[NX_QUERIES];                                /* query scale times attention scale */
+    int32_t correction[2][NX_QUERIES];                       /* 128 times the sums of the integers */
+    _Alignas(64) int8_t x[2 * NX_QUERIES * NX_HEAD_DIM_MAX]; /* their integers: high bytes of all, then low bytes */
+} query_set;
+
+static void gather_queries(const step *s, query_set *q) {
+    const nx_model *m = s->m;
+    const size_t depth = (size_t)key_dim(m);
+    int64_t first = INT64_MAX;
+    q->queries = q->rows * q->heads;
+    q->end = 0;
+    for (int i = 0; i < q->queries; i++) {
+        const int row = q->row + i / q->heads;
+        const size_t index = (size_t)row * (size_t)m->heads + (size_t)(q->head + i % q->heads);
+        const int64_t slot = slot_of(s, row), window = q->layer->window;
+        q->from[i] = !m->encoder && window > 0 && slot >= window ? slot + 1 - window : 0;
+        q->to[i] = m->encoder ? s->b->runs[s->ws.run_of[row]].count : slot + 1;
+        q->factor[i] = s->ws.query_scale[index] * m->attention_scale;
+        for (int part = 0; part <= q->layer->wide_attention; part++) {
+            memcpy(q->x + ((size_t)part * (size_t)q->queries + (size_t)i) * depth, s->ws.query + (2 * index + (size_t)part) * depth, depth);
+            q->correction[part][i] = 128 * s->ws.query_sum[2 * index + (size_t)part];
+        }
+        first = q->from[i] < first ? q->from[i] : first;
+        q->end = larger(q->end, q->to[i]);
+    }
+    q->begin = first / NX_PAGE_TOKENS * NX_PAGE_TOKENS;
+    for (int i = 0; i < q->queries; i++) {
+        q->from[i] -= q->begin;
+        q->to[i] -= q->begin;
+    }
+}
+
+static uint8_t *page_at(const query_set *q, int64_t position) { return q->pages[position / NX_PAGE_TOKENS] + q->part.offset; }
+
+/* Scores of all queries and 32 positions: scores[query * stride + position]. */
+static void score_block(const step *s, const query_set *q, const uint8_t *keys, const float *key_scales, float *scores, size_t stride) {
+    _Alignas(64) int32_t acc[2][2 * NX_QUERIES * NX_BLOCK];
+    const nx_model *m = s->m;
+    const int wide = q->layer->wide_attention, rows = q->queries * (1 + wide);
+    const size_t depth = (size_t)key_dim(m), group = depth * NX_GROUP;
+    for (int part = 0; part <= wide; part++) {
+        memset(acc[part], 0, (size_t)rows * NX_BLOCK * sizeof(int32_t));
+        dot(SIGNED_X, q->x, depth, rows, keys + (size_t)part * q->part.at.key_part, group, (int)(depth / 4), acc[part]);
+    }
+    for (int i = 0; i < q->queries; i++) {
+        float *to = scores + (size_t)i * stride;
+        const int32_t high = q->correction[0][i];
+        const float factor = q->factor[i];
+        if (wide) {
+            /* At most 65536 * 127 * 127 * 256 and less: exact in float64. */
+            const int32_t low = q->correction[1][i], *hh = acc[0] + i * NX_BLOCK, *lh = hh + q->queries * NX_BLOCK;
+            const int32_t *hl = acc[1] + i * NX_BLOCK, *ll = hl + q->queries * NX_BLOCK;
+            for (int t = 0; t < NX_BLOCK; t++) {
+                const double sum = 65536.0 * (double)(hh[t] - high) + 256.0 * ((double)(hl[t] - high) + (double)(lh[t] - low));
+                to[t] = ((float)(sum + (double)(ll[t] - low)) * factor) * key_scales[t];
+            }
+        } else {
+            for (int t = 0; t < NX_BLOCK; t++)
+                to[t] = ((float)(acc[0][i * NX_BLOCK + t] - high) * factor) * key_scales[t];
+        }
+        if (m->attention_cap != 0)
+            for (int t = 0; t < NX_BLOCK; t++)
+                to[t] = cap(m, to[t], m->attention_cap);
+    }
+}
+
+static void score(const step *s, const query_set *q, float *scores, size_t stride) {
+    const size_t half = (size_t)key_dim(s->m) * NX_BLOCK; /* bytes of 32 positions */
+    for (int64_t position = q->begin; position < q->end; position += NX_PAGE_TOKENS) {
+        const uint8_t *page = page_at(q, position), *keys = page + (size_t)q->kv_head * q->part.at.key_head;
+        const float *scales = (const float *)(page + q->part.at.key_scales) + (size_t)q->kv_head * NX_PAGE_TOKENS;
+        for (int block = 0; block < 2 && position + block * NX_BLOCK < q->end; block++)
+            score_block(s, q, keys + (size_t)block * half, scales + block * NX_BLOCK, scores + (position - q->begin) + block * NX_BLOCK,
+                        stride);
+    }
+}
+
+/* Exponentials of one query's scores times the scales of values: b. */
+typedef struct {
+    double total;   /* E, an integer */
+    double largest; /* B */
+} softmax;
+
+static softmax weigh(const step *s, const query_set *q, int i, const float *scores, double *b) {
+    const nx_model *m = s->m;
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t t = q->from[i]; t < q->to[i]; t++)
+        most = scores[t] > most ? scores[t] : most;
+    softmax result = {0, 0};
+    for (int64_t t = q->from[i]; t < q->to[i];) {
+        const int64_t page = t / NX_PAGE_TOKENS * NX_PAGE_TOKENS;
+        const int64_t end = page + NX_PAGE_TOKENS < q->to[i] ? page + NX_PAGE_TOKENS : q->to[i];
+        const float *scales = (const float *)(page_at(q, q->begin + page) + q->part.at.value_scales) + (size_t)q->kv_head * NX_PAGE_TOKENS;
+        double total = 0, highest = 0;
+#pragma omp simd reduction(+ : total) reduction(max : highest)
+        for (int64_t u = t; u < end; u++) {
+            const double e = exp_neg(m, most - scores[u]), weighed = e * (double)scales[u - page];
+            total += rint_double(e * 0x1p+24);
+            b[u] = weighed;
+            highest = weighed > highest ? weighed : highest;
+        }
+        result.total += total;
+        result.largest = highest > result.largest ? highest : result.largest;
+        t = end;
+    }
+    return result;
+}
+
+/* The integers p <= 32767 of one query, as high and low bytes; zeros where it sees nothing. */
+static void weights_to_bytes(const query_set *q, int i, int64_t length, double largest_b, const double *b, uint8_t *high, uint8_t *low) {
+    const double factor = 32767.0 / largest_b;
+    const int64_t from = q->from[i], to = q->to[i];
+    memset(high, 0, (size_t)from);
+    memset(low, 0, (size_t)from);
+#pragma omp simd
+    for (int64_t t = from; t < to; t++) {
+        const int32_t p = (int32_t)rint_double(b[t] * factor);
+        high[t] = (uint8_t)(p >> 8);
+        low[t] = (uint8_t)p;
+    }
+    memset(high + to, 0, (size_t)(length - to));
+    memset(low + to, 0, (size_t)(length - to));
+}
+
+/* Pages whose sums fit into int32: 1,024 * 64 * 255 * 128 < 2^31. */
+#define PAGES_BEFORE_SPILL 1024
+
+/* Sums over positions of p * value for all queries and up to 32 dimensions from `dim` on. */
+static void sum_values(const query_set *q, int dim, size_t second, int64_t length, const uint8_t *parts, size_t stride,
+                       int64_t (*sums)[NX_BLOCK]) {
+    _Alignas(64) int32_t acc[2 * NX_QUERIES * NX_BLOCK];
+    const size_t offset = q->part.at.values + (size_t)q->kv_head * q->part.at.value_head + (size_t)dim * NX_PAGE_TOKENS;
+    memset(sums, 0, (size_t)q->queries * sizeof *sums);
+    for (int64_t first = 0; first < length; first += PAGES_BEFORE_SPILL * NX_PAGE_TOKENS) {
+        const int64_t end = first + PAGES_BEFORE_SPILL * NX_PAGE_TOKENS < length ? first + PAGES_BEFORE_SPILL * NX_PAGE_TOKENS : length;
+        memset(acc, 0, 2 * (size_t)q->queries * NX_BLOCK * sizeof *acc);
+        for (int64_t t = first; t < end; t += NX_PAGE_TOKENS)
+            dot(UNSIGNED_X, (const int8_t *)parts + t, stride, 2 * q->queries, page_at(q, q->begin + t) + offset, second,
+                NX_PAGE_TOKENS / 4, acc);
+        for (int i = 0; i < q->queries; i++)
+            for (int c = 0; c < NX_BLOCK; c++)
+                sums[i][c] += 256 * (int64_t)acc[i * NX_BLOCK + c] + acc[(q->queries + i) * NX_BLOCK + c];
+    }
+}
+
+static void attend(const step *s, const thread_space *space, query_set *q) {
+    const nx_model *m = s->m;
+    const size_t stride = (size_t)s->ws.longest;
+    float factor[NX_QUERIES];
+    gather_queries(s, q);
+    const int64_t length = pad_to(q->end - q->begin, NX_PAGE_TOKENS);
+    score(s, q, space->scores, stride);
+    for (int i = 0; i < q->queries; i++) {
+        const size_t at = (size_t)i * stride;
+        const softmax soft = weigh(s, q, i, space->scores + at, space->weights + at);
+        weights_to_bytes(q, i, length, soft.largest, space->weights + at, space->parts + at, space->parts + (size_t)q->queries * stride + at);
+        factor[i] = (float)((soft.largest * 0x1p+24) / (soft.total * 32767.0));
+    }
+    for (int dim = 0; dim < m->head_dim; dim += NX_BLOCK) {
+        int64_t sums[NX_QUERIES][NX_BLOCK];
+        const int count = min_int(NX_BLOCK, m->head_dim - dim);
+        /* The last 16 dimensions may have no others beside them: they are read twice then. */
+        sum_values(q, dim, count > NX_GROUP ? NX_PAGE_TOKENS * NX_GROUP : 0, length, space->parts, stride, sums);
+        for (int i = 0; i < q->queries; i++) {
+            const size_t row = (size_t)(q->row + i / q->heads), head = (size_t)(q->head + i % q->heads);
+            float *out = s->ws.attention + (row * (size_t)m->heads + head) * (size_t)m->head_dim + dim;
+            for (int c = 0; c < count; c++)
+                out[c] = (float)(double)sums[i][c] * factor[i]; /* below 2^53: exact before it is rounded once */
+        }
+    }
+}
+
+/* Phase: an item is a block of queries of one head of keys. */
+static void attention(step *s, const thread_space *space, int layer_index) {
+    const nx_model *m = s->m;
+    const int each = m->heads / m->kv_heads, items = s->query_blocks * m->kv_heads * s->head_blocks;
+    const page_part part = page_part_of(s, layer_index);
+    for (int item; (item = take(&s->team, 1)) < items;) {
+        const query_block *block = &s->ws.blocks[item / (m->kv_heads * s->head_blocks)];
+        const int rest = item % (m->kv_heads * s->head_blocks), kv_head = rest / s->head_blocks;
+        const int skipped = rest % s->head_blocks * s->heads_together;
+        query_set q;
+        q.layer = &m->layer[layer_index];
+        q.part = part;
+        q.pages = pages_of(s, block->run);
+        q.kv_head = kv_head;
+        q.row = block->row;
+        q.rows = block->rows;
+        q.head = kv_head * each + skipped;
+        q.heads = min_int(s->heads_together, each - skipped);
+        attend(s, space, &q);
+    }
+    meet(&s->team);
+}
+
+/* ---- the whole ------------------------------------------------------------------------------------------------------------------- */
+
+static void embed(const nx_model *m, uint32_t id, int64_t position, float *x) {
+    const nx_linear *w = &m->embed;
+    const size_t group = group_bytes(w->k);
+    const uint8_t *quads = w->weights + packed_offset(id, 0, group);
+    const float scale = w->scale[id];
+    for (int k = 0; k < w->k; k++) {
+        x[k] = (float)((int)quads[(size_t)(k / 4) * 64 + (size_t)(k % 4)] - 128) * scale;
+        if (m->embed_scale != 0)
+            x[k] = x[k] * m->embed_scale;
+        if (m->encoder)
+            x[k] = (x[k] + m->type[k]) + m->position[(size_t)position * (size_t)w->k + (size_t)k];
+    }
+}
+
+static void set_angles(const step *s, int rope, int row) {
+    const int half = s->m->rotated / 2;
+    const int64_t position = s->ws.position[row];
+    const double *a = s->m->rope[rope].coarse + (size_t)(position / 256) * (size_t)(2 * half);
+    const double *b = s->m->rope[rope].fine + (size_t)(position % 256) * (size_t)(2 * half);
+    float *cosine = s->ws.angle[rope] + (size_t)row * (size_t)s->m->rotated, *sine = cosine + half;
+    for (int i = 0; i < half; i++) {
+        const double ca = a[2 * i], sa = a[2 * i + 1], cb = b[2 * i], sb = b[2 * i + 1];
+        cosine[i] = (float)(ca * cb - sa * sb);
+        sine[i] = (float)(sa * cb + ca * sb);
+    }
+}
+
+/* Phase: rows as they enter the first layer. */
+static void begin_rows(step *s) {
+    const nx_model *m = s->m;
+    const size_t n = (size_t)m->hidden;
+    for (int row; (row = take(&s->team, 1)) < s->rows;) {
+        float *x = x_row(s, row);
+        if (m->embed.weights && s->b->ids) {
+            embed(m, s->b->ids[row], s->ws.position[row], x);
+            if (m->encoder)
+                normalise(s, &m->embed_norm, row, x, m->hidden, x);
+        } else {
+            memcpy(x, s->b->states + (size_t)row * n, n * sizeof *x);
+        }
+        for (int rope = 0; rope < 2; rope++)
+            if (m->rotated && m->rope[rope].coarse)
+                set_angles(s, rope, row);
+    }
+    meet(&s->team);
+}
+
+static void run_layer(step *s, int index, const thread_space *space, const nx_norm *pending) {
+    const nx_model *m = s->m;
+    const nx_layer *layer = &m->layer[index];
+    const nx_trace trace = s->b->trace ? s->b->trace[index] : (nx_trace){0};
+    const size_t hidden = (size_t)m->hidden;
+    const target to_x = {s->ws.x, hidden, 1, 0}, to_y = {s->ws.y, hidden, 0, 0};
+
+    enter_block(s, space->row, m->encoder ? NULL : pending, m->encoder ? pending : &layer->attention_norm, &layer->qkv);
+    linear(s, &layer->qkv, s->rows, (target){s->ws.y, (size_t)layer->qkv.n, 0, 0}, (trace_at){trace.qkv, layer->qkv.n, 0});
+    place_heads(s, index);
+    attention(s, space, index);
+    if (trace.attention && space == s->ws.thread) /* one thread copies; attention is not written again before the next layer */
+        memcpy(trace.attention, s->ws.attention, (size_t)s->rows * (size_t)layer->o.k * sizeof(float));
+    quantise_rows(s, &layer->o, s->ws.attention);
+    linear(s, &layer->o, s->rows, is_there(&layer->post_attention_norm) ? to_y : to_x, (trace_at){trace.o, layer->o.n, 0});
+
+    enter_block(s, space->row, m->encoder ? NULL : &layer->post_attention_norm, m->encoder ? &layer->attention_norm : &layer->mlp_norm,
+                &layer->up);
+    gated_linear(s, layer, trace.gate_up);
+    quantise_rows(s, &layer->down, s->ws.h);
+    linear(s, &layer->down, s->rows, is_there(&layer->post_mlp_norm) ? to_y : to_x, (trace_at){trace.down, layer->down.n, 0});
+}
+
+/* Phase: the last norm that is still to come, the check of what leaves, and the rows themselves where the stage puts them out. */
+static void end_rows(step *s, float *scratch, const nx_norm *pending) {
+    const nx_model *m = s->m;
+    const size_t n = (size_t)m->hidden;
+    for (int row; (row = take(&s->team, 1)) < s->rows;) {
+        float *x = x_row(s, row), a;
+        if (m->encoder && is_there(pending))
+            normalise(s, pending, row, x, m->hidden, x);
+        else
+            add_pending(s, pending, row, scratch);
+        if (!largest(x, m->hidden, &a))
+            mark_out_of_bounds(s, row);
+        if (s->b->states_out)
+            memcpy(s->b->states_out + (size_t)row * n, x, n * sizeof *x);
+    }
+    meet(&s->team);
+}
+
+/* Phases: the logits of the rows that they are asked of. */
+static void run_head(step *s, float *scratch) {
+    const nx_linear *w = &s->m->head;
+    const operand o = operand_of(w, s->logit_rows);
+    for (int index; (index = take(&s->team, 1)) < s->logit_rows;) {
+        const int row = s->ws.logit_row[index];
+        normalise(s, &s->m->final_norm, row, x_row(s, row), s->m->hidden, scratch);
+        if (!quantise_token(s, w, &o, index, scratch))
+            mark_out_of_bounds(s, row);
+    }
+    meet(&s->team);
+    linear(s, w, s->logit_rows, (target){s->b->logits_out, (size_t)w->n, 0, s->m->final_cap}, (trace_at){0});
+}
+
+/* What every thread of the team runs. */
+static void run_step(step *s, int thread) {
+    const nx_model *m = s->m;
+    const thread_space *space = &s->ws.thread[thread];
+    const nx_norm *pending = NULL;
+    begin_rows(s);
+    for (int layer = 0; layer < m->layers; layer++) {
+        if (s->team.cancelled)
+            return;
+        run_layer(s, layer, space, pending);
+        pending = m->encoder ? &m->layer[layer].mlp_norm : &m->layer[layer].post_mlp_norm;
+    }
+    if (s->team.cancelled)
+        return;
+    end_rows(s, space->row, pending);
+    if (m->head.weights && s->logit_rows)
+        run_head(s, space->row);
+}
+
+/* ---- entry ------------------------------------------------------------------------------------------------------------------------ */
+
+/* Counts rows and checks everything of a batch that could lead out of an array. */
+static int32_t check_batch(const nx_model *m, const nx_batch *b, int64_t *rows, int64_t *longest) {
+    *rows = *longest = 0;
+    const int takes_ids = m->embed.weights && b->ids;
+    if (!b->runs || b->run_count < 1 || b->run_count > NX_ROWS_MAX || b->threads < 1 || b->threads > NX_THREADS_MAX || !b->workspace)
+        return NX_BAD_ARGUMENT;
+    if ((takes_ids == 0) == (b->states == NULL) || (uintptr_t)b->workspace % 64)
+        return NX_BAD_ARGUMENT;
+    for (int32_t i = 0; i < b->run_count; i++) {
+        const nx_run *run = &b->runs[i];
+        if (run->count < 1 || run->count > NX_ROWS_MAX || run->position < 0 || run->position > NX_LONGEST - run->count)
+            return NX_BAD_ARGUMENT;
+        const int64_t end = run->position + run->count;
+        if ((!m->encoder && !run->pages) || (run->logits && (!m->head.weights || !b->logits_out)))
+            return NX_BAD_ARGUMENT;
+        if (m->encoder && takes_ids && end > m->positions)
+            return NX_BAD_ARGUMENT;
+        for (int rope = 0; rope < 2; rope++)
+            if (m->rotated && m->rope[rope].coarse && end > m->rope[rope].coarse_rows * 256)
+                return NX_BAD_ARGUMENT;
+        *rows += run->count;
+        *longest = larger(*longest, m->encoder ? run->count : end);
+    }
+    if (*rows > NX_ROWS_MAX)
+        return NX_BAD_ARGUMENT;
+    for (int64_t i = 0; takes_ids && i < *rows; i++)
+        if (b->ids[i] >= (uint32_t)m->embed.n)
+            return NX_BAD_ARGUMENT;
+    return NX_OK;
+}
+
+/* Lists what the phases go through: rows with their runs and positions, blocks of queries, rows that logits are asked of, scratch pages. */
+static void plan_batch(step *s) {
+    const nx_model *m = s->m;
+    const int each = m->heads / m->kv_heads;
+    s->heads_together = min_int(each, NX_QUERIES);
+    s->head_blocks = (each + s->heads_together - 1) / s->heads_together;
+    const int rows_together = NX_QUERIES / s->heads_together;
+    int64_t pages = 0;
+    for (int i = 0; i < s->b->run_count; i++) {
+        nx_run *run = &s->b->runs[i];
+        run->status = NX_OK;
+        for (int t = 0; t < run->count; t += rows_together)
+            s->ws.blocks[s->query_blocks++] = (query_block){i, s->rows + t, min_int(rows_together, run->count - t)};
+        if (m->encoder) {
+            s->ws.first_page[i] = pages;
+            for (int t = 0; t < run->count; t += NX_PAGE_TOKENS, pages++)
+                s->ws.scratch_pages[pages] = s->ws.scratch + (size_t)pages * s->ws.scratch_page_bytes;
+        }
+        for (int t = 0; t < run->count; t++, s->rows++) {
+            s->ws.run_of[s->rows] = i;
+            s->ws.position[s->rows] = run->position + t;
+            if (run->logits == NX_ALL_LOGITS || (run->logits == NX_LAST_LOGITS && t == run->count - 1))
+                s->ws.logit_row[s->logit_rows++] = s->rows;
+        }
+    }
+}
+
+/* A team costs some microseconds: less than this many multiplications are done before it has come together. */
+#define TEAM_FROM (INT64_C(1) << 23)
+
+static int useful_threads(const nx_model *m, const nx_batch *b, int64_t rows) {
+    int64_t weights = (int64_t)m->head.n * m->head.k;
+    for (int32_t l = 0; l < m->layers; l++) {
+        const nx_layer *layer = &m->layer[l];
+        weights += (int64_t)layer->qkv.n * layer->qkv.k + (int64_t)layer->o.n * layer->o.k + (int64_t)layer->gate.n * layer->gate.k +
+                   (int64_t)layer->up.n * layer->up.k + (int64_t)layer->down.n * layer->down.k;
+    }
+    return weights * rows < TEAM_FROM ? 1 : b->threads;
+}
+
+int32_t JOIN(nx_step_, NX_VARIANT)(const nx_model *m, nx_batch *b) {
+    step s = {.m = m, .b = b};
+    int64_t rows, longest;
+    const int32_t checked = check_batch(m, b, &rows, &longest);
+    if (checked != NX_OK)
+        return checked;
+    if (lay_out_workspace(m, rows, b->run_count, longest, b->threads, NULL, &s.ws) > b->workspace_bytes)
+        return NX_WORKSPACE;
+    lay_out_workspace(m, rows, b->run_count, longest, b->threads, b->workspace, &s.ws);
+    plan_batch(&s);
+    s.team.cancel = b->cancel;
+    s.team.threads = 1;
+#ifdef _OPENMP
+    const int threads = useful_threads(m, b, rows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp single
+        s.team.threads = omp_get_num_threads(); /* may be fewer than asked for */
+        const float_control before = set_float_control();
+        run_step(&s, omp_get_thread_num());
+        restore_float_control(before);
+    }
+#else
+    const float_control before = set_float_control();
+    run_step(&s, 0);
+    restore_float_control(before);
+#endif
+    if (s.team.cancelled)
+        return NX_CANCELLED;
+    for (int32_t i = 0; i < b->run_count; i++)
+        if (b->runs[i].status != NX_OK)
+            return NX_BOUNDS;
+    return NX_OK;
+}
