@@ -20,6 +20,8 @@ WIDE_MAX = 32512
 FIXED_MAX = 1 << 19
 SHARE_MAX = 32767
 EXP_MAX = 1 << 24
+# Sixteen times the longest known, and still tables of rotary angles that are made in a minute.
+CONTEXT_MAX = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ def bounds_of(plan: ExactPlan) -> dict[str, Bound]:
 
 def check_bounds(plan: ExactPlan) -> dict[str, int]:
     """The bounds' values by name, as they stand in exact.json. Raises ModelFormatError for a shape that could overflow."""
+    if plan.context > CONTEXT_MAX:
+        raise ModelFormatError(f"the exact profile does not cover contexts of {plan.context} tokens", FLOAT_FIX)
     bounds = bounds_of(plan)
     for name, bound in bounds.items():
         if not bound.holds:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nexus.core.errors import ModelFormatError
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import gemm, torch_step
-from nexus.engine.exact.pieces import Piece
+from nexus.engine.exact.convert import WEIGHTS_FIX
+from nexus.engine.exact.pieces import VALUE_MAX, Piece
 from nexus.engine.exact.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 from nexus.engine.exact.stage import KnownAnswers, pooled, vector_tokens
 from nexus.engine.pooling import Pooling
@@ -50,7 +52,6 @@ class Calibrated:
     errors: dict[str, list[float]]
 
 
-@torch.inference_mode()
 def calibrate(
     plan: ExactPlan,
     path: Callable[[str], Path],
@@ -61,8 +62,29 @@ def calibrate(
 ) -> Calibrated:
     """`path`: of a piece by name. `tokens`: of the calibration text. `progress`: told the layers that are done.
 
-    Raises LocalError where no integer product is right on this processor, OutOfBoundsError for weights that compute nonsense.
+    Raises LocalError where no integer product is right on this processor, ModelFormatError for weights that compute nonsense.
     """
+    try:
+        with torch.inference_mode():
+            found = _calibrate(plan, path, tables, tokens, pooling, progress)
+    except torch_step.OutOfBoundsError as error:
+        raise ModelFormatError(
+            "with these weights the model computes values that are not numbers or beyond 2^40", WEIGHTS_FIX
+        ) from error
+    for values in (found.answers.states, found.answers.answer):
+        if float(np.abs(values).max()) > VALUE_MAX:
+            raise ModelFormatError("with these weights the model computes values beyond 2^20", WEIGHTS_FIX)
+    return found
+
+
+def _calibrate(
+    plan: ExactPlan,
+    path: Callable[[str], Path],
+    tables: Tables,
+    tokens: Sequence[int],
+    pooling: Pooling,
+    progress: Callable[[int], None],
+) -> Calibrated:
     kernel = _kernel(plan)
     known = vector_tokens(plan)
     embedded = _Embedding(plan, Piece(path(EMBEDDING), plan.embedding_tensors()), tables, kernel)
@@ -129,10 +151,11 @@ def _errors(
 def relative_error(got: NDArray[np.float32], reference: NDArray[np.float32], start: NDArray[np.float32]) -> float:
     """|got - reference| / |reference - start| of each row [rows, n], in the mean over the rows.
 
-    Sums go from left to right: the same value on every machine.
+    Sums go from left to right: the same value on every machine. Infinite where only `got` differs from `start`.
     """
     error, whole = _squares(got, reference), _squares(reference, start)
-    return math.fsum(np.sqrt(error / np.maximum(whole, np.finfo(np.float64).tiny))) / len(got)
+    with np.errstate(divide="ignore"):
+        return math.fsum(np.sqrt(np.divide(error, whole, out=np.zeros_like(error), where=error > 0))) / len(got)
 
 
 def _squares(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -26,7 +26,9 @@ from nexus.engine.source import TensorSource
 CONVERTER = 1
 # Float32 values at work at once. They pass through the processor's caches several times, so few are faster than many.
 BLOCK_VALUES = 1 << 20
-_FAULT = f"The weights themselves are at fault, not this machine: use another version of the model. {FLOAT_FIX} to run it as it is"
+WEIGHTS_FIX = (
+    f"The weights themselves are at fault, not this machine: use another version of the model. {FLOAT_FIX} to run it as it is"
+)
 
 Float32 = NDArray[np.float32]
 Read = Callable[[int], None]
@@ -170,7 +172,7 @@ def quantise(rows: Float32, name: str, first: int, *, vocabulary: bool) -> tuple
     sound = (scale >= SCALE_MIN) & (scale <= SCALE_MAX)  # NaN is not
     if not sound.all():
         row = int(np.argmin(sound))
-        raise ModelFormatError(f"{name} {_ailment(float(largest[row]))} in row {first + row}", _FAULT)
+        raise ModelFormatError(f"{name} {_ailment(float(largest[row]))} in row {first + row}", WEIGHTS_FIX)
     return np.rint(rows / scale[:, None]).astype(np.int8), scale
 
 
@@ -211,7 +213,7 @@ def _plain(source: TensorSource, *, offset: bool, first_row: bool, read: Read) -
         sound = (np.abs(rows) <= VALUE_MAX).all(axis=1)  # NaN is not
         if not sound.all():
             row = first + int(np.argmin(sound))
-            raise ModelFormatError(f"{source.name} has values that are not numbers or beyond 2^20 in row {row}", _FAULT)
+            raise ModelFormatError(f"{source.name} has values that are not numbers or beyond 2^20 in row {row}", WEIGHTS_FIX)
         first += len(rows)
         values = np.float32(1) + rows if offset else rows
         yield (values[:1] if first_row else values).astype("<f4", copy=False).tobytes()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import ModelFormatError
 from nexus.engine.architecture import read_config
-from nexus.engine.exact.bounds import FLOAT64_LIMIT, INT32_LIMIT, bounds_of, check_bounds
+from nexus.engine.exact.bounds import CONTEXT_MAX, FLOAT64_LIMIT, INT32_LIMIT, bounds_of, check_bounds
 from nexus.engine.exact.plan import ExactPlan, plan_of
 from nexus.models import builtin_path
 
@@ -80,15 +80,22 @@ def test_an_encoder_has_no_head_and_sums_its_pool() -> None:
         ({"hidden": 32768}, "norm"),
         ({"ffn": 132_105}, "down"),
         ({"heads": 1024, "head_dim": 256, "kv_heads": 1024}, "o"),
-        ({"context": 2**29}, "attention_weights"),
     ],
 )
 def test_a_shape_that_could_overflow_is_refused(change: dict[str, int], name: str) -> None:
-    good = replace(plan(), **{key: value - 1 if key in ("hidden", "ffn", "context") else 16 for key, value in change.items()})  # type: ignore[arg-type]
+    good = replace(plan(), **{key: value - 1 if key in ("hidden", "ffn") else 16 for key, value in change.items()})  # type: ignore[arg-type]
     assert set(check_bounds(good)) == set(bounds_of(good))
     with pytest.raises(ModelFormatError, match=f"overflow.* of {name} ") as caught:
         check_bounds(replace(plan(), **change))  # type: ignore[arg-type]
     assert "--profile float" in caught.value.fix
+
+
+def test_a_context_is_bounded_by_its_tables() -> None:
+    bounds = bounds_of(replace(plan(), context=CONTEXT_MAX))
+    assert bounds["attention_weights"].holds
+    assert bounds["attention_values"].holds
+    with pytest.raises(ModelFormatError, match="contexts of 16777217"):
+        check_bounds(replace(plan(), context=CONTEXT_MAX + 1))
 
 
 def test_every_limit_is_that_of_the_type_that_holds_the_sum() -> None:
