@@ -18,6 +18,7 @@ from nexus.core.errors import LocalError
 # 128 * 127 * 1024 < 2^24: a float32 sum of so many products is exact in any order.
 F32_DEPTH_MAX = 1024
 _TEST_ROWS = (1, 3, 17, 64)
+_SMALL = 512
 _TEST_OUT = 64
 
 
@@ -88,6 +89,8 @@ class OneDNN(IntMM):
     def __init__(self, weight: torch.Tensor, wide: bool) -> None:
         super().__init__(weight, wide)
         rows, depth = weight.shape
+        # For one row and few outputs or little depth oneDNN takes a kernel that is a hundred times slower than the one for two.
+        self._is_small = min(rows, depth) <= _SMALL
         if not wide:
             self._weight = torch.ops.onednn.qlinear_prepack(weight, [1, depth])
             self._one, self._zero = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
@@ -95,6 +98,8 @@ class OneDNN(IntMM):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._wide:
             return super().__call__(x)
+        if self._is_small and len(x) == 1:
+            return self(x.expand(2, -1).contiguous())[:1]
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             x, 1.0, 0, self._weight, self._one, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
         )

@@ -53,8 +53,6 @@ class Kernel(Protocol):
 class ExactStage(Stage):
     """Sessions of one call are computed as one batch; the bits are those of each alone."""
 
-    chunked = True
-
     def __init__(
         self,
         manifest: Manifest,
@@ -69,6 +67,7 @@ class ExactStage(Stage):
         super().__init__(manifest, start, end, pooling)
         self.plan = plan
         self.model = model
+        self.chunked = plan.causal
         self._exp_tables = tables["exp_hi"], tables["exp_lo"]
         self._vectors = vectors
         self._checked_s = monotonic()
