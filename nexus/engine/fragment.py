@@ -95,8 +95,18 @@ def _fragment_class(config: Config, start: int, end: int) -> type[PreTrainedMode
 class Fragment:
     """Layers [start, end) ready to compute. Not bound to sessions: the cache is handed in with every call."""
 
-    def __init__(self, config: Config, start: int, end: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """`tensors`: every weight of the fragment by its name in the whole model, but layers counted from `start`.
+    def __init__(
+        self,
+        config: Config,
+        start: int,
+        end: int,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        decodes: bool = True,
+    ) -> None:
+        """`tensors`: every weight of the fragment by its name in the whole model, but layers counted from `start`. `decodes`:
+        whether it will be given tokens one by one, for which there is a faster way, prepared here.
 
         Raises ModelFormatError if transformers finds any missing, superfluous or of another shape.
         """
@@ -130,7 +140,7 @@ class Fragment:
         self._traced: Callable[..., torch.Tensor] | None = None
         self._step: DecoderStep | None = None
         # A recording has no branches, and these take one at some position.
-        if self.causal and "dynamic" not in config.rope_types:
+        if decodes and self.causal and "dynamic" not in config.rope_types:
             self._record()
 
     @property

@@ -115,8 +115,8 @@ class _Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """A directory that was found to be sound."""
+class SourceModel:
+    """A directory that was found to be sound. `tensors`: every weight, by the name that transformers gives it."""
 
     root: Path
     config: Config
@@ -152,7 +152,7 @@ def import_model(
     """
     if profile not in PROFILES_ASKED:
         raise UsageError(f"there is no profile {profile!r}", f"Use one of {', '.join(PROFILES_ASKED)}")
-    model = _read_model(source)
+    model = read_source(source)
     exact: tuple[ExactPlan, list[PieceSources]] | None = None
     if profile != FLOAT:
         try:
@@ -198,7 +198,8 @@ def import_model(
     ).check()
 
 
-def _read_model(source: Path) -> _Model:
+def read_source(source: Path) -> SourceModel:
+    """The model in a directory in Hugging Face form, no weight read yet. Raises ModelFormatError."""
     root = _directory(source)
     weights = _weight_files(root)
     config = read_config(_inside(root, CONFIG_FILE))
@@ -213,7 +214,7 @@ def _read_model(source: Path) -> _Model:
     layout = layout_of(config)
     tensors = _canonical(_tensors(root, weights), layout)
     _check_tied(layout, tensors)
-    return _Model(root, config, layout, files, pooling, tokenizer, {name: tensors[name] for name in layout.shapes})
+    return SourceModel(root, config, layout, files, pooling, tokenizer, {name: tensors[name] for name in layout.shapes})
 
 
 class _Stored:
@@ -253,7 +254,7 @@ def _size(paths: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def _exact_pieces(model: _Model, plan: ExactPlan, pieces: Iterable[PieceSources]) -> list[_Piece]:
+def _exact_pieces(model: SourceModel, plan: ExactPlan, pieces: Iterable[PieceSources]) -> list[_Piece]:
     def made(piece: PieceSources) -> _Piece:
         names = {name for names in piece.sources.values() for name in names}
         return _Piece(
@@ -267,7 +268,7 @@ def _exact_pieces(model: _Model, plan: ExactPlan, pieces: Iterable[PieceSources]
 
 
 def _finish_exact(
-    model: _Model, plan: ExactPlan, sink: BlobSink, pieces: Iterable[Blob], progress: Callable[[str, int, int], None]
+    model: SourceModel, plan: ExactPlan, sink: BlobSink, pieces: Iterable[Blob], progress: Callable[[str, int, int], None]
 ) -> tuple[int, list[Blob]]:
     """What an exact model has beside its pieces, computed from them: bytes of KV cache per token and layer, and the files."""
     from nexus.engine.exact.calibrate import CALIBRATION_TEXT, calibrate
@@ -423,7 +424,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _float_pieces(model: _Model) -> list[_Piece]:
+def _float_pieces(model: SourceModel) -> list[_Piece]:
     """The tensors as they are, under their names inside the piece."""
     layout = model.layout
     pieces = [_float_piece(EMBEDDING, {name: model.tensors[name] for name in layout.embedding_tensors()})]
