@@ -22,7 +22,7 @@ EXACT, FLOAT = "exact", "float"
 # How a model may be added; auto is exact where the model can be, else float.
 AUTO = "auto"
 PROFILES_ASKED = (AUTO, EXACT, FLOAT)
-DEFAULT_PROFILE = FLOAT
+DEFAULT_PROFILE = AUTO
 # What weights may be stored in, by profile.
 STORED = {EXACT: ("int8",), FLOAT: ("float32", "bfloat16", "float16")}
 # What an exact model brings beside its pieces: what is computed how, the tables, and known answers (docs/exact.md).
