@@ -1,4 +1,5 @@
-"""Memory, measured in a process of its own: adding a model streams it, and a loaded stage takes its share of the weights + 10 %."""
+"""Memory, measured in a process of its own: adding a model streams it, in either profile, and a loaded stage takes its share of the
+weights + 10 %."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = '''
+import hashlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +27,19 @@ torch.set_num_threads(1)
 
 class Folder:
     def __init__(self, root):
-        self.root, self.paths = root, {}
+        self.root, self.paths, self.by_root = root, {}, {}
 
     def put(self, name: str, size: int, chunks: Iterable[bytes]) -> Blob:
         self.paths[name] = self.root / name
         with self.paths[name].open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-        return Blob(name, size, bytes(32))
+        root = hashlib.sha256(name.encode()).digest()
+        self.by_root[root] = self.paths[name]
+        return Blob(name, size, root)
+
+    def path(self, root: bytes) -> Path:
+        return self.by_root[root]
 
 
 def status(field):
@@ -49,7 +56,7 @@ def peak_of(action):
 
 
 small, large, out = (Path(argument) for argument in sys.argv[1:4])
-for part in ("small", "large"):
+for part in ("small", "large", "exact-small", "exact-large"):
     (out / part).mkdir()
 # The first load pays for code and tables that every later one shares.
 folder = Folder(out / "small")
@@ -62,8 +69,13 @@ print("import", manifest.weight_bytes, grown)
 for start, end in ((2, 7), (6, 8)):
     share = sum(piece.size for piece in stage_pieces(manifest, start, end))
     stage, grown = peak_of(lambda: load_stage(manifest, start, end, folder.paths, dtype="float32"))
-    print("stage", share, grown)
+    print("stage", share, grown, flush=True)
     kept.append(stage)
+
+import_model(small, Folder(out / "exact-small"), lambda *_: None, profile="exact")
+folder = Folder(out / "exact-large")
+manifest, grown = peak_of(lambda: import_model(large, folder, lambda *_: None, profile="exact"))
+print("exact", manifest.weight_bytes, grown)
 '''
 
 
@@ -82,8 +94,11 @@ def test_memory(make_model: Callable[..., Path], tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    (_, weights, grown), *stages = rows
+    (_, weights, grown), *stages, (_, exact_weights, exact_grown) = rows
     assert int(weights) > 250 << 20
     assert int(grown) < 24 << 20, f"adding {int(weights) >> 20} MiB took {int(grown) >> 20} MiB"
     for _, share, grown in stages:
         assert int(grown) < 1.1 * int(share), f"a stage of {int(share) >> 20} MiB took {int(grown) >> 20} MiB"
+    # Blocks of float32 at work, the int8 form of one tensor, then one layer for the known answers.
+    assert int(exact_weights) > 60 << 20
+    assert int(exact_grown) < 64 << 20, f"converting to {int(exact_weights) >> 20} MiB took {int(exact_grown) >> 20} MiB"
