@@ -46,8 +46,8 @@ def swarm(nodes: int, threads: int) -> Iterator[Daemon]:
                 testnet.down()
 
 
-def add_model(daemon: Daemon, path: Path, name: str) -> None:
-    for _ in daemon.stream("/v0/models", {"source": str(path), "name": name}):
+def add_model(daemon: Daemon, path: Path, name: str, profile: str = "exact") -> None:
+    for _ in daemon.stream("/v0/models", {"source": str(path), "name": name, "profile": profile}):
         pass
 
 
