@@ -282,7 +282,13 @@ class Node:
 
     async def models(self) -> list[ModelView]:
         """Models with a name here, then those that peers announce and this node knows no other name for."""
-        views = [self._view(name, self._catalog.manifest(root)) for name, root in self._catalog.names().items()]
+        views = []
+        for name, root in self._catalog.names().items():
+            try:
+                views.append(self._view(name, self._catalog.manifest(root)))
+            except (NotFoundError, LocalError) as error:
+                # One that the disk damaged, or an older version wrote, must not hide the others.
+                log.warning("model_not_listed", name=name, reason=error.cause, fix=error.fix)
         here = {view.manifest.root for view in views}
         announced = {
             holding.name

@@ -86,10 +86,14 @@ class Catalog:
         return catalog
 
     def add(self, name: str, manifest: Manifest) -> None:
-        """Keep a model under a name. Raises UsageError for a bad name or one that another model has, LocalError."""
+        """Keep a model under a name. Raises UsageError for a bad name or one that another model has, LocalError.
+
+        A name whose manifest is damaged, or of an older version of Nexus, is free: adding the model again is how that is mended.
+        """
         check_name(name)
         root = manifest.root
-        if self._names.get(name, root) != root:
+        held = self._names.get(name, root)
+        if held != root and self._is_readable(held):
             raise UsageError(f"{name!r} already names another model", "Choose another name, or remove that model first")
         self.keep(manifest)
         self._write_names({**self._names, name: root})
@@ -162,6 +166,13 @@ class Catalog:
             listed = ", ".join(f"{root.hex()[:16]} ({self.name_of(root)})" for root in roots[:8])
             raise UsageError(f"{text!r} fits {len(roots)} models: {listed}", "Give more of the root, or a name")
         return roots[0]
+
+    def _is_readable(self, root: bytes) -> bool:
+        try:
+            self.manifest(root)
+        except (NotFoundError, LocalError):
+            return False
+        return True
 
     def _file(self, root: bytes) -> Path:
         if len(root) != HASH_BYTES:

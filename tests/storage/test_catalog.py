@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus.core.errors import LocalError, MalformedError, NotFoundError, UsageError
+from nexus.core.fidelity import Fidelity, LayerFidelity
 from nexus.core.manifest import EMBEDDING, HEAD, Blob, Manifest, layer_name
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers, parse_manifest
+from nexus.storage.notes import ModelNotes
 
 
 def model_in(store: BlobStore, layers: int = 4, tied: int = 0, salt: bytes = b"") -> Manifest:
@@ -127,6 +131,18 @@ class TestDamage:
         catalog.add("nano", manifest)
         assert catalog.manifest(manifest.root) == manifest
 
+    @pytest.mark.parametrize("raw", [b"", b"not a manifest", None])
+    def test_a_name_without_a_readable_manifest_is_free(
+        self, raw: bytes | None, store: BlobStore, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        """A damaged manifest, one of an older version, and one that is gone: adding the model again mends it."""
+        old, new = model_in(store), model_in(store, salt=b"2")
+        catalog.add("nano", old)
+        path = tmp_path / "models" / f"{old.root.hex()}.manifest"
+        path.unlink() if raw is None else path.write_bytes(raw)
+        catalog.add("nano", new)
+        assert Catalog.open(tmp_path / "models").find("nano") == new.root
+
     def test_a_manifest_is_checked_against_the_root_that_was_asked_for(self, store: BlobStore) -> None:
         manifest = model_in(store)
         assert parse_manifest(manifest.to_bytes(), manifest.root) == manifest
@@ -167,3 +183,57 @@ def test_a_range_is_held_when_a_stage_could_serve_it(missing: set[int], tied: bo
     assert {layer for start, end in ranges for layer in range(start, end)} == held
     assert all(end < start for (_, end), (start, _) in pairwise(ranges))
     assert held_bytes(manifest, store) == sum(blob.size for blob in blobs)
+
+
+REPORT = Fidelity(
+    "text",
+    "/models/nano",
+    1,
+    2,
+    3,
+    "native (avx2)",
+    (LayerFidelity("embedding", 0.5), LayerFidelity("head", 0.25)),
+    top1_agreement=0.9,
+)
+
+
+class TestNotes:
+    def test_notes_are_kept_beside_the_manifest_and_go_with_it(self, store: BlobStore, catalog: Catalog, tmp_path: Path) -> None:
+        manifest = model_in(store)
+        assert catalog.notes(manifest.root) == ModelNotes()
+        catalog.add("nano", manifest)
+        notes = ModelNotes("/models/ü", REPORT)
+        catalog.note(manifest.root, notes)
+        again = Catalog.open(tmp_path / "models")
+        assert again.notes(manifest.root) == notes
+        assert again.roots() == [manifest.root]
+        assert again.manifest(manifest.root) == manifest
+        again.remove(manifest.root)
+        assert catalog.notes(manifest.root) == ModelNotes()
+        assert not list((tmp_path / "models").glob("*.notes"))
+
+    @given(
+        change=st.sampled_from(["texts", "top1_agreement", "layers", "kernel", "more"]),
+        value=st.sampled_from([None, [], {}, "x", True, -1, [{"name": "x", "error": float("nan")}], [{"name": 5, "error": 0.5}]]),
+    )
+    def test_a_damaged_report_is_refused_or_whole(self, change: str, value: object) -> None:
+        fields = json.loads(ModelNotes("x", REPORT).to_bytes())
+        fields["fidelity"][change] = value
+        try:
+            report = ModelNotes.from_bytes(json.dumps(fields).encode()).fidelity
+        except MalformedError:
+            return
+        assert (change, report) in [
+            ("texts", replace(REPORT, texts=-1)),
+            ("kernel", replace(REPORT, kernel="x")),
+            ("top1_agreement", replace(REPORT, top1_agreement=None)),
+            ("top1_agreement", replace(REPORT, top1_agreement=-1)),
+        ]
+
+    @pytest.mark.parametrize(
+        "raw", [b"", b"[]", b"{", b'{"spec":2,"source":"x"}', b'{"spec":1}', b"[" * 100_000, b"\xff", b" " * (1 << 21)]
+    )
+    def test_damaged_notes_count_as_none(self, store: BlobStore, catalog: Catalog, tmp_path: Path, raw: bytes) -> None:
+        root = model_in(store).root
+        (tmp_path / "models" / f"{root.hex()}.notes").write_bytes(raw)
+        assert catalog.notes(root) == ModelNotes()
