@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nexus.core.manifest import Manifest
+from nexus.engine.importer import import_model
 from nexus.engine.stage import Stage
 from nexus.proof.receipts import tokens_to_bytes
 from tests.engine.conftest import Folder
@@ -96,6 +97,29 @@ def test_every_way_gives_the_same_bits(name: str, exact_model: Models) -> None:
         check()
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def exact_minilm(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Folder]:
+    folder = Folder(tmp_path_factory.mktemp("minilm-exact"))
+    return import_model(minilm, folder, lambda *_: None, profile="exact"), folder
+
+
+def test_an_encoder_gives_the_same_bits_by_every_kernel_and_in_any_number_of_stages(
+    exact_minilm: tuple[Manifest, Folder],
+) -> None:
+    vectors: dict[tuple[int, ...], set[bytes]] = {}
+    for kernel in kernels():
+        for count in (1, 2, 6):
+            stages = chain(exact_minilm, count, kernel)
+            for text in ((101, 102), (101, 7592, 2088, 102), tuple(range(1000, 1100))):
+                payload = tokens_to_bytes(text)
+                for stage in stages:
+                    stage.open(b"s")
+                    payload = stage.step(b"s", payload)
+                    stage.close(b"s")
+                vectors.setdefault(text, set()).add(payload)
+    assert all(len(found) == 1 for found in vectors.values())
 
 
 def digests(model: tuple[Manifest, Folder]) -> dict[str, str]:

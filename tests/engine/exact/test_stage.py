@@ -1,0 +1,193 @@
+"""What a stage of the exact profile refuses: damaged pieces and tables, kernels that go wrong, values that cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, UsageError
+from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
+from nexus.engine.exact import stage as exact_stage
+from nexus.engine.exact.stage import ExactStage
+from nexus.engine.stage import Stage, load_stage
+from nexus.proof.receipts import tokens_to_bytes
+from tests.engine.conftest import Folder
+from tests.engine.exact.conftest import Models, chain, kernels
+
+Tensors = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+PROMPT = tokens_to_bytes([5, 17, 99])
+
+
+def load(manifest: Manifest, folder: Folder, start: int = 0, end: int | None = None, kernel: str | None = None) -> Stage:
+    end = manifest.layers if end is None else end
+    return load_stage(manifest, start, end, folder.stage_files(manifest, start, end), kernel=kernel)
+
+
+@pytest.fixture
+def model(exact_model: Models, tmp_path: Path) -> tuple[Manifest, Folder]:
+    """A copy that a test may damage."""
+    manifest, folder = exact_model("qwen3")
+    return manifest, Folder(tmp_path, {name: Path(shutil.copy(path, tmp_path)) for name, path in folder.paths.items()})
+
+
+def damage(folder: Folder, name: str, change: Callable[[Tensors], None]) -> None:
+    """As an author of a manifest could: the file is well-formed, only its values are others."""
+    tensors = load_file(folder.paths[name])
+    change(tensors)
+    save_file(tensors, folder.paths[name])
+
+
+def test_the_fastest_kernel_is_taken(model: tuple[Manifest, Folder]) -> None:
+    stage = load(*model)
+    assert isinstance(stage, ExactStage)
+    assert kernels()[0].split(":")[-1] in stage.kernel
+    assert stage.chunked
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_a_changed_weight_is_found_by_every_kernel(kernel: str, model: tuple[Manifest, Folder]) -> None:
+    manifest, folder = model
+
+    def change(tensors: Tensors) -> None:
+        row = int(np.abs(tensors["down.weight"].astype(int)).sum(1).argmax())
+        tensors["down.weight"][row, 3] ^= 64
+
+    damage(folder, "layer.1", change)
+    assert load(manifest, folder, 0, 1, kernel)
+    with pytest.raises(LocalError, match="known answers"):
+        load(manifest, folder, 1, 2, kernel)
+
+
+@pytest.mark.parametrize("table", ["exp_lo", "rope.0.fine"])
+def test_a_changed_table_is_found(table: str, model: tuple[Manifest, Folder]) -> None:
+    damage(model[1], EXACT_TABLES, lambda tensors: tensors[table].ravel().__setitem__(slice(1, None, 2), 0.75))
+    with pytest.raises(LocalError, match="known answers"):
+        load(*model)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "value", "match"),
+    [
+        ("layer.0", "qkv.scale", np.inf, "outside"),
+        ("layer.0", "qkv.scale", -1.0, "outside"),
+        ("layer.0", "qkv.scale", 2.0**21, "outside"),
+        ("layer.0", "attention_norm.weight", np.nan, "not numbers"),
+        ("layer.0", "o.weight", -128, "-128"),
+        ("head", "norm.weight", 2.0**21, "beyond"),
+        (EXACT_TABLES, "exp_hi", np.nan, "cannot be"),
+        (EXACT_TABLES, "exp_hi", 5.0, "cannot be"),
+    ],
+)
+def test_values_that_no_conversion_writes_are_refused(
+    name: str, tensor: str, value: float, match: str, model: tuple[Manifest, Folder]
+) -> None:
+    damage(model[1], name, lambda tensors: tensors[tensor].ravel().__setitem__(0, value))
+    with pytest.raises(ModelFormatError, match=match):
+        load(*model)
+
+
+@pytest.mark.parametrize("name", ["layer.0", EXACT_TABLES, EXACT_VECTORS])
+def test_tensors_of_other_shapes_are_refused(name: str, model: tuple[Manifest, Folder]) -> None:
+    def change(tensors: Tensors) -> None:
+        first = next(key for key in sorted(tensors) if tensors[key].ndim)
+        tensors[first] = np.ascontiguousarray(tensors[first][:-1])
+
+    damage(model[1], name, change)
+    with pytest.raises(ModelFormatError):
+        load(*model)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {"spec": 2, "wide": {}},
+        {"spec": 1, "wide": {"qkv": [0]}},
+        {"spec": 1, "wide": {"qkv": [99], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
+        {"spec": 1, "wide": {"qkv": "0", "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
+        {"spec": 1, "wide": {"qkv": [True], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
+        [1],
+    ],
+)
+def test_a_plan_that_is_none_is_refused(plan: object, model: tuple[Manifest, Folder]) -> None:
+    model[1].paths[EXACT_PLAN].write_text(json.dumps(plan))
+    with pytest.raises(ModelFormatError):
+        load(*model)
+
+
+def test_known_answers_of_tokens_beyond_the_vocabulary_are_refused(model: tuple[Manifest, Folder]) -> None:
+    damage(model[1], EXACT_VECTORS, lambda tensors: tensors["tokens"].__setitem__(0, 10_000))
+    with pytest.raises(ModelFormatError, match="tokens"):
+        load(*model)
+
+
+def test_a_kernel_that_goes_wrong_while_it_serves_is_found(model: tuple[Manifest, Folder], monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load(*model)
+    assert isinstance(stage, ExactStage)
+    stage.open(b"s")
+    stage.step(b"s", PROMPT)
+    right = stage.model.step
+
+    def wrong(*arguments: object) -> torch.Tensor:
+        out = torch.as_tensor(right(*arguments)).clone()  # type: ignore[arg-type]
+        out.view(torch.int32).view(-1)[0] ^= 1  # one bit, the least
+        return out
+
+    monkeypatch.setattr(stage.model, "step", wrong)
+    stage.step(b"s", PROMPT[:4])  # nobody has looked yet
+    monkeypatch.setattr(exact_stage, "RECHECK_S", 0.0)
+    for _ in range(2):
+        with pytest.raises(LocalError, match="known answers"):
+            stage.step(b"s", PROMPT[:4])
+    monkeypatch.setattr(stage.model, "step", right)
+    stage.step(b"s", PROMPT[:4])
+
+
+def test_states_beyond_the_bounds_are_the_senders_fault(model: tuple[Manifest, Folder]) -> None:
+    manifest, folder = model
+    stage = load(manifest, folder, 1, 2)
+    states = np.ones((2, manifest.hidden_size), "<f4")
+    for value in (np.nan, np.inf, -(2.0**41)):
+        stage.open(b"s")
+        states[1, 3] = value
+        with pytest.raises(MalformedError):
+            stage.step(b"s", states.tobytes())
+        stage.close(b"s")
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_one_sessions_bad_values_do_not_touch_the_others(kernel: str, model: tuple[Manifest, Folder]) -> None:
+    """2^40 is allowed on the way in; what the layer makes of it may be too much, and that is this session's affair."""
+    manifest, folder = model
+    stage = load(manifest, folder, 1, 2, kernel)
+    good = np.linspace(-1, 1, 2 * manifest.hidden_size, dtype="<f4").reshape(2, -1)
+    bad = good.copy()
+    bad[1] *= np.float32(2.0**40)
+    for name in (b"good", b"bad", b"alone"):
+        stage.open(name)
+    first, second = stage.step_many([(b"good", good.tobytes()), (b"bad", bad.tobytes())])
+    assert first == stage.step(b"alone", good.tobytes())
+    assert isinstance(second, bytes | NexusError)
+
+
+def test_there_are_only_the_kernels_that_there_are(model: tuple[Manifest, Folder]) -> None:
+    for name in ("abacus", "torch:abacus"):
+        with pytest.raises(UsageError, match="abacus"):
+            load(*model, kernel=name)
+
+
+def test_a_full_context_is_refused_and_the_session_goes_on(exact_model: Models) -> None:
+    (stage,) = chain(exact_model("llama"), 1, None)
+    context = stage.manifest.context
+    stage.open(b"s")
+    stage.step(b"s", tokens_to_bytes([3] * (context - 1)))
+    with pytest.raises(UsageError, match="context"):
+        stage.step(b"s", tokens_to_bytes([3, 3]))
+    stage.step(b"s", tokens_to_bytes([3]))
