@@ -23,7 +23,7 @@ from nexus.core.errors import (
 )
 from nexus.gateway.problems import error_of
 from nexus.gateway.wire import ERROR_EVENT, Json, event_from_json, from_json
-from nexus.node.api import Event, ModelView
+from nexus.node.api import StreamItem
 from nexus_cli.options import Shared
 from nexus_config.settings import control_socket
 
@@ -88,7 +88,7 @@ class Daemon:
         with self._explained():
             return self._answer(self._http.post(path, content=_encode(body)))
 
-    def stream(self, path: str, body: Mapping[str, Json]) -> Iterator[Event | ModelView]:
+    def stream(self, path: str, body: Mapping[str, Json]) -> Iterator[StreamItem]:
         """Events as they come. Leaving the loop closes the connection, which cancels the work."""
         with self._explained(), self._http.stream("POST", path, content=_encode(body)) as response:
             if response.status_code >= 400:

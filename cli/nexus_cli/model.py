@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from nexus.core.fidelity import Fidelity
     from nexus.node.api import ModelView, PlanView, Progress
 
 _PROFILES = {
@@ -25,7 +27,7 @@ _PROFILES = {
     FLOAT: "float: answers differ in their last digits between machines",
 }
 
-model = NexusGroup(name="model", help="Models: add, list, show, and plan who computes what.")
+model = NexusGroup(name="model", help="Models: add, list, show, plan, compare with float.")
 
 
 @model.command("add")
@@ -135,8 +137,97 @@ def model_show(shared: Shared, name: str) -> None:
             ("peers", ", ".join(show.short_id(peer_id) for peer_id in view.providers) or "none has any of it"),
         ]
     )
+    if view.fidelity is not None:
+        click.echo("\nexact against float, as last measured here:")
+        show.pairs(fidelity_rows(view.fidelity))
     rows = [(blob.name, show.size(blob.size), blob.root.hex()[:32]) for blob in (*manifest.pieces, *manifest.files)]
     show.console(shared).print(show.table(("piece or file", "size", "root begins"), rows, right=("size",), wrap=("piece or file",)))
+
+
+@model.command("fidelity")
+@click.argument("name")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Compare on this UTF-8 text: of a language model what blank lines part, of an encoder every line. "
+    "[default: one that comes with Nexus]",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Directory with the float weights. [default: the one that the model was added from]",
+)
+@pass_shared
+def model_fidelity(shared: Shared, name: str, text: Path | None, against: Path | None) -> None:
+    """Show how close the exact model NAME comes to float. Both are run over the same text."""
+    from nexus.core.errors import LocalError, NotFoundError
+    from nexus.core.fidelity import Fidelity
+    from nexus.node.api import Progress
+    from nexus_cli.client import connected, model_path
+
+    if against is not None and not against.is_dir():
+        raise NotFoundError(f"{against} is not a directory", "Give the directory that the model was added from")
+    body = {
+        "text": None if text is None else read_text(text),
+        "text_name": None if text is None else show.printable(text.name)[-128:],
+        "against": None if against is None else str(against.absolute()),
+    }
+    found: Fidelity | None = None
+    path = model_path(name) + "/fidelity"
+    with connected(shared, None) as daemon, progress_bars(shared) as advance:
+        for event in daemon.stream(path, body):
+            if isinstance(event, Progress):
+                # One bar for all layers: they follow one another.
+                advance(replace(event, phase="comparing"))
+            elif isinstance(event, Fidelity):
+                found = event
+    if found is None:
+        raise LocalError("the daemon did not say what it found", "See its log")
+    if shared.json:
+        computed = {"perplexity_ratio": found.perplexity_ratio, "worst_layer": asdict(found.worst_layer)}
+        show.print_json({"fidelity": {"model": name, **asdict(found), **computed}})
+        return
+    show.pairs([("model", name), *fidelity_rows(found), ("against", found.source)])
+    rows = [(layer.name, f"{layer.error:.4%}") for layer in found.layers]
+    show.console(shared).print(show.table(("part", "own error"), rows, right=("own error",)))
+
+
+TEXT_BYTES_MAX = 2 << 20
+
+
+def read_text(path: Path) -> str:
+    """A file of text for the daemon. Raises NotFoundError, and UsageError for one that is too large or not text."""
+    from nexus.core.errors import NotFoundError, UsageError
+
+    if not path.is_file():
+        raise NotFoundError(f"there is no file {path}", "Give a file of UTF-8 text")
+    if path.stat().st_size > TEXT_BYTES_MAX:
+        raise UsageError(f"{path} is larger than {show.size(TEXT_BYTES_MAX)}", "Give a part of it: no more would be used")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text", "Convert it, or give another file") from error
+
+
+def fidelity_rows(found: Fidelity) -> list[tuple[str, str]]:
+    """What a report says, for people."""
+    text = f"{found.text}: {show.count(found.texts, 'text')}, {show.count(found.tokens, 'token')}"
+    rows = [("compared on", text)]
+    if found.top1_agreement is not None and found.perplexity_ratio is not None:
+        rows += [
+            ("top-1 agreement", f"{found.top1_agreement:.2%} of the tokens are the same"),
+            (
+                "perplexity",
+                f"{found.perplexity_exact:.5g} exact, {found.perplexity_float:.5g} float, ratio {found.perplexity_ratio:.4f}",
+            ),
+        ]
+    if found.cosine_mean is not None:
+        rows += [
+            ("cosine", f"{found.cosine_mean:.5f} in the mean, {found.cosine_worst:.5f} the worst"),
+            ("top-10 overlap", f"{found.overlap:.2%} of the nearest texts are the same"),
+        ]
+    worst = found.worst_layer
+    return [*rows, ("worst layer", f"{worst.name}, its own error is {worst.error:.2%}")]
 
 
 @model.command("plan")

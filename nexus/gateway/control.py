@@ -26,7 +26,7 @@ from nexus.core.errors import CapacityError, NexusError, UsageError
 from nexus.core.keys import public_key_of
 from nexus.gateway import problems, requests
 from nexus.gateway.wire import ERROR_EVENT, Json, event_to_json, to_json
-from nexus.node.api import Event, ModelView, NodeApi
+from nexus.node.api import NodeApi, StreamItem
 
 API_VERSION = "v0"
 BODY_TIMEOUT_S = 30.0
@@ -58,10 +58,10 @@ class EventStream(Response):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, events: AsyncIterator[Event | ModelView]) -> None:
+    def __init__(self, events: AsyncIterator[StreamItem]) -> None:
         super().__init__()
         # NodeApi promises that its iterators can be closed, which is what makes them generators.
-        self._events = cast("AsyncGenerator[Event | ModelView, None]", events)
+        self._events = cast("AsyncGenerator[StreamItem, None]", events)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with trio.open_nursery() as nursery:
@@ -229,6 +229,11 @@ class Control:
     async def model(self, request: Request) -> Response:
         return JsonResponse(to_json(await self.node.model(request.path_params["name"])))
 
+    async def fidelity(self, request: Request) -> Response:
+        wanted = requests.parse_fidelity(request.path_params["name"], await _body(request))
+        self._check_accepting()
+        return EventStream(self.node.fidelity(wanted))
+
     async def plan(self, request: Request) -> Response:
         return JsonResponse(to_json(await self.node.plan(request.path_params["name"], _stages(request))))
 
@@ -270,6 +275,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("POST", "/v0/models", Control.add_model),
     ("GET", "/v0/models/{name}", Control.model),
     ("GET", "/v0/models/{name}/plan", Control.plan),
+    ("POST", "/v0/models/{name}/fidelity", Control.fidelity),
     ("POST", "/v0/run", Control.run),
     ("POST", "/v0/embed", Control.embed),
     ("POST", "/v0/stop", Control.stop),

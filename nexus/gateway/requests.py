@@ -12,7 +12,7 @@ from nexus.core.errors import UsageError
 from nexus.core.manifest import DEFAULT_PROFILE, PROFILES_ASKED
 from nexus.gateway.wire import Json
 from nexus.models import BUILTIN_NAMES
-from nexus.node.api import EmbedRequest, GenerateRequest
+from nexus.node.api import EmbedRequest, FidelityRequest, GenerateRequest
 from nexus.proof.receipts import REPETITION_PENALTY_MAX, REPETITION_PENALTY_MIN, STEPS_MAX, TEMPERATURE_MAX, TOP_K_MAX
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
@@ -102,6 +102,19 @@ def parse_add_model(body: bytes) -> AddModelRequest:
             f"{source!r} is neither a built-in model nor an absolute path", "The daemon has a working directory of its own"
         )
     return AddModelRequest(path, name, str(profile))
+
+
+def parse_fidelity(model: str, body: bytes) -> FidelityRequest:
+    value = parse_object(body, "text", "text_name", "against")
+    given = {key: entry for key, entry in value.items() if entry is not None}
+    text = _text(given["text"], "text") if "text" in given else None
+    text_name = _name(given, "text_name") if "text_name" in given else ""
+    against = _text(given["against"], "against") if "against" in given else None
+    if text is not None and not text.strip():
+        raise UsageError("the text is empty", "Leave it out to compare on the text that comes with Nexus")
+    if against is not None and (not Path(against).is_absolute() or "\0" in against):
+        raise UsageError(f"against is {_shown(against)}", "Give the absolute path of a directory")
+    return FidelityRequest(model, text, text_name, against)
 
 
 def parse_address(body: bytes) -> str:

@@ -16,8 +16,9 @@ from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 from nexus.core.errors import MalformedError
+from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
-from nexus.node.api import Embedding, Event, Finished, ModelView, Notice, Planned, Progress, Token
+from nexus.node.api import Embedding, Finished, ModelView, Notice, Planned, Progress, StreamItem, Token
 from nexus.proof.bundle import Bundle
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -33,6 +34,7 @@ EVENTS: dict[str, type] = {
     "embedding": Embedding,
     "finished": Finished,
     "model": ModelView,
+    "fidelity": Fidelity,
 }
 _EVENT_NAMES = {kind: name for name, kind in EVENTS.items()}
 
@@ -121,16 +123,16 @@ def _refuse(expected: str, place: str) -> typing.NoReturn:
     raise MalformedError(f"{place}: expected {expected}")
 
 
-def event_to_json(event: Event | ModelView) -> dict[str, Json]:
+def event_to_json(event: StreamItem) -> dict[str, Json]:
     """One line of a stream: the event's name beside its fields."""
     fields = to_json(event)
     assert isinstance(fields, dict)
     return {"event": _EVENT_NAMES[type(event)], **fields}
 
 
-def event_from_json(value: Json) -> Event | ModelView:
+def event_from_json(value: Json) -> StreamItem:
     """Raises MalformedError, also for events of a kind not known here."""
     name = value.get("event") if isinstance(value, Mapping) else None
     if not isinstance(name, str) or name not in EVENTS:
         raise MalformedError(f"unknown event {name!r}")
-    return typing.cast("Event | ModelView", from_json(EVENTS[name], value))
+    return typing.cast("StreamItem", from_json(EVENTS[name], value))

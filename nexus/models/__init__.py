@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 from nexus.core.errors import LocalError, NotFoundError
+from nexus.core.manifest import CAUSAL
 
 NANO, MINILM = "nano", "minilm"
 BUILTIN_NAMES = (NANO, MINILM)
@@ -36,3 +37,15 @@ def builtin_path(name: str) -> Path:
         if (path / "config.json").is_file():
             return path
     raise LocalError(f"the files of the built-in model {name!r} are missing", _REINSTALL)
+
+
+def held_out_text(kind: str) -> tuple[str, str]:
+    """Name and content of the text that models of this kind are compared on by default; scripts/fidelity_texts.py makes both.
+
+    For language models conversations that `nano` was not trained on, for encoders a thousand sentences.
+    """
+    name = "held_out.txt" if kind == CAUSAL else "sentences.txt"
+    try:
+        return name, (Path(__file__).parent / name).read_text("utf-8")
+    except OSError as error:
+        raise LocalError(f"the text {name} is missing", _REINSTALL) from error

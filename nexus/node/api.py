@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
 from nexus.proof.bundle import Bundle
 
@@ -51,13 +52,15 @@ class PeerView:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """`held_layers`: ranges [start, end) whose pieces are all here. `providers`: peers known to hold some of it."""
+    """`held_layers`: ranges [start, end) whose pieces are all here. `providers`: peers known to hold some of it. `fidelity`: of an
+    exact model, as it was last measured on this node."""
 
     name: str
     manifest: Manifest
     held_layers: tuple[tuple[int, int], ...]
     held_bytes: int
     providers: tuple[str, ...]
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,17 @@ class EmbedRequest:
     texts: tuple[str, ...]
     model: str = "minilm"
     stages: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityRequest:
+    """`text`: what to compare on, called `text_name`; None takes the one that comes with the program. `against`: the directory with
+    the float weights; None is the one that the model was added from."""
+
+    model: str
+    text: str | None = None
+    text_name: str = ""
+    against: str | None = None
 
 
 # What happens while a request runs, in order: Planned, any Progress, then Token or Embedding events, then one Finished.
@@ -178,6 +192,8 @@ class Finished:
 
 
 Event = Planned | Progress | Notice | Token | Embedding | Finished
+# What any stream may bring.
+StreamItem = Event | ModelView | Fidelity
 
 
 class NodeApi(Protocol):
@@ -201,6 +217,11 @@ class NodeApi(Protocol):
         `profile`: "exact", "float", or "auto", which is exact where the model can be, and else float with a notice that says why.
         `name` None: the directory's, with "-float" behind it where the float profile was asked for.
         """
+        ...
+
+    def fidelity(self, request: FidelityRequest) -> AsyncIterator[Progress | Fidelity]:
+        """Compare an exact model with the float model that it was made from; progress, then the report as the last item, which is
+        kept and shown with the model."""
         ...
 
     async def models(self) -> list[ModelView]: ...

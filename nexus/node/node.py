@@ -6,22 +6,35 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import trio
 
 from nexus.core.errors import LocalError, NexusError, NotFoundError, PeerError, TimedOutError, UsageError
+from nexus.core.fidelity import Fidelity
 from nexus.core.keys import Identity, parse_peer_id
-from nexus.core.manifest import DEFAULT_PROFILE, FLOAT, Manifest
-from nexus.models import BUILTIN_NAMES, builtin_path
+from nexus.core.manifest import DEFAULT_PROFILE, EXACT, FLOAT, Manifest
+from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import PeerAddress, Transport
-from nexus.node.api import EmbedRequest, Event, GenerateRequest, ModelView, NodeStatus, Notice, PeerView, PlanView, Progress
+from nexus.node.api import (
+    EmbedRequest,
+    Event,
+    FidelityRequest,
+    GenerateRequest,
+    ModelView,
+    NodeStatus,
+    Notice,
+    PeerView,
+    PlanView,
+    Progress,
+)
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer import InferService
 from nexus.node.membership import Membership
@@ -36,6 +49,8 @@ from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.swarm.membership import HOLDINGS_MAX, Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
+
+T = TypeVar("T")
 
 VERSION = version("nexus-swarm")
 AGENT = f"nexus/{VERSION}"
@@ -94,7 +109,7 @@ class Node:
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
-        self._add_lock = trio.Lock()
+        self._work_lock = trio.Lock()
         self._draining = False
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
@@ -223,26 +238,81 @@ class Node:
             raise UsageError(f"{text!r} is neither a built-in model nor an absolute path", f"Built in: {', '.join(BUILTIN_NAMES)}")
         # So that the same directory may be added in both profiles: exact is what a model is by default.
         name = check_name(name or (text if builtin else path.name) + ("-float" if profile == FLOAT else ""))
-        send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
-        added: list[Manifest] = []
         notices: list[str] = []
-        failure: list[NexusError] = []
+        work = partial(self._import, path, text if builtin else str(path), name, profile, notices.append)
+        async with aclosing(self._at_work(work)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield event
+                    continue
+                self._holdings_changed()
+                for notice in notices:
+                    yield Notice(notice)
+                yield self._view(name, event)
+
+    async def fidelity(self, request: FidelityRequest) -> AsyncGenerator[Progress | Fidelity, None]:
+        name, manifest = await self._runner.manifest(request.model)
+        if manifest.profile != EXACT:
+            raise UsageError(
+                f"{name!r} is in the float profile: there is nothing to compare", "Add it with --profile exact, then ask again"
+            )
+        if held_layers(manifest, self._blobs) != ((0, manifest.layers),):
+            raise NotFoundError(f"not all layers of {name!r} are on this node", "Add the model here: nexus model add DIRECTORY")
+        source = self._float_source(name, manifest.root, request.against)
+        text_name, text = (request.text_name, request.text) if request.text else held_out_text(manifest.kind)
+        async with aclosing(self._at_work(partial(self._compare, manifest, source, text, text_name))) as events:
+            async for event in events:
+                yield event
+
+    def _float_source(self, name: str, root: bytes, against: str | None) -> Path:
+        """The directory with the float weights that an exact model was made from. Raises NotFoundError, UsageError."""
+        noted = self._catalog.notes(root).source or (name if name in BUILTIN_NAMES else "")
+        if against is None and noted in BUILTIN_NAMES:
+            return builtin_path(noted)
+        source = Path(against or noted)
+        if against is not None and not source.is_absolute():
+            raise UsageError(f"{against!r} is not an absolute path", "The daemon has a working directory of its own")
+        if not (against or noted):
+            raise NotFoundError(
+                f"this node does not know where the float weights of {name!r} are: it was not added here",
+                "Name their directory: --against DIRECTORY",
+            )
+        if not source.is_dir():
+            raise NotFoundError(
+                f"the float weights of {name!r} are gone: there is no directory {source}", "Name it: --against DIRECTORY"
+            )
+        return source
+
+    def _compare(
+        self, manifest: Manifest, source: Path, text: str, text_name: str, progress: Callable[[str, int, int], None]
+    ) -> Fidelity:
+        from nexus.engine.exact.fidelity import measure
+
+        files = {blob.name: self._blobs.path(blob.root) for blob in (*manifest.pieces, *manifest.files)}
+        report = measure(manifest, files, source, text, text_name, progress)
+        self._catalog.note(manifest.root, replace(self._catalog.notes(manifest.root), fidelity=report))
+        return report
+
+    async def _at_work(self, work: Callable[[Callable[[str, int, int], None]], T]) -> AsyncGenerator[Progress | T, None]:
+        """Progress of `work` in a thread, then what it returned. One at a time: each uses all of the disk or the processor."""
+        send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
+        done: list[T] = []
+        failure: list[Exception] = []
         scope = trio.CancelScope()
 
         def progress(phase: str, done: int, total: int) -> None:
             trio.from_thread.check_cancelled()
             trio.from_thread.run_sync(_offer, send, Progress(self._identity.peer_id, phase, done, total))
 
-        async def work() -> None:
+        async def run() -> None:
             with scope, send:
                 try:
-                    async with self._add_lock:
-                        work = partial(self._import, path, name, profile, progress, notices.append)
-                        added.append(await trio.to_thread.run_sync(work))
-                except NexusError as error:
+                    async with self._work_lock:
+                        done.append(await trio.to_thread.run_sync(work, progress))
+                except Exception as error:  # noqa: BLE001 - raised below, where the request is: it fails alone, not the node
                     failure.append(error)
 
-        self._nursery.start_soon(work)
+        self._nursery.start_soon(run)
         try:
             async with receive:
                 async for event in receive:
@@ -251,32 +321,32 @@ class Node:
             scope.cancel()
         if failure:
             raise failure[0]
-        self._holdings_changed()
-        for notice in notices:
-            yield Notice(notice)
-        yield self._view(name, added[0])
+        yield done[0]
 
     def _import(
         self,
         path: Path,
+        source: str,
         name: str,
         profile: str,
-        progress: Callable[[str, int, int], None],
         notice: Callable[[str], None],
+        progress: Callable[[str, int, int], None],
     ) -> Manifest:
+        """`source`: how to find the directory `path` again."""
         from nexus.engine.importer import import_model
 
         journal = ImportJournal(Home(self._options.home).models, self._blobs)
         manifest = import_model(path, self._blobs, progress, profile=profile, journal=journal, notice=notice)
         self._catalog.add(name, manifest)
+        self._catalog.note(manifest.root, replace(self._catalog.notes(manifest.root), source=source))
         journal.end()
         return manifest
 
     async def _import_builtin(self, name: str) -> None:
         """The first use of a built-in model takes it in; it came with the program."""
-        async with self._add_lock:
+        async with self._work_lock:
             if name not in self._catalog.names():
-                work = partial(self._import, builtin_path(name), name, DEFAULT_PROFILE, lambda *_: None, lambda _: None)
+                work = partial(self._import, builtin_path(name), name, name, DEFAULT_PROFILE, lambda _: None, lambda *_: None)
                 await trio.to_thread.run_sync(work)
         self._holdings_changed()
 
@@ -327,6 +397,7 @@ class Node:
             held_layers=held_layers(manifest, self._blobs),
             held_bytes=held_bytes(manifest, self._blobs),
             providers=tuple(address.peer_id for address in self._runner.sources(manifest.root)),
+            fidelity=self._catalog.notes(manifest.root).fidelity,
         )
 
     async def plan(self, model: str, stages: int | None) -> PlanView:

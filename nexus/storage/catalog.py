@@ -1,6 +1,7 @@
 """Which models this node knows, and what their owner calls them.
 
     <hex root>.manifest   the manifest's bytes; the root in the name proves them
+    <hex root>.notes      what this node alone knows of the model (`nexus.storage.notes`); no part of the root
     names.json            local names: a convenience, so a damaged file is moved aside and the models stay
 
 A model without a name is one whose layers this node serves or fetched for others.
@@ -19,6 +20,7 @@ from nexus.core.hashing import HASH_BYTES
 from nexus.core.manifest import Manifest
 from nexus.storage.blobs import BlobStore
 from nexus.storage.durable import move_aside, replace_file, storage_error, sync_directory
+from nexus.storage.notes import NOTES_BYTES_MAX, ModelNotes
 
 MANIFEST_BYTES_MAX = 1 << 20
 MODELS_MAX = 4096
@@ -115,10 +117,23 @@ class Catalog:
         if root in self._names.values():
             self._write_names({name: named for name, named in self._names.items() if named != root})
         try:
+            self._notes_file(root).unlink(missing_ok=True)
             self._file(root).unlink(missing_ok=True)
             sync_directory(self._root)
         except OSError as error:
             raise storage_error(error, self._file(root)) from error
+
+    def notes(self, root: bytes) -> ModelNotes:
+        """What was noted of a model. Nothing where there is nothing, or nothing sound: it is all had again by asking again."""
+        try:
+            with open(self._notes_file(root), "rb") as file:
+                return ModelNotes.from_bytes(file.read(NOTES_BYTES_MAX + 1))
+        except (OSError, MalformedError):
+            return ModelNotes()
+
+    def note(self, root: bytes, notes: ModelNotes) -> None:
+        """Replace what was noted of a model. Raises LocalError."""
+        replace_file(self._notes_file(root), notes.to_bytes())
 
     def names(self) -> dict[str, bytes]:
         """Every local name and the root it stands for, sorted by name."""
@@ -178,6 +193,9 @@ class Catalog:
         if len(root) != HASH_BYTES:
             raise ValueError(f"a root has {HASH_BYTES} bytes, not {len(root)}")
         return self._root / f"{root.hex()}.manifest"
+
+    def _notes_file(self, root: bytes) -> Path:
+        return self._file(root).with_suffix(".notes")
 
     def _write_names(self, names: Mapping[str, bytes]) -> None:
         listed = {name: root.hex() for name, root in sorted(names.items())}

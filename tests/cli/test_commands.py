@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nexus.node.api import EmbedRequest, GenerateRequest
+from nexus.node.api import EmbedRequest, FidelityRequest, GenerateRequest
 from nexus.storage.home import Home
 from nexus_cli import show
+from nexus_cli.model import TEXT_BYTES_MAX
 from nexus_cli.receipts import verify_file
 from nexus_cli.run import Writer
 from tests.cli.conftest import Cli
@@ -68,6 +69,7 @@ def test_a_bad_setting_names_file_key_and_fix(cli: Cli, home: Home) -> None:
         ("model", "show", "x"),
         ("model", "plan", "x"),
         ("model", "add", "nano"),
+        ("model", "fidelity", "x"),
         ("run", "nano", "x"),
         ("embed", "x"),
     ],
@@ -118,6 +120,41 @@ def test_models(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
     assert "two nodes are enough" in cli("model", "plan", "nano").out
     assert len(cli("model", "plan", "nano", "--json", "--stages", "2").json["plan"]["stages"]) == 2
     assert cli("model", "plan", "nano", "--stages", "3").code == 1
+
+
+def test_model_fidelity(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
+    shown = cli("model", "fidelity", "nano").out
+    assert "99.50% of the tokens are the same" in shown
+    assert "ratio 1.0038" in shown
+    assert "layer.0, its own error is 2.00%" in shown
+    assert "embedding    1.0000%" in shown
+    text = tmp_path / "mine.txt"
+    text.write_text("über", "utf-8")
+    value = cli("model", "fidelity", "nano", "--text", str(text), "--against", str(tmp_path), "--json").json["fidelity"]
+    assert node.requests[-1] == FidelityRequest("nano", "über", "mine.txt", str(tmp_path))
+    assert (value["model"], value["top1_agreement"], value["worst_layer"]) == ("nano", 0.995, {"name": "layer.0", "error": 0.02})
+    assert [layer["name"] for layer in value["layers"]] == ["embedding", "layer.0", "head"]
+    assert "99.50% of the tokens are the same" in cli("model", "show", "compared").out
+    assert cli("model", "show", "compared", "--json").json["model"]["fidelity"]["tokens"] == 5000
+    assert cli("model", "show", "nano", "--json").json["model"]["fidelity"] is None
+
+
+def test_model_fidelity_refuses(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
+    binary, large, empty = tmp_path / "binary", tmp_path / "large", tmp_path / "empty"
+    binary.write_bytes(b"\xff\xfe")
+    large.write_bytes(b"a" * (TEXT_BYTES_MAX + 1))
+    empty.write_bytes(b"\n")
+    for arguments, code in (
+        (("missing",), 5),
+        (("nano", "--text", str(tmp_path / "none")), 5),
+        (("nano", "--against", str(tmp_path / "none")), 5),
+        (("nano", "--text", str(binary)), 2),
+        (("nano", "--text", str(large)), 2),
+        (("nano", "--text", str(empty)), 2),
+    ):
+        result = cli("model", "fidelity", *arguments)
+        assert (result.code, result.out) == (code, ""), arguments
+        assert "fix:" in result.err
 
 
 def test_run_streams_to_stdout_and_reports_on_stderr(cli: Cli, node: FakeNode, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import structlog
 import trio
 
 from nexus.core.errors import CapacityError, NotFoundError, UnreachableError
+from nexus.core.fidelity import Fidelity, LayerFidelity
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity
 from nexus.core.manifest import Blob, Manifest
@@ -22,6 +23,7 @@ from nexus.node.api import (
     Embedding,
     EmbedRequest,
     Event,
+    FidelityRequest,
     Finished,
     GenerateRequest,
     ModelView,
@@ -39,6 +41,18 @@ from nexus.proof.bundle import Bundle, make_requests
 from nexus.proof.receipts import FLOAT, MICRO, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
+FIDELITY = Fidelity(
+    "held_out.txt",
+    "/models/nano",
+    120,
+    121,
+    5000,
+    "native (avx2)",
+    (LayerFidelity("embedding", 0.01), LayerFidelity("layer.0", 0.02), LayerFidelity("head", 0.005)),
+    top1_agreement=0.995,
+    perplexity_exact=26.6,
+    perplexity_float=26.5,
+)
 ANSWER = ("Once", " upon", " a", " time", ".\n")
 
 
@@ -114,7 +128,7 @@ class FakeNode:
         self.cancelled = 0
         self.drained = False
         self.idle = trio.Event()
-        self.requests: list[GenerateRequest | EmbedRequest] = []
+        self.requests: list[GenerateRequest | EmbedRequest | FidelityRequest] = []
 
     def status(self) -> NodeStatus:
         reason = "" if self.ready else "no speed measured yet"
@@ -145,6 +159,13 @@ class FakeNode:
         yield Notice(f"profile {profile}\x1b[2J")
         yield await self.model(name or str(source))
 
+    async def fidelity(self, request: FidelityRequest) -> AsyncGenerator[Progress | Fidelity, None]:
+        self.requests.append(request)
+        if request.model == "missing":
+            raise NotFoundError("there is no model 'missing'", "See: nexus model list")
+        yield Progress(COORDINATOR.peer_id, "layer.0", 10, 100)
+        yield FIDELITY
+
     async def models(self) -> list[ModelView]:
         return [await self.model("nano")]
 
@@ -153,7 +174,7 @@ class FakeNode:
             raise NotFoundError("there is no model 'missing'", "See: nexus model list")
         if name == "bug":
             raise ZeroDivisionError("secret detail")
-        return ModelView(name, manifest(), ((0, 1),), 2000, (FIRST.peer_id,))
+        return ModelView(name, manifest(), ((0, 1),), 2000, (FIRST.peer_id,), FIDELITY if name == "compared" else None)
 
     async def plan(self, model: str, stages: int | None) -> PlanView:
         if stages is not None and stages > 2:

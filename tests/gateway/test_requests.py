@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nexus.core.errors import UsageError
 from nexus.core.manifest import DEFAULT_PROFILE
 from nexus.gateway import requests
-from nexus.node.api import EmbedRequest, GenerateRequest
+from nexus.node.api import EmbedRequest, FidelityRequest, GenerateRequest
 
 
 def generate(**fields: Any) -> GenerateRequest:
@@ -108,3 +108,12 @@ def test_a_model_comes_from_a_directory_or_is_built_in() -> None:
     for body in (b'{"source": "relative/path"}', b'{"source": ""}', b"{}", b'{"source": "/a\\u0000b"}'):
         with pytest.raises(UsageError):
             requests.parse_add_model(body)
+
+
+def test_a_fidelity_request() -> None:
+    assert requests.parse_fidelity("nano", b"{}") == FidelityRequest("nano")
+    body = {"text": "a\n\nb", "text_name": "mine.txt", "against": "/models/nano"}
+    assert requests.parse_fidelity("nano", json.dumps(body).encode()) == FidelityRequest("nano", **body)
+    for bad in ({"text": " "}, {"text": 5}, {"text_name": "a\nb"}, {"against": "models"}, {"against": "/a\0b"}, {"kernel": "x"}):
+        with pytest.raises(UsageError):
+            requests.parse_fidelity("nano", json.dumps(bad).encode())

@@ -181,7 +181,7 @@ class _Comparison:
         found = [LayerFidelity(EMBEDDING, _mean_square_root(_relative_squares(exact, true)))]
         for index in range(len(self._plan.layers)):
             name, size = layer_name(index), sum(source.spec.size for source in self._layer_sources(index).values())
-            theirs = self._float_pass(self._float_layer(index), true)
+            theirs = _finite(self._float_pass(self._float_layer(index), true), name)
             ours = self._exact_layer(index)
             batches, errors = list(self._batches()), []
             for count, batch in enumerate(batches):
@@ -265,7 +265,7 @@ class _Comparison:
             weight, bias = (self._end(EMBEDDING, f"embed_norm.{kind}") for kind in ("weight", "bias"))
             true = torch.nn.functional.layer_norm(true, (plan.hidden,), weight, bias, plan.eps)
         self._advance(EMBEDDING)
-        return exact, true
+        return exact, _finite(true, EMBEDDING)
 
     def _end(self, piece: str, name: str) -> torch.Tensor:
         """A small float tensor of embedding or head, by the name that docs/exact.md gives it."""
@@ -294,7 +294,7 @@ class _Comparison:
                 logits = normed[part] @ block.T
                 if plan.logit_cap:
                     logits = torch.tanh(logits / plan.logit_cap) * plan.logit_cap
-                theirs.see(part, first, logits)
+                theirs.see(part, first, _finite(logits, HEAD))
                 ours.see(part, first, head(exact[part]))
                 own[0, part] += _squares(head(true[part]) - logits)
                 own[1, part] += _squares(logits)
@@ -386,6 +386,14 @@ def _nearest(vectors: Vectors) -> Iterator[set[int]]:
 
 def _exact_pass(layer: Kernel, windows: Sequence[slice], x: torch.Tensor) -> torch.Tensor:
     return layer.step([layer.run(layer.new_cache(), 0, window.stop - window.start) for window in windows], x)
+
+
+def _finite(x: torch.Tensor, part: str) -> torch.Tensor:
+    if not bool(x.isfinite().all()):
+        raise ModelFormatError(
+            f"the float model's {part} gives values that are not numbers", "Its weights are damaged: download the model again"
+        )
+    return x
 
 
 def _squares(x: torch.Tensor) -> Vectors:
