@@ -46,6 +46,21 @@ class ModelFormatError(NexusError):
     code, exit_code, http_status = "bad-model", 1, 422
 
 
+class OutOfBoundsError(NexusError):
+    """A value that no honest computation of the model has. `run`: which of a batch's sessions it came up in."""
+
+    code = "out-of-bounds"
+
+    def __init__(
+        self,
+        cause: str = "a value of the computation is not a number or beyond 2^40",
+        fix: str = "The model is damaged, or was never sound: `nexus model show`",
+        run: int = 0,
+    ) -> None:
+        super().__init__(cause, fix)
+        self.run = run
+
+
 # A peer's fault.
 class PeerError(NexusError):
     """A peer broke the protocol, refused, or cannot be reached. `peer` is its id, or empty where it is not known."""

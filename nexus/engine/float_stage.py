@@ -48,7 +48,8 @@ class FloatStage(Stage):
 
     @property
     def weight_bytes(self) -> int:
-        return self._fragment.weight_bytes
+        count: int = self._fragment.weight_bytes
+        return count
 
     @property
     def is_traced(self) -> bool:

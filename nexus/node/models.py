@@ -153,6 +153,8 @@ class Models:
         if manifest.profile == FLOAT:
             # What the pieces hold, not what the manifest says they hold: 16-bit weights that pass for float32 take twice as much.
             needed = await trio.to_thread.run_sync(_loaded_bytes, [paths[piece.name] for piece in pieces], dtype)
+        else:
+            needed *= await trio.to_thread.run_sync(_exact_factor)
         self._make_room(needed, f"layers {start} to {end - 1} need {needed} bytes")
         slot.n_bytes = needed  # now, so that what is loaded at the same time counts it
         try:
@@ -206,6 +208,13 @@ def _loaded_bytes(pieces: Sequence[Path], dtype: str) -> int:
     from nexus.engine.safetensors_check import check_safetensors
 
     return DTYPE_BYTES[dtype] * sum(prod(spec.shape) for path in pieces for spec in check_safetensors(path).values())
+
+
+def _exact_factor() -> int:
+    """Bytes in memory per byte of an exact piece: more than one where this processor's int8 products are wrong."""
+    from nexus.engine.exact.stage import weight_factor
+
+    return weight_factor()
 
 
 def _load_stage(manifest: Manifest, start: int, end: int, paths: dict[str, Path], dtype: str) -> Stage:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nexus.core.errors import LocalError
+from nexus.core.errors import LocalError, OutOfBoundsError
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import native_build
 from nexus.engine.exact.plan import ATTENTION, ExactPlan, LayerPlan
-from nexus.engine.exact.torch_step import OutOfBoundsError, Trace
+from nexus.engine.exact.torch_step import Trace
 
 PAGE_TOKENS = 64
 _ABI = 1
@@ -382,7 +382,7 @@ class NativeModel:
                 if len(self._workspaces) < _FREE_WORKSPACES_MAX:
                     self._workspaces.append(workspace)
         if result == _BOUNDS:
-            raise OutOfBoundsError(next(index for index, struct in enumerate(structs) if struct.status))
+            raise OutOfBoundsError(run=next(index for index, struct in enumerate(structs) if struct.status))
         if result == _CANCELLED:
             raise CancelledError
         if result != _OK:

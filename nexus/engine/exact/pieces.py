@@ -16,7 +16,9 @@ from nexus.engine.safetensors_check import TensorSpec, check_safetensors
 _DTYPES: dict[str, np.dtype[Any]] = {"I8": np.dtype("i1"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _BLOCK_BYTES = 16 << 20
 SCALE_MIN, SCALE_MAX = 2.0**-60, 2.0**20
-VALUE_MAX = 2.0**20
+VALUE_MAX, STATE_MAX = 2.0**20, 2.0**40
+# What a computation gave, as opposed to what it works with (vectors.safetensors).
+_ANSWERS = ("states", "logits", "vector")
 
 Array = NDArray[Any]
 
@@ -87,8 +89,10 @@ def _check(name: str, values: Array) -> None:
         if name.endswith(".scale"):
             if not (low >= SCALE_MIN and high <= SCALE_MAX):
                 raise ModelFormatError(f"{name} holds scales from {low} to {high}, outside [2^-60, 2^20]", _AGAIN)
-        elif not (low >= -VALUE_MAX and high <= VALUE_MAX):
-            raise ModelFormatError(f"{name} holds values from {low} to {high}, beyond 2^20 or not numbers", _AGAIN)
+        else:
+            most = STATE_MAX if name in _ANSWERS else VALUE_MAX
+            if not (low >= -most and high <= most):
+                raise ModelFormatError(f"{name} holds values from {low} to {high}, beyond {most:.0f} or not numbers", _AGAIN)
 
 
 def read_tables(path: Path, expected: Shapes) -> dict[str, NDArray[np.float64]]:

@@ -7,7 +7,7 @@ time to time while it serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -175,25 +175,6 @@ class KnownAnswers:
             )
 
 
-def known_answers(plan: ExactPlan, piece: Callable[[str], Piece], tables: Tables, pooling: Pooling) -> KnownAnswers:
-    """The known answers of a model just converted, by the reference, one layer in memory at a time. `piece`: by its name."""
-    tokens, count = vector_tokens(plan), len(plan.layers)
-    x = torch.from_numpy(tokens)
-    states = []
-    for index in range(count):
-        last = index == count - 1
-        needed = [layer_name(index), *([EMBEDDING] if index == 0 or (last and plan.tied) else []), *([HEAD] if last else [])]
-        model = build_torch(plan, index, index + 1, {name: piece(name) for name in needed}, tables, None)
-        runs = [model.run(model.new_cache(), 0, len(tokens))]
-        if index == 0:
-            x = model.embedded(runs, x)
-            states.append(x)
-        x = model.hidden(runs, x)
-        states.append(x)
-    answer = model.logits(runs, x)[0] if plan.causal else pooled(x, pooling)
-    return KnownAnswers(tokens, torch.stack(states).numpy(), answer.numpy())
-
-
 VECTOR_TOKENS = 8
 
 
@@ -300,6 +281,13 @@ def build_model(
         if variants:
             return native.build(plan, start, end, pieces, tables, kernel or variants[0])
     return build_torch(plan, start, end, pieces, tables, kernel and kernel.removeprefix(TORCH).removeprefix(":"))
+
+
+def weight_factor() -> int:
+    """Bytes that a weight takes in memory with the kernel that is taken here."""
+    from nexus.engine.exact import native
+
+    return 4 if not native.available() and gemm.choose([gemm.F32_DEPTH_MAX]) is gemm.Float32Blocks else 1
 
 
 def build_torch(

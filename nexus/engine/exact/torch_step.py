@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nexus.core.errors import NexusError
+from nexus.core.errors import OutOfBoundsError
 from nexus.engine.exact.gemm import Kernel, Product
 from nexus.engine.exact.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
@@ -26,14 +26,6 @@ _PAGE_TOKENS = 64
 _P_MAX = 32767.0
 _UNIT = 2.0**24
 _EXP_MAX, _EXP_STEPS = 31.75, 32768.0
-
-
-class OutOfBoundsError(NexusError):
-    """A value that no honest computation of this model has."""
-
-    def __init__(self, run: int = 0) -> None:
-        super().__init__("a value of the computation is not a number or beyond 2^40", "Is the model damaged? `nexus model list`")
-        self.run = run
 
 
 Tensors = Mapping[str, torch.Tensor]

@@ -370,7 +370,7 @@ def test_what_is_not_covered_is_float_or_says_so(name: str, make_model: MakeMode
     assert says in notices[0]
 
 
-@pytest.mark.parametrize(("factor", "says"), [(200, "beyond 2\\^20"), (1e6, "beyond 2\\^40")])
+@pytest.mark.parametrize(("factor", "says"), [(1e6, "beyond 2\\^40")])
 def test_weights_that_compute_nonsense_are_refused(factor: float, says: str, copy: Take, tmp_path: Path) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
