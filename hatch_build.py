@@ -22,6 +22,7 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         try:
             variants = native_build.build()
         except native_build.BuildError as error:
+            native_build.LIBRARY.unlink(missing_ok=True)  # of older sources
             self.app.display_warning(f"The compiled kernel is left out, the slower torch one gives the same bits: {error}")
             return
         self.app.display_info(f"Compiled kernel: {', '.join(variants)}")

@@ -6,6 +6,7 @@
  * the VNNI instructions want it:
  *   SIGNED_X:    x is int8, w is a weight (or key) plus 128; the caller subtracts 128 * sum(x)
  *   UNSIGNED_X:  x is uint8 (a byte of an attention weight), w is int8 (a value)
+ * `is_ahead` asks for the weights that follow. Both are constants where the functions are inlined.
  *
  * Overflow. Every accumulator is a sum of at most `depth` products of a magnitude of at most 128 * 255 = 32640, and is exact while
  * depth * 32640 < 2^31, that is up to depth 65,792: linear layers have at most NX_K_MAX = 65,536 inputs, attention spills to int64 every 1,024 pages
@@ -29,9 +30,20 @@ ALWAYS_INLINE int32_t quad_at(const void *p) {
     return quad;
 }
 
-/* How far ahead of the weights at hand memory is asked for. Decoding is bound by it. */
-#define PREFETCH_BYTES 4096
-#define PREFETCH(address) __builtin_prefetch((const char *)(address) + PREFETCH_BYTES, 0, 3)
+/* How far ahead of the weights at hand memory is asked for; decoding is bound by it. Pages are small and near: nothing is asked for there. */
+#ifndef AHEAD_BYTES
+#define AHEAD_BYTES 16384
+#endif
+
+ALWAYS_INLINE void fetch(const int is_ahead, const uint8_t *w) {
+    if (is_ahead)
+        __builtin_prefetch(w + AHEAD_BYTES, 0, 3);
+}
+
+ALWAYS_INLINE void fetch_lines(const uint8_t *from, size_t lines) {
+    for (size_t i = 0; i < lines; i++)
+        __builtin_prefetch(from + 64 * i, 0, 3);
+}
 
 #if defined(NX_PORTABLE)
 #include "dot_portable.h"
@@ -47,11 +59,12 @@ ALWAYS_INLINE int32_t quad_at(const void *p) {
 #include "dot_portable.h"
 #endif
 
-/* Any number of rows, in register blocks. `sign` is a constant where this is inlined. */
-ALWAYS_INLINE void dot(const int sign, const int8_t *x, size_t x_row, int rows, const uint8_t *w, size_t second, int quads,
+/* Any number of rows, in register blocks; only the first of them has to wait for memory. */
+ALWAYS_INLINE void dot(const int sign, const int is_ahead, const int8_t *x, size_t x_row, int rows, const uint8_t *w, size_t second, int quads,
                        int32_t *acc) {
-    for (; rows > 0; rows -= DOT_ROWS, x += DOT_ROWS * x_row, acc += DOT_ROWS * NX_BLOCK)
-        dot_rows(sign, rows < DOT_ROWS ? rows : DOT_ROWS, x, x_row, w, second, quads, acc);
+    dot_rows(sign, is_ahead, rows < DOT_ROWS ? rows : DOT_ROWS, x, x_row, w, second, quads, acc);
+    for (int done = DOT_ROWS; done < rows; done += DOT_ROWS)
+        dot_rows(sign, 0, rows - done < DOT_ROWS ? rows - done : DOT_ROWS, x + done * x_row, x_row, w, second, quads, acc + done * NX_BLOCK);
 }
 
 #endif

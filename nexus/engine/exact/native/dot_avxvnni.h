@@ -4,15 +4,15 @@
 #define DOT_ROWS 3
 #define COLUMNS 4 /* registers of 8 columns */
 
-ALWAYS_INLINE void dot_fixed(const int sign, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
+ALWAYS_INLINE void dot_fixed(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
                              int32_t *acc) {
     __m256i a[DOT_ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < COLUMNS; i++)
             a[r][i] = _mm256_loadu_si256((const __m256i *)(acc + r * NX_BLOCK) + i);
     for (int k = 0; k < quads; k++, w += 64) {
-        PREFETCH(w);
-        PREFETCH(w + second);
+        fetch(is_ahead, w);
+        fetch(is_ahead, w + second);
         __m256i b[DOT_ROWS];
         for (int r = 0; r < rows; r++)
             b[r] = _mm256_set1_epi32(quad_at(x + r * x_row + 4 * k));
@@ -27,11 +27,11 @@ ALWAYS_INLINE void dot_fixed(const int sign, const int rows, const int8_t *x, si
             _mm256_storeu_si256((__m256i *)(acc + r * NX_BLOCK) + i, a[r][i]);
 }
 
-ALWAYS_INLINE void dot_rows(const int sign, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
                             int32_t *acc) {
     switch (rows) {
-    case 1: dot_fixed(sign, 1, x, x_row, w, second, quads, acc); break;
-    case 2: dot_fixed(sign, 2, x, x_row, w, second, quads, acc); break;
-    default: dot_fixed(sign, 3, x, x_row, w, second, quads, acc); break;
+    case 1: dot_fixed(sign, is_ahead, 1, x, x_row, w, second, quads, acc); break;
+    case 2: dot_fixed(sign, is_ahead, 2, x, x_row, w, second, quads, acc); break;
+    default: dot_fixed(sign, is_ahead, 3, x, x_row, w, second, quads, acc); break;
     }
 }

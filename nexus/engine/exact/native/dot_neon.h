@@ -5,12 +5,12 @@
 #define DOT_ROWS 2
 
 /* 16 columns by products of 16 bits: each register holds two columns, the halves of a quad side by side. */
-ALWAYS_INLINE void dot_widened(const int sign, const int8_t *x, const uint8_t *w, int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_widened(const int sign, const int is_ahead, const int8_t *x, const uint8_t *w, int quads, int32_t *acc) {
     int32x4_t a[8];
     for (int i = 0; i < 8; i++)
         a[i] = vdupq_n_s32(0);
     for (int k = 0; k < quads; k++, w += 64) {
-        PREFETCH(w);
+        fetch(is_ahead, w);
         const int8x8_t quad = vreinterpret_s8_s32(vdup_n_s32(quad_at(x + 4 * k)));
         const int16x8_t b = sign == SIGNED_X ? vmovl_s8(quad) : vreinterpretq_s16_u16(vmovl_u8(vreinterpret_u8_s8(quad)));
         for (int i = 0; i < 8; i++) {
@@ -25,7 +25,7 @@ ALWAYS_INLINE void dot_widened(const int sign, const int8_t *x, const uint8_t *w
 }
 
 #ifdef __ARM_FEATURE_DOTPROD
-ALWAYS_INLINE void dot_signed(const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_signed(const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads, int32_t *acc) {
     int32x4_t a[DOT_ROWS][8], sum[DOT_ROWS];
     for (int r = 0; r < rows; r++) {
         sum[r] = vdupq_n_s32(0);
@@ -33,8 +33,8 @@ ALWAYS_INLINE void dot_signed(const int rows, const int8_t *x, size_t x_row, con
             a[r][i] = vld1q_s32(acc + r * NX_BLOCK + 4 * i);
     }
     for (int k = 0; k < quads; k++, w += 64) {
-        PREFETCH(w);
-        PREFETCH(w + second);
+        fetch(is_ahead, w);
+        fetch(is_ahead, w + second);
         int8x16_t b[DOT_ROWS];
         for (int r = 0; r < rows; r++) {
             b[r] = vreinterpretq_s8_s32(vdupq_n_s32(quad_at(x + r * x_row + 4 * k)));
@@ -53,18 +53,18 @@ ALWAYS_INLINE void dot_signed(const int rows, const int8_t *x, size_t x_row, con
 }
 #endif
 
-ALWAYS_INLINE void dot_rows(const int sign, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
                             int32_t *acc) {
 #ifdef __ARM_FEATURE_DOTPROD
     if (sign == SIGNED_X) {
         if (rows == 1)
-            dot_signed(1, x, x_row, w, second, quads, acc);
+            dot_signed(is_ahead, 1, x, x_row, w, second, quads, acc);
         else
-            dot_signed(2, x, x_row, w, second, quads, acc);
+            dot_signed(is_ahead, 2, x, x_row, w, second, quads, acc);
         return;
     }
 #endif
     for (int r = 0; r < rows; r++)
         for (int group = 0; group < 2; group++)
-            dot_widened(sign, x + r * x_row, w + group * second, quads, acc + r * NX_BLOCK + group * NX_GROUP);
+            dot_widened(sign, is_ahead, x + r * x_row, w + group * second, quads, acc + r * NX_BLOCK + group * NX_GROUP);
 }

@@ -1,9 +1,9 @@
 /* dot_rows in plain C: any processor. Unsigned accumulators, since they wrap by the standard. */
 #define DOT_ROWS 1
 
-ALWAYS_INLINE void dot_rows(const int sign, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
                             int32_t *acc) {
-    (void)rows, (void)x_row;
+    (void)is_ahead, (void)rows, (void)x_row;
     for (int group = 0; group < 2; group++, w += second, acc += NX_GROUP) {
         int32_t a[NX_GROUP * 4] = {0}; /* one per column and position within the quad: no shuffles */
         for (int k = 0; k < quads; k++) {

@@ -85,33 +85,45 @@ ALWAYS_INLINE void scale_wide_row(float *y, const int32_t *high, const int32_t *
         y[c] = ((float)((double)(high[c] - corrections[0]) * 256.0 + (double)(low[c] - corrections[1])) * s) * scale[c];
 }
 
-/* y[t][c]: tokens [first, first + tokens) times columns [column, column + 32) of w, of which those below w->n mean something. */
+/* Outputs of a linear layer: y[t * stride + c] of token t and column c. */
+typedef struct {
+    float *y;
+    size_t stride;
+} outputs;
+
+/* Tokens [first, first + tokens) times columns [column, column + 32) of w, of which those below w->n mean something. */
 static void linear_block(const step *s, const nx_linear *w, const operand *o, int first, int tokens, int column, trace_at trace,
-                         float (*y)[NX_BLOCK]) {
+                         outputs out) {
     _Alignas(64) int32_t acc[NX_BLOCK * NX_BLOCK];
     const size_t group = group_bytes(w->k);
     const uint8_t *weights = w->weights + (size_t)(column / NX_GROUP) * group;
     const int rows = tokens * o->parts, count = min_int(NX_BLOCK, w->n - column);
     const int8_t *x = operand_row(s, o, first * o->parts);
+    /* Tiles outrun memory, so the next block of columns is asked for meanwhile: its first group during the products, its second while the sums
+     * are scaled. With more than 32 rows this block is used again and there is time enough. */
+    const size_t next = o->tiles && first == 0 ? 2 * group : 0;
     if (o->tiles) {
-        dot_tiles(x, o->depth * TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, weights, group, (int)(o->depth / 64), acc);
+        dot_tiles(x, o->depth * TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, weights, group, (int)(o->depth / 64), next, acc);
     } else {
         memset(acc, 0, (size_t)rows * sizeof *acc * NX_BLOCK);
-        dot(SIGNED_X, x, o->depth, rows, weights, group, (int)(o->depth / 4), acc);
+        dot(SIGNED_X, 1, x, o->depth, rows, weights, group, (int)(o->depth / 4), acc);
     }
+    const size_t lines = next ? group / 64 / (size_t)tokens : 0;
     for (int t = 0; t < tokens; t++) {
         const int32_t *high = acc + t * o->parts * NX_BLOCK, *low = high + NX_BLOCK;
         const int32_t *sums = s->ws.sum + (size_t)(first + t) * (size_t)o->parts;
         const int32_t corrections[2] = {128 * sums[0], w->wide ? 128 * sums[1] : 0};
         const float scale = s->ws.scale[first + t];
+        float *y = out.y + (size_t)t * out.stride;
+        fetch_lines(weights + next + group + (size_t)t * lines * 64, lines);
         if (w->wide)
-            scale_wide_row(y[t], high, low, corrections, scale, w->scale + column, count);
+            scale_wide_row(y, high, low, corrections, scale, w->scale + column, count);
         else if (count == NX_BLOCK)
-            scale_row(y[t], high, corrections[0], scale, w->scale + column, NX_BLOCK);
+            scale_row(y, high, corrections[0], scale, w->scale + column, NX_BLOCK);
         else
-            scale_row(y[t], high, corrections[0], scale, w->scale + column, count);
+            scale_row(y, high, corrections[0], scale, w->scale + column, count);
         for (int c = 0; w->bias && c < count; c++)
-            y[t][c] = y[t][c] + w->bias[column + c];
+            y[c] = y[c] + w->bias[column + c];
         for (int part = 0; trace.sums && part < o->parts; part++)
             trace_sums(o, trace, first + t, part, column, count, part ? low : high, corrections[part]);
     }
@@ -130,20 +142,6 @@ typedef struct {
     float cap; /* CAP, or 0 */
 } target;
 
-static void put_block(const nx_model *m, target to, int first, int tokens, int column, int count, float (*y)[NX_BLOCK]) {
-    for (int t = 0; t < tokens; t++) {
-        float *out = to.y + (size_t)(first + t) * to.stride + column;
-        if (to.cap != 0)
-            for (int c = 0; c < count; c++)
-                y[t][c] = cap(m, y[t][c], to.cap);
-        if (to.add)
-            for (int c = 0; c < count; c++)
-                out[c] = out[c] + y[t][c];
-        else
-            memcpy(out, y[t], (size_t)count * sizeof *out);
-    }
-}
-
 /* Phase: the activations in ws.quantised times w. */
 static void linear(step *s, const nx_linear *w, int tokens, target to, trace_at trace) {
     const operand o = operand_of(w, tokens);
@@ -155,8 +153,15 @@ static void linear(step *s, const nx_linear *w, int tokens, target to, trace_at 
         for (const int end = min_int(block + chunk, blocks); block < end; block++)
             for (int first = 0; first < tokens; first += together) {
                 const int count = min_int(together, tokens - first), column = block * NX_BLOCK;
-                linear_block(s, w, &o, first, count, column, trace, y);
-                put_block(s->m, to, first, count, column, min_int(NX_BLOCK, w->n - column), y);
+                const int columns = min_int(NX_BLOCK, w->n - column);
+                float *out = to.y + (size_t)first * to.stride + column;
+                linear_block(s, w, &o, first, count, column, trace, to.add ? (outputs){y[0], NX_BLOCK} : (outputs){out, to.stride});
+                for (int t = 0; t < count; t++, out += to.stride) {
+                    for (int c = 0; to.add && c < columns; c++)
+                        out[c] = out[c] + y[t][c];
+                    for (int c = 0; to.cap != 0 && c < columns; c++)
+                        out[c] = cap(s->m, out[c], to.cap);
+                }
             }
     if (o.tiles)
         end_tiles();
@@ -177,9 +182,9 @@ static void gated_linear(step *s, const nx_layer *layer, int32_t *trace) {
             for (int first = 0; first < s->rows; first += together) {
                 const int count = min_int(together, s->rows - first), column = block * NX_BLOCK;
                 const int columns = min_int(NX_BLOCK, up->n - column);
-                linear_block(s, up, &o, first, count, column, up_trace, u);
+                linear_block(s, up, &o, first, count, column, up_trace, (outputs){u[0], NX_BLOCK});
                 if (gate)
-                    linear_block(s, gate, &o, first, count, column, gate_trace, g);
+                    linear_block(s, gate, &o, first, count, column, gate_trace, (outputs){g[0], NX_BLOCK});
                 for (int t = 0; t < count; t++) {
                     float *h = s->ws.h + (size_t)(first + t) * (size_t)up->n + column, *act = gate ? g[t] : u[t];
                     activate(s->m, act, columns);
@@ -303,14 +308,15 @@ static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_
     float turned[NX_HEAD_DIM_MAX];
     int8_t q[2][NX_HEAD_DIM_MAX] = {{0}};
     int32_t sums[2];
-    const size_t group = (size_t)key_dim(s->m) * NX_GROUP;
+    const int64_t depth = key_dim(s->m);
+    const size_t group = (size_t)depth * NX_GROUP;
     float *scales = (float *)(page + at->key_scales) + (size_t)head * NX_PAGE_TOKENS;
     x = turned_head(s, layer, &layer->k_norm, row, x, turned);
     if (!quantise(x, s->m->head_dim, layer->wide_attention, (integers){q[0], q[1], 64, 0}, &scales[token], sums))
         mark_out_of_bounds(s, row);
     for (int part = 0; part <= layer->wide_attention; part++) {
         uint8_t *to = page + (size_t)head * at->key_head + (size_t)part * at->key_part + packed_offset(token, 0, group);
-        for (int k = 0; k < key_dim(s->m); k += 4, to += 64) {
+        for (int64_t k = 0; k < depth; k += 4, to += 64) {
             const uint32_t quad = (uint32_t)quad_at(q[part] + k) ^ 0x80808080u; /* plus 128 */
             memcpy(to, &quad, 4);
         }
@@ -324,8 +330,9 @@ static void put_value(step *s, const page_layer *at, uint8_t *page, int row, int
     if (!quantise(x, s->m->head_dim, 0, (integers){q, NULL, 64, 0}, &scales[token], sums))
         mark_out_of_bounds(s, row);
     uint8_t *to = page + at->values + (size_t)head * at->value_head + packed_offset(0, token, NX_PAGE_TOKENS * NX_GROUP);
-    for (int d = 0; d < s->m->head_dim; d++)
-        to[packed_offset(d, 0, NX_PAGE_TOKENS * NX_GROUP)] = (uint8_t)q[d];
+    for (int first = 0, dim = s->m->head_dim; first < dim; first += NX_GROUP, to += NX_PAGE_TOKENS * NX_GROUP)
+        for (int d = 0, count = min_int(NX_GROUP, dim - first); d < count; d++)
+            to[4 * d] = (uint8_t)q[first + d];
 }
 
 /* Phase: what the qkv layer put out becomes integers; keys and values go to their pages. An item is a head of keys with its queries. */
@@ -401,7 +408,7 @@ static void score_block(const step *s, const query_set *q, const uint8_t *keys, 
     const size_t depth = (size_t)key_dim(m), group = depth * NX_GROUP;
     for (int part = 0; part <= wide; part++) {
         memset(acc[part], 0, (size_t)rows * NX_BLOCK * sizeof(int32_t));
-        dot(SIGNED_X, q->x, depth, rows, keys + (size_t)part * q->part.at.key_part, group, (int)(depth / 4), acc[part]);
+        dot(SIGNED_X, 0, q->x, depth, rows, keys + (size_t)part * q->part.at.key_part, group, (int)(depth / 4), acc[part]);
     }
     for (int i = 0; i < q->queries; i++) {
         float *to = scores + (size_t)i * stride;
@@ -430,6 +437,10 @@ static void score(const step *s, const query_set *q, float *scores, size_t strid
     for (int64_t position = q->begin; position < q->end; position += NX_PAGE_TOKENS) {
         const uint8_t *page = page_at(q, position), *keys = page + (size_t)q->kv_head * q->part.at.key_head;
         const float *scales = (const float *)(page + q->part.at.key_scales) + (size_t)q->kv_head * NX_PAGE_TOKENS;
+        /* Sessions in a batch come from all over memory: their values, and the keys of the next page, are asked for meanwhile. */
+        fetch_lines(page + q->part.at.values + (size_t)q->kv_head * q->part.at.value_head, q->part.at.value_head / 64);
+        if (position + NX_PAGE_TOKENS < q->end)
+            fetch_lines(page_at(q, position + NX_PAGE_TOKENS) + (size_t)q->kv_head * q->part.at.key_head, q->part.at.key_head / 64);
         for (int block = 0; block < 2 && position + block * NX_BLOCK < q->end; block++)
             score_block(s, q, keys + (size_t)block * half, scales + block * NX_BLOCK, scores + (position - q->begin) + block * NX_BLOCK,
                         stride);
@@ -488,17 +499,17 @@ static void weights_to_bytes(const query_set *q, int i, int64_t length, double l
 #define PAGES_BEFORE_SPILL 1024
 
 /* Sums over positions of p * value for all queries and up to 32 dimensions from `dim` on. */
-static void sum_values(const query_set *q, int dim, size_t second, int64_t length, const uint8_t *parts, size_t stride,
-                       int64_t (*sums)[NX_BLOCK]) {
+static void sum_values(const query_set *q, int dim, size_t second, const uint8_t *parts, size_t stride, int64_t (*sums)[NX_BLOCK]) {
+    const int64_t seen = q->end - q->begin;
     _Alignas(64) int32_t acc[2 * NX_QUERIES * NX_BLOCK];
     const size_t offset = q->part.at.values + (size_t)q->kv_head * q->part.at.value_head + (size_t)dim * NX_PAGE_TOKENS;
     memset(sums, 0, (size_t)q->queries * sizeof *sums);
-    for (int64_t first = 0; first < length; first += PAGES_BEFORE_SPILL * NX_PAGE_TOKENS) {
-        const int64_t end = first + PAGES_BEFORE_SPILL * NX_PAGE_TOKENS < length ? first + PAGES_BEFORE_SPILL * NX_PAGE_TOKENS : length;
+    for (int64_t first = 0; first < seen; first += PAGES_BEFORE_SPILL * NX_PAGE_TOKENS) {
+        const int64_t end = first + PAGES_BEFORE_SPILL * NX_PAGE_TOKENS < seen ? first + PAGES_BEFORE_SPILL * NX_PAGE_TOKENS : seen;
         memset(acc, 0, 2 * (size_t)q->queries * NX_BLOCK * sizeof *acc);
         for (int64_t t = first; t < end; t += NX_PAGE_TOKENS)
-            dot(UNSIGNED_X, (const int8_t *)parts + t, stride, 2 * q->queries, page_at(q, q->begin + t) + offset, second,
-                NX_PAGE_TOKENS / 4, acc);
+            dot(UNSIGNED_X, 0, (const int8_t *)parts + t, stride, 2 * q->queries, page_at(q, q->begin + t) + offset, second,
+                t + NX_PAGE_TOKENS <= seen ? NX_PAGE_TOKENS / 4 : (int)((seen - t + 3) / 4), acc);
         for (int i = 0; i < q->queries; i++)
             for (int c = 0; c < NX_BLOCK; c++)
                 sums[i][c] += 256 * (int64_t)acc[i * NX_BLOCK + c] + acc[(q->queries + i) * NX_BLOCK + c];
@@ -522,7 +533,7 @@ static void attend(const step *s, const thread_space *space, query_set *q) {
         int64_t sums[NX_QUERIES][NX_BLOCK];
         const int count = min_int(NX_BLOCK, m->head_dim - dim);
         /* The last 16 dimensions may have no others beside them: they are read twice then. */
-        sum_values(q, dim, count > NX_GROUP ? NX_PAGE_TOKENS * NX_GROUP : 0, length, space->parts, stride, sums);
+        sum_values(q, dim, count > NX_GROUP ? NX_PAGE_TOKENS * NX_GROUP : 0, space->parts, stride, sums);
         for (int i = 0; i < q->queries; i++) {
             const size_t row = (size_t)(q->row + i / q->heads), head = (size_t)(q->head + i % q->heads);
             float *out = s->ws.attention + (row * (size_t)m->heads + head) * (size_t)m->head_dim + dim;
@@ -559,16 +570,23 @@ static void attention(step *s, const thread_space *space, int layer_index) {
 
 static void embed(const nx_model *m, uint32_t id, int64_t position, float *x) {
     const nx_linear *w = &m->embed;
-    const size_t group = group_bytes(w->k);
-    const uint8_t *quads = w->weights + packed_offset(id, 0, group);
+    const uint8_t *quads = w->weights + packed_offset(id, 0, group_bytes(w->k));
     const float scale = w->scale[id];
-    for (int k = 0; k < w->k; k++) {
-        x[k] = (float)((int)quads[(size_t)(k / 4) * 64 + (size_t)(k % 4)] - 128) * scale;
-        if (m->embed_scale != 0)
-            x[k] = x[k] * m->embed_scale;
-        if (m->encoder)
-            x[k] = (x[k] + m->type[k]) + m->position[(size_t)position * (size_t)w->k + (size_t)k];
+    int8_t row[64];
+    for (int first = 0; first < w->k; first += 64, quads += 16 * 64) {
+        const int count = min_int(64, w->k - first);
+        for (int i = 0; i < 16; i++) {
+            const uint32_t quad = (uint32_t)quad_at(quads + 64 * i) ^ 0x80808080u;
+            memcpy(row + 4 * i, &quad, 4);
+        }
+        for (int i = 0; i < count; i++)
+            x[first + i] = (float)row[i] * scale;
     }
+    for (int i = 0; m->embed_scale != 0 && i < w->k; i++)
+        x[i] = x[i] * m->embed_scale;
+    const float *positions = m->encoder ? m->position + (size_t)position * (size_t)w->k : NULL;
+    for (int i = 0; positions && i < w->k; i++)
+        x[i] = (x[i] + m->type[i]) + positions[i];
 }
 
 static void set_angles(const step *s, int rope, int row) {

@@ -37,18 +37,17 @@ static inline void begin_tiles(void) {
 
 static inline void end_tiles(void) { _tile_release(); }
 
-/* acc[r][c] += the dot products of `tile_rows` (1 or 2) tiles of rows; x: `x_tiles` bytes between tiles of 16 rows. */
-static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks, int32_t *acc) {
+/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows; x: `x_tiles` bytes between tiles of 16 rows. Asks for what lies
+ * `ahead` bytes behind the first group of columns, unless that is 0. */
+static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks,
+                             size_t ahead, int32_t *acc) {
     const size_t acc_row = NX_BLOCK * sizeof(int32_t);
     __asm__ volatile("" : : : "memory"); /* the loads below do not tell the compiler what they read */
     _tile_zero(0);
     _tile_zero(1);
     if (tile_rows == 1) {
         for (int k = 0; k < blocks; k++, x += TILE_BYTES, w += TILE_BYTES) {
-            for (int line = 0; line < TILE_BYTES; line += 64) {
-                PREFETCH(w + line);
-                PREFETCH(w + second + line);
-            }
+            fetch_lines(w + ahead, ahead ? TILE_BYTES / 64 : 0);
             _tile_loadd(4, x, 64);
             _tile_loadd(6, w, 64);
             _tile_loadd(7, w + second, 64);
@@ -59,10 +58,7 @@ static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, con
         _tile_zero(2);
         _tile_zero(3);
         for (int k = 0; k < blocks; k++, x += TILE_BYTES, w += TILE_BYTES) {
-            for (int line = 0; line < TILE_BYTES; line += 64) {
-                PREFETCH(w + line);
-                PREFETCH(w + second + line);
-            }
+            fetch_lines(w + ahead, ahead ? TILE_BYTES / 64 : 0);
             _tile_loadd(4, x, 64);
             _tile_loadd(6, w, 64);
             _tile_dpbsud(0, 4, 6);
@@ -86,8 +82,9 @@ static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, con
 
 static inline void begin_tiles(void) {}
 static inline void end_tiles(void) {}
-static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks, int32_t *acc) {
-    (void)x, (void)x_tiles, (void)tile_rows, (void)w, (void)second, (void)blocks, (void)acc;
+static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks,
+                             size_t ahead, int32_t *acc) {
+    (void)ahead, (void)x, (void)x_tiles, (void)tile_rows, (void)w, (void)second, (void)blocks, (void)acc;
 }
 
 #endif
