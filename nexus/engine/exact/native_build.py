@@ -33,6 +33,7 @@ _VARIANTS = {
         "avx512": _AVX512,
         "avxvnni": "-mtune=haswell -mavx2 -mavxvnni",
         "avx2": "-mtune=haswell -mavx2",
+        "sse2": "",
     },
     "aarch64": {"dotprod": "-march=armv8.2-a+dotprod", "neon": ""},
 }

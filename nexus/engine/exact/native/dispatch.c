@@ -91,6 +91,9 @@ DECLARE(avxvnni)
 #ifdef NX_HAVE_avx2
 DECLARE(avx2)
 #endif
+#ifdef NX_HAVE_sse2
+DECLARE(sse2)
+#endif
 #ifdef NX_HAVE_dotprod
 DECLARE(dotprod)
 #endif
@@ -111,6 +114,9 @@ static const variant VARIANTS[] = {
 #endif
 #ifdef NX_HAVE_avx2
     {"avx2", nx_step_avx2, has_avx2},
+#endif
+#ifdef NX_HAVE_sse2
+    {"sse2", nx_step_sse2, always},
 #endif
 #ifdef NX_HAVE_dotprod
     {"dotprod", nx_step_dotprod, has_dotprod},

@@ -53,6 +53,8 @@ ALWAYS_INLINE void fetch_lines(const uint8_t *from, size_t lines) {
 #include "dot_avxvnni.h"
 #elif defined(__AVX2__)
 #include "dot_avx2.h"
+#elif defined(__SSE2__)
+#include "dot_sse2.h"
 #elif defined(__ARM_NEON)
 #include "dot_neon.h"
 #else

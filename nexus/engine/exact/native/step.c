@@ -1,7 +1,7 @@
 /* The step of a stage, compiled once per variant (NX_VARIANT) with the flags of its instruction set.
  *
- * All threads run `run_step` together. Each phase is a list of items (rows, blocks of columns, blocks of queries) that the threads take one by
- * one; `meet` ends it. What an item computes does not depend on who takes it or when, so neither do the bits. */
+ * All threads run `run_step` together. Each phase is a list of items (rows, blocks of columns, blocks of queries) that they take from (team.h).
+ * What an item computes does not depend on who takes it or when, so neither do the bits. */
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -25,8 +25,17 @@ typedef struct {
     int heads_together, head_blocks, query_blocks; /* how the queries of a step are cut into blocks */
 } step;
 
+/* One thread of the team. */
+typedef struct {
+    step *s;
+    const thread_space *space;
+    place place;
+} worker;
+
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
+
+static int next_item(worker *me, int chunk, int count) { return take(&me->s->team, &me->place, chunk, count); }
 
 /* Threads that mark the same run write the same value. */
 static void mark_out_of_bounds(step *s, int row) {
@@ -143,13 +152,14 @@ typedef struct {
 } target;
 
 /* Phase: the activations in ws.quantised times w. */
-static void linear(step *s, const nx_linear *w, int tokens, target to, trace_at trace) {
+static void linear(worker *me, const nx_linear *w, int tokens, target to, trace_at trace) {
+    const step *s = me->s;
     const operand o = operand_of(w, tokens);
     const int blocks = (w->n + NX_BLOCK - 1) / NX_BLOCK, chunk = column_chunk(s, blocks), together = NX_BLOCK / o.parts;
     _Alignas(64) float y[NX_BLOCK][NX_BLOCK];
     if (o.tiles)
         begin_tiles();
-    for (int block; (block = take(&s->team, chunk)) < blocks;)
+    for (int block; (block = next_item(me, chunk, blocks)) < blocks;)
         for (const int end = min_int(block + chunk, blocks); block < end; block++)
             for (int first = 0; first < tokens; first += together) {
                 const int count = min_int(together, tokens - first), column = block * NX_BLOCK;
@@ -165,11 +175,11 @@ static void linear(step *s, const nx_linear *w, int tokens, target to, trace_at 
             }
     if (o.tiles)
         end_tiles();
-    meet(&s->team);
 }
 
 /* Phase: h = act(gate) * up, or act(up). Gate and up of the same columns are computed together, so that h is all that is kept. */
-static void gated_linear(step *s, const nx_layer *layer, int32_t *trace) {
+static void gated_linear(worker *me, const nx_layer *layer, int32_t *trace) {
+    const step *s = me->s;
     const nx_linear *gate = layer->gate.weights ? &layer->gate : NULL, *up = &layer->up;
     const operand o = operand_of(up, s->rows);
     const int blocks = (up->n + NX_BLOCK - 1) / NX_BLOCK, chunk = column_chunk(s, blocks), together = NX_BLOCK / o.parts;
@@ -177,7 +187,7 @@ static void gated_linear(step *s, const nx_layer *layer, int32_t *trace) {
     _Alignas(64) float g[NX_BLOCK][NX_BLOCK], u[NX_BLOCK][NX_BLOCK];
     if (o.tiles)
         begin_tiles();
-    for (int block; (block = take(&s->team, chunk)) < blocks;)
+    for (int block; (block = next_item(me, chunk, blocks)) < blocks;)
         for (const int end = min_int(block + chunk, blocks); block < end; block++)
             for (int first = 0; first < s->rows; first += together) {
                 const int count = min_int(together, s->rows - first), column = block * NX_BLOCK;
@@ -194,7 +204,6 @@ static void gated_linear(step *s, const nx_layer *layer, int32_t *trace) {
             }
     if (o.tiles)
         end_tiles();
-    meet(&s->team);
 }
 
 /* ---- rows between linear layers --------------------------------------------------------------------------------------------------- */
@@ -226,25 +235,31 @@ static void add_pending(step *s, const nx_norm *pending, int row, float *scratch
 }
 
 /* Phase: the rows become the activations of `next`. A decoder normalises on the way and keeps x; an encoder's x is what the norm makes of it. */
-static void enter_block(step *s, float *scratch, const nx_norm *pending, const nx_norm *norm, const nx_linear *next) {
+static void enter_block(worker *me, const nx_norm *pending, const nx_norm *norm, const nx_linear *next) {
+    step *s = me->s;
+    float *scratch = me->space->row;
     const operand o = operand_of(next, s->rows);
     const int n = s->m->hidden;
-    for (int row; (row = take(&s->team, 1)) < s->rows;) {
+    for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
         float *x = x_row(s, row), *entering = s->m->encoder ? x : scratch;
         add_pending(s, pending, row, scratch);
         if (is_there(norm))
             normalise(s, norm, row, x, n, entering);
         quantise_row(s, next, &o, row, entering);
     }
-    meet(&s->team);
 }
 
-/* Phase: rows of `values` [rows, k] become the activations of w. */
-static void quantise_rows(step *s, const nx_linear *w, const float *values) {
+/* Phase: rows of `values` [rows, k] become the activations of w, and a copy of them `trace`, if there is one. */
+static void quantise_rows(worker *me, const nx_linear *w, const float *values, float *trace) {
+    step *s = me->s;
     const operand o = operand_of(w, s->rows);
-    for (int row; (row = take(&s->team, 1)) < s->rows;)
-        quantise_row(s, w, &o, row, values + (size_t)row * (size_t)w->k);
-    meet(&s->team);
+    const size_t k = (size_t)w->k;
+    for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
+        const float *x = values + (size_t)row * k;
+        quantise_row(s, w, &o, row, x);
+        if (trace)
+            memcpy(trace + (size_t)row * k, x, k * sizeof *x);
+    }
 }
 
 /* ---- queries, keys and values ------------------------------------------------------------------------------------------------------ */
@@ -336,12 +351,13 @@ static void put_value(step *s, const page_layer *at, uint8_t *page, int row, int
 }
 
 /* Phase: what the qkv layer put out becomes integers; keys and values go to their pages. An item is a head of keys with its queries. */
-static void place_heads(step *s, int layer_index) {
+static void place_heads(worker *me, int layer_index) {
+    step *s = me->s;
     const nx_model *m = s->m;
     const nx_layer *layer = &m->layer[layer_index];
     const page_part part = page_part_of(s, layer_index);
-    const int each = m->heads / m->kv_heads, dim = m->head_dim;
-    for (int item; (item = take(&s->team, 1)) < s->rows * m->kv_heads;) {
+    const int each = m->heads / m->kv_heads, dim = m->head_dim, items = s->rows * m->kv_heads;
+    for (int item; (item = next_item(me, 1, items)) < items;) {
         const int row = item / m->kv_heads, head = item % m->kv_heads;
         const float *y = s->ws.y + (size_t)row * (size_t)layer->qkv.n, *keys = y + (size_t)m->heads * (size_t)dim;
         const float *values = keys + (size_t)m->kv_heads * (size_t)dim;
@@ -353,7 +369,6 @@ static void place_heads(step *s, int layer_index) {
         put_key(s, layer, &part.at, page, row, head, token, keys + (size_t)head * (size_t)dim);
         put_value(s, &part.at, page, row, head, token, values + (size_t)head * (size_t)dim);
     }
-    meet(&s->team);
 }
 
 /* ---- attention ------------------------------------------------------------------------------------------------------------------- */
@@ -544,11 +559,12 @@ static void attend(const step *s, const thread_space *space, query_set *q) {
 }
 
 /* Phase: an item is a block of queries of one head of keys. */
-static void attention(step *s, const thread_space *space, int layer_index) {
+static void attention(worker *me, int layer_index) {
+    const step *s = me->s;
     const nx_model *m = s->m;
     const int each = m->heads / m->kv_heads, items = s->query_blocks * m->kv_heads * s->head_blocks;
     const page_part part = page_part_of(s, layer_index);
-    for (int item; (item = take(&s->team, 1)) < items;) {
+    for (int item; (item = next_item(me, 1, items)) < items;) {
         const query_block *block = &s->ws.blocks[item / (m->kv_heads * s->head_blocks)];
         const int rest = item % (m->kv_heads * s->head_blocks), kv_head = rest / s->head_blocks;
         const int skipped = rest % s->head_blocks * s->heads_together;
@@ -561,9 +577,8 @@ static void attention(step *s, const thread_space *space, int layer_index) {
         q.rows = block->rows;
         q.head = kv_head * each + skipped;
         q.heads = min_int(s->heads_together, each - skipped);
-        attend(s, space, &q);
+        attend(s, me->space, &q);
     }
-    meet(&s->team);
 }
 
 /* ---- the whole ------------------------------------------------------------------------------------------------------------------- */
@@ -603,10 +618,11 @@ static void set_angles(const step *s, int rope, int row) {
 }
 
 /* Phase: rows as they enter the first layer. */
-static void begin_rows(step *s) {
+static void begin_rows(worker *me) {
+    step *s = me->s;
     const nx_model *m = s->m;
     const size_t n = (size_t)m->hidden;
-    for (int row; (row = take(&s->team, 1)) < s->rows;) {
+    for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
         float *x = x_row(s, row);
         if (m->embed.weights && s->b->ids) {
             embed(m, s->b->ids[row], s->ws.position[row], x);
@@ -619,81 +635,79 @@ static void begin_rows(step *s) {
             if (m->rotated && m->rope[rope].coarse)
                 set_angles(s, rope, row);
     }
-    meet(&s->team);
 }
 
-static void run_layer(step *s, int index, const thread_space *space, const nx_norm *pending) {
+static void run_layer(worker *me, int index, const nx_norm *pending) {
+    const step *s = me->s;
     const nx_model *m = s->m;
     const nx_layer *layer = &m->layer[index];
     const nx_trace trace = s->b->trace ? s->b->trace[index] : (nx_trace){0};
     const size_t hidden = (size_t)m->hidden;
     const target to_x = {s->ws.x, hidden, 1, 0}, to_y = {s->ws.y, hidden, 0, 0};
 
-    enter_block(s, space->row, m->encoder ? NULL : pending, m->encoder ? pending : &layer->attention_norm, &layer->qkv);
-    linear(s, &layer->qkv, s->rows, (target){s->ws.y, (size_t)layer->qkv.n, 0, 0}, (trace_at){trace.qkv, layer->qkv.n, 0});
-    place_heads(s, index);
-    attention(s, space, index);
-    if (trace.attention && space == s->ws.thread) /* one thread copies; attention is not written again before the next layer */
-        memcpy(trace.attention, s->ws.attention, (size_t)s->rows * (size_t)layer->o.k * sizeof(float));
-    quantise_rows(s, &layer->o, s->ws.attention);
-    linear(s, &layer->o, s->rows, is_there(&layer->post_attention_norm) ? to_y : to_x, (trace_at){trace.o, layer->o.n, 0});
+    enter_block(me, m->encoder ? NULL : pending, m->encoder ? pending : &layer->attention_norm, &layer->qkv);
+    linear(me, &layer->qkv, s->rows, (target){s->ws.y, (size_t)layer->qkv.n, 0, 0}, (trace_at){trace.qkv, layer->qkv.n, 0});
+    place_heads(me, index);
+    attention(me, index);
+    quantise_rows(me, &layer->o, s->ws.attention, trace.attention);
+    linear(me, &layer->o, s->rows, is_there(&layer->post_attention_norm) ? to_y : to_x, (trace_at){trace.o, layer->o.n, 0});
 
-    enter_block(s, space->row, m->encoder ? NULL : &layer->post_attention_norm, m->encoder ? &layer->attention_norm : &layer->mlp_norm,
-                &layer->up);
-    gated_linear(s, layer, trace.gate_up);
-    quantise_rows(s, &layer->down, s->ws.h);
-    linear(s, &layer->down, s->rows, is_there(&layer->post_mlp_norm) ? to_y : to_x, (trace_at){trace.down, layer->down.n, 0});
+    enter_block(me, m->encoder ? NULL : &layer->post_attention_norm, m->encoder ? &layer->attention_norm : &layer->mlp_norm, &layer->up);
+    gated_linear(me, layer, trace.gate_up);
+    quantise_rows(me, &layer->down, s->ws.h, NULL);
+    linear(me, &layer->down, s->rows, is_there(&layer->post_mlp_norm) ? to_y : to_x, (trace_at){trace.down, layer->down.n, 0});
 }
 
 /* Phase: the last norm that is still to come, the check of what leaves, and the rows themselves where the stage puts them out. */
-static void end_rows(step *s, float *scratch, const nx_norm *pending) {
+static void end_rows(worker *me, const nx_norm *pending) {
+    step *s = me->s;
     const nx_model *m = s->m;
     const size_t n = (size_t)m->hidden;
-    for (int row; (row = take(&s->team, 1)) < s->rows;) {
+    for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
         float *x = x_row(s, row), a;
         if (m->encoder && is_there(pending))
             normalise(s, pending, row, x, m->hidden, x);
         else
-            add_pending(s, pending, row, scratch);
+            add_pending(s, pending, row, me->space->row);
         if (!largest(x, m->hidden, &a))
             mark_out_of_bounds(s, row);
         if (s->b->states_out)
             memcpy(s->b->states_out + (size_t)row * n, x, n * sizeof *x);
     }
-    meet(&s->team);
 }
 
 /* Phases: the logits of the rows that they are asked of. */
-static void run_head(step *s, float *scratch) {
+static void run_head(worker *me) {
+    step *s = me->s;
+    float *scratch = me->space->row;
     const nx_linear *w = &s->m->head;
     const operand o = operand_of(w, s->logit_rows);
-    for (int index; (index = take(&s->team, 1)) < s->logit_rows;) {
+    for (int index; (index = next_item(me, 1, s->logit_rows)) < s->logit_rows;) {
         const int row = s->ws.logit_row[index];
         normalise(s, &s->m->final_norm, row, x_row(s, row), s->m->hidden, scratch);
         if (!quantise_token(s, w, &o, index, scratch))
             mark_out_of_bounds(s, row);
     }
-    meet(&s->team);
-    linear(s, w, s->logit_rows, (target){s->b->logits_out, (size_t)w->n, 0, s->m->final_cap}, (trace_at){0});
+    linear(me, w, s->logit_rows, (target){s->b->logits_out, (size_t)w->n, 0, s->m->final_cap}, (trace_at){0});
 }
 
 /* What every thread of the team runs. */
 static void run_step(step *s, int thread) {
     const nx_model *m = s->m;
-    const thread_space *space = &s->ws.thread[thread];
+    worker me = {s, &s->ws.thread[thread], {0, 0, 0}};
     const nx_norm *pending = NULL;
-    begin_rows(s);
+    begin_rows(&me);
     for (int layer = 0; layer < m->layers; layer++) {
-        if (s->team.cancelled)
+        if (is_cancelled(&s->team))
             return;
-        run_layer(s, layer, space, pending);
+        run_layer(&me, layer, pending);
         pending = m->encoder ? &m->layer[layer].mlp_norm : &m->layer[layer].post_mlp_norm;
     }
-    if (s->team.cancelled)
+    if (is_cancelled(&s->team))
         return;
-    end_rows(s, space->row, pending);
+    end_rows(&me, pending);
     if (m->head.weights && s->logit_rows)
-        run_head(s, space->row);
+        run_head(&me);
 }
 
 /* ---- entry ------------------------------------------------------------------------------------------------------------------------ */
@@ -757,7 +771,7 @@ static void plan_batch(step *s) {
 }
 
 /* A team costs some microseconds: less than this many multiplications are done before it has come together. */
-#define TEAM_FROM (INT64_C(1) << 23)
+#define TEAM_FROM (INT64_C(1) << 22)
 
 static int useful_threads(const nx_model *m, const nx_batch *b, int64_t rows) {
     int64_t weights = (int64_t)m->head.n * m->head.k;
@@ -796,7 +810,7 @@ int32_t JOIN(nx_step_, NX_VARIANT)(const nx_model *m, nx_batch *b) {
     run_step(&s, 0);
     restore_float_control(before);
 #endif
-    if (s.team.cancelled)
+    if (is_cancelled(&s.team))
         return NX_CANCELLED;
     for (int32_t i = 0; i < b->run_count; i++)
         if (b->runs[i].status != NX_OK)

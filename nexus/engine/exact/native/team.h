@@ -1,7 +1,8 @@
-/* The threads of one step: they run the same program and meet between its phases.
+/* The threads of one step. All run the same program, a sequence of phases; a phase is a list of items that they take from.
  *
- * A step of a small model has hundreds of phases of some ten microseconds, too short for one OpenMP region each. So there is one region per step,
- * and within it a barrier that spins for a moment before it gives the processor away. */
+ * A step of a small model has hundreds of phases of some ten microseconds, too short for one OpenMP region each. So there is one region per step. A
+ * phase is over when its items are done, not when every thread has come by: a thread that the system has taken off its processor without
+ * an item in hand holds up nobody, and finds its way to the others through phases that are long over. */
 #ifndef NEXUS_TEAM_H
 #define NEXUS_TEAM_H
 
@@ -10,13 +11,18 @@
 #include <stdint.h>
 
 typedef struct {
-    _Alignas(64) atomic_int next;     /* first item of the phase that nobody has taken */
-    _Alignas(64) atomic_int arrived;  /* threads that wait at the barrier */
-    _Alignas(64) atomic_uint meeting; /* how often they met */
+    _Alignas(64) atomic_uint_least64_t next; /* phase << 32 | first item of it that nobody has taken */
+    _Alignas(64) atomic_int done;            /* items of the phase that are done */
+    _Alignas(64) atomic_int cancelled;       /* once set it stays: whoever sees it leaves */
     int threads;
-    int cancelled; /* written by the last to arrive, read by all after the meeting */
     const volatile int32_t *cancel;
 } team;
+
+/* One thread's place in the program. */
+typedef struct {
+    uint32_t phase;
+    int first, taken; /* items in hand; with a single thread `first` is where it stands */
+} place;
 
 #define TEAM_SPINS 4000
 
@@ -28,39 +34,54 @@ static inline void relax(void) {
 #endif
 }
 
-static inline void begin_phase(team *t) {
-    atomic_store_explicit(&t->next, 0, memory_order_relaxed);
-    t->cancelled = t->cancel && *t->cancel;
+static inline void look_for_cancel(team *t) {
+    if (t->cancel && *t->cancel)
+        atomic_store_explicit(&t->cancelled, 1, memory_order_relaxed);
 }
 
-/* All threads have done their part of the phase: the next one begins. */
-static inline void meet(team *t) {
+static inline int is_cancelled(team *t) { return atomic_load_explicit(&t->cancelled, memory_order_relaxed); }
+
+static inline uint32_t phase_of(uint64_t next) { return (uint32_t)(next >> 32); }
+
+/* The items in hand are done. Who finishes the last one of a phase begins the next. */
+static inline void give_back(team *t, place *p, int count) {
+    const int done = atomic_fetch_add_explicit(&t->done, p->taken, memory_order_acq_rel) + p->taken;
+    p->taken = 0;
+    if (done < count)
+        return;
+    look_for_cancel(t);
+    atomic_store_explicit(&t->done, 0, memory_order_relaxed);
+    atomic_store_explicit(&t->next, (uint64_t)(p->phase + 1) << 32, memory_order_release);
+}
+
+/* Up to `chunk` more of the `count` >= 1 items of a phase: the first of them; those taken before are done. Returns `count` when all items of the phase
+ * are done, whoever did them: then everything they wrote can be read, and the next call begins the next phase. */
+static inline int take(team *t, place *p, int chunk, int count) {
     if (t->threads == 1) {
-        begin_phase(t);
-        return;
+        const int first = p->first;
+        p->first = first < count ? first + chunk : 0;
+        if (first >= count)
+            look_for_cancel(t);
+        return first < count ? first : count;
     }
-    const unsigned meeting = atomic_load_explicit(&t->meeting, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&t->arrived, 1, memory_order_acq_rel) + 1 == t->threads) {
-        begin_phase(t);
-        atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&t->meeting, meeting + 1, memory_order_release);
-        return;
+    if (p->taken)
+        give_back(t, p, count);
+    uint64_t next = atomic_load_explicit(&t->next, memory_order_acquire);
+    while (phase_of(next) == p->phase && (int)(uint32_t)next < count) {
+        const int first = (int)(uint32_t)next;
+        if (atomic_compare_exchange_weak_explicit(&t->next, &next, next + (uint64_t)chunk, memory_order_acquire, memory_order_acquire)) {
+            p->taken = chunk < count - first ? chunk : count - first;
+            return first;
+        }
     }
-    for (int spins = 0; atomic_load_explicit(&t->meeting, memory_order_acquire) == meeting; spins++) {
+    for (int spins = 0; phase_of(atomic_load_explicit(&t->next, memory_order_acquire)) == p->phase; spins++) {
         if (spins < TEAM_SPINS)
             relax();
         else
             sched_yield();
     }
-}
-
-/* Takes the next `chunk` items of the phase; the first of them, which is `count` or more when none is left. */
-static inline int take(team *t, int chunk) {
-    if (t->threads > 1)
-        return atomic_fetch_add_explicit(&t->next, chunk, memory_order_relaxed);
-    const int first = atomic_load_explicit(&t->next, memory_order_relaxed);
-    atomic_store_explicit(&t->next, first + chunk, memory_order_relaxed);
-    return first;
+    p->phase++;
+    return count;
 }
 
 #endif
