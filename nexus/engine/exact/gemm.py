@@ -143,7 +143,8 @@ def known_answer(make: Callable[[torch.Tensor, bool], Product], depth: int) -> s
             x = np.full((rows, depth), 127, np.int8)
             x[1::3] = -128
             x[2::3] = mixed[: len(x[2::3])] if depth else 0
-            expected = x.astype(np.int64) @ weight.astype(np.int64).T
+            # Integers below 2^53 are exact in float64, in any order, and a hundred times faster than numpy's integer product.
+            expected = (x.astype(np.float64) @ weight.astype(np.float64).T).astype(np.int64)
             for wide, product in products.items():
                 wanted = expected if wide else expected.astype(np.int32).astype(np.float32)
                 given = torch.from_numpy(x)
