@@ -24,7 +24,7 @@ PEER = f"/ip4/192.0.2.1/tcp/4510/p2p/{FIRST.peer_id}"
 
 
 def test_a_bare_command_prints_help(cli: Cli) -> None:
-    for arguments in ((), ("model",), ("config",), ("receipts",), ("testnet",)):
+    for arguments in ((), ("model",), ("config",), ("receipts",), ("testnet",), ("engine",), ("bench",)):
         result = cli(*arguments)
         assert (result.code, result.err) == (0, "")
         assert result.out.startswith("Usage: nexus")

@@ -274,20 +274,21 @@ def build_model(
     """The layers in memory, ready to compute, by the kernel asked for. Raises LocalError where it is not right here."""
     if kernel is None or not kernel.startswith(TORCH):
         from nexus.engine.exact import native
+        from nexus.engine.exact.check import compiled_kernel
 
         variants = native.available()
         if kernel is not None and kernel not in variants:
             raise UsageError(f"there is no kernel {kernel!r} here", f"There are: {', '.join([*variants, TORCH])}")
-        if variants:
-            return native.build(plan, start, end, pieces, tables, kernel or variants[0])
+        if chosen := kernel or compiled_kernel():
+            return native.build(plan, start, end, pieces, tables, chosen)
     return build_torch(plan, start, end, pieces, tables, kernel and kernel.removeprefix(TORCH).removeprefix(":"))
 
 
 def weight_factor() -> int:
     """Bytes that a weight takes in memory with the kernel that is taken here."""
-    from nexus.engine.exact import native
+    from nexus.engine.exact.check import compiled_kernel
 
-    return 4 if not native.available() and gemm.choose([gemm.F32_DEPTH_MAX]) is gemm.Float32Blocks else 1
+    return 4 if not compiled_kernel() and gemm.choose([gemm.F32_DEPTH_MAX]) is gemm.Float32Blocks else 1
 
 
 def build_torch(
