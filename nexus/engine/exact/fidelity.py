@@ -47,6 +47,8 @@ TOKENS_MAX = 1 << 15
 PREDICTED_MIN = 32
 NEAREST = 10
 _BATCH_TOKENS = 512
+# Logits at work at once: of a large vocabulary those of few tokens.
+_LOGITS_MAX = 1 << 22
 _TINY = float(np.finfo(np.float64).tiny)
 
 Progress = Callable[[str, int, int], None]
@@ -289,8 +291,9 @@ class _Comparison:
         normed = true * torch.rsqrt(true.pow(2).mean(-1, keepdim=True) + plan.eps) * weight
         ours, theirs, own = _Likelihood(targets), _Likelihood(targets), np.zeros((2, len(rows)))
         for first, block, head in self._head_blocks():
-            for at in range(0, len(rows), _BATCH_TOKENS):
-                part = slice(at, at + _BATCH_TOKENS)
+            step = max(1, min(_BATCH_TOKENS, _LOGITS_MAX // len(block)))
+            for at in range(0, len(rows), step):
+                part = slice(at, at + step)
                 logits = normed[part] @ block.T
                 if plan.logit_cap:
                     logits = torch.tanh(logits / plan.logit_cap) * plan.logit_cap
