@@ -164,7 +164,7 @@ def _aligned(size: int) -> Array:
 
 
 class _Arena:
-    """Memory for weights in large pieces of the system's large pages, where it has them: with small pages decoding is some percent slower,
+    """Memory for weights in the large pages of the system, where it has them: with small ones decoding is some percent slower,
     since a processor does not read ahead from one page into the next."""
 
     _PIECE_BYTES = 64 << 20

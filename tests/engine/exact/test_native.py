@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nexus.core.errors import LocalError, OutOfBoundsError
-from nexus.engine.exact import native, torch_step
+from nexus.engine.exact import native, native_build, torch_step
 from nexus.engine.exact.gemm import Float32Blocks
 from nexus.engine.exact.plan import ExactPlan, LayerPlan, Rope
 from nexus.engine.exact.tables import exp_tables, phi_table, rope_tables
@@ -188,7 +189,7 @@ def decoder_plans(draw: st.DrawFn) -> ExactPlan:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     plan=decoder_plans(),
     seed=st.integers(0, 1 << 30),
@@ -226,7 +227,7 @@ def test_every_variant_gives_the_bits_of_the_reference_however_the_prompt_is_cut
         assert same(everything[tokens - 1 :], torch.cat(expected)), variant
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
     counts=st.lists(st.integers(1, 140), min_size=1, max_size=4),
@@ -427,3 +428,17 @@ def test_weights_take_a_byte_each() -> None:
     assert cache is not None
     cache.reserve(100)
     assert cache.nbytes == 128 * len(plan.layers) * plan.kv_bytes
+
+
+def test_a_failing_compiler_is_told_apart_and_leaves_the_library_alone(tmp_path: Path) -> None:
+    target = tmp_path / "kernel.so"
+    target.write_bytes(b"the old one")
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'step.c: out of ink' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    with pytest.raises(native_build.BuildError, match="out of ink"):
+        native_build.build(target, cc=[str(compiler)])
+    with pytest.raises(native_build.BuildError, match="No such file"):
+        native_build.build(target, cc=[str(tmp_path / "nothing")])
+    assert target.read_bytes() == b"the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cc", "kernel.so"]

@@ -1,4 +1,4 @@
-/* Which variants there are, which of them this processor runs, and what does not depend on the variant. Compiled for the baseline. */
+/* Which variants there are, which of them this processor runs, and all that no variant changes. Compiled for the baseline. */
 #include <stdatomic.h>
 #include <string.h>
 
@@ -12,7 +12,7 @@ typedef struct {
     int (*is_supported)(void);
 } variant;
 
-/* ---- processors ------------------------------------------------------------------------------------------------------------------- */
+/* ---- processors ---- */
 
 static int always(void) { return 1; }
 
@@ -55,7 +55,7 @@ static int has_avx512(void) {
 #include <unistd.h>
 
 #define ARCH_REQ_XCOMP_PERM 0x1023
-#define TILE_DATA 18
+#define TILE_DATA           18
 
 /* Linux gives tiles to processes that ask for them (arch/x86/xstate.rst). */
 static int has_amx(void) {
@@ -76,7 +76,7 @@ static int has_dotprod(void) { return 1; } /* every Apple processor that runs ma
 static int has_dotprod(void) { return 0; }
 #endif
 
-/* ---- variants, fastest first -------------------------------------------------------------------------------------------------------- */
+/* ---- variants, fastest first ---- */
 
 #define DECLARE(name) int32_t nx_step_##name(const nx_model *, nx_batch *);
 #ifdef NX_HAVE_amx
@@ -128,7 +128,8 @@ static const variant VARIANTS[] = {
 };
 #define VARIANT_COUNT ((int32_t)(sizeof VARIANTS / sizeof *VARIANTS))
 
-/* Asking the processor traps in virtual machines (some 50 us), so answers are kept: 0 not asked, 1 yes, 2 no. All threads find the same. */
+/* Asking the processor traps in virtual machines (some 50 us), so answers are kept: 0 not asked, 1 yes, 2 no. All threads find the
+ * same. */
 static atomic_int answers[sizeof VARIANTS / sizeof *VARIANTS];
 
 static int is_supported(int32_t index) {
@@ -156,7 +157,7 @@ EXPORT int32_t nx_step(int32_t index, const nx_model *model, nx_batch *batch) {
     return VARIANTS[index].step(model, batch);
 }
 
-/* ---- packing ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- packing ---- */
 
 EXPORT uint64_t nx_packed_bytes(int64_t n, int64_t k) {
     if (n < 1 || k < 1 || n > INT32_MAX - NX_BLOCK || k > NX_K_MAX)
@@ -189,16 +190,14 @@ EXPORT int32_t nx_pack(uint8_t *packed, int64_t n, int64_t k, int64_t first, int
     return NX_OK;
 }
 
-/* ---- models ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- models ---- */
 
 static int is_linear(const nx_linear *w, int64_t n, int64_t k) {
     return w->weights && w->scale && w->n == n && w->k == k && n >= 1 && k >= 1 && k <= NX_K_MAX && n <= INT32_MAX - NX_BLOCK &&
            (w->wide == 0 || w->wide == 1);
 }
 
-static int is_norm(const nx_model *m, const nx_norm *norm) {
-    return norm->weight && (m->norm_kind == NX_RMS_NORM || norm->bias);
-}
+static int is_norm(const nx_model *m, const nx_norm *norm) { return norm->weight && (m->norm_kind == NX_RMS_NORM || norm->bias); }
 
 static int is_layer(const nx_model *m, const nx_layer *layer) {
     const int64_t heads = (int64_t)m->heads * m->head_dim, kv = (int64_t)m->kv_heads * m->head_dim;

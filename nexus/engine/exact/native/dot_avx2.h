@@ -12,7 +12,8 @@ ALWAYS_INLINE __m256i join_halves(__m256i low, __m256i high) {
     return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
 }
 
-ALWAYS_INLINE void dot_group(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_group(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                             int quads, int32_t *acc) {
     __m256i a[DOT_ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < 4; i++)
@@ -35,8 +36,8 @@ ALWAYS_INLINE void dot_group(const int sign, const int is_ahead, const int rows,
         }
 }
 
-ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
-                            int32_t *acc) {
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                            size_t second, int quads, int32_t *acc) {
     for (int group = 0; group < 2; group++, w += second, acc += NX_GROUP) {
         if (rows == 1)
             dot_group(sign, is_ahead, 1, x, x_row, w, quads, acc);

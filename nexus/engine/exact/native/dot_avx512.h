@@ -7,8 +7,8 @@ ALWAYS_INLINE __m512i dot_quads(const int sign, __m512i sum, __m512i x, __m512i 
     return sign == SIGNED_X ? _mm512_dpbusd_epi32(sum, w, x) : _mm512_dpbusd_epi32(sum, x, w);
 }
 
-ALWAYS_INLINE void dot_fixed(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
-                             int32_t *acc) {
+ALWAYS_INLINE void dot_fixed(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                             size_t second, int quads, int32_t *acc) {
     __m512i a[DOT_ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < 2; i++)
@@ -28,8 +28,8 @@ ALWAYS_INLINE void dot_fixed(const int sign, const int is_ahead, const int rows,
             _mm512_storeu_si512(acc + r * NX_BLOCK + 16 * i, a[r][i]);
 }
 
-ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
-                            int32_t *acc) {
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                            size_t second, int quads, int32_t *acc) {
     switch (rows) {
     case 1: dot_fixed(sign, is_ahead, 1, x, x_row, w, second, quads, acc); break;
     case 2: dot_fixed(sign, is_ahead, 2, x, x_row, w, second, quads, acc); break;

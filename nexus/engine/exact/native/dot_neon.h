@@ -1,5 +1,6 @@
-/* dot_rows for ARM: sdot where the processor has it, else widening multiplications. Both want both operands signed, so weights lose their 128 as
- * they are loaded and the correction of the caller is given back here: sum(x * w) = sum(x * (w + 128)) - 128 * sum(x). */
+/* dot_rows for ARM: sdot where the processor has it, else widening multiplications. Both want both operands signed, so weights lose
+ * their 128 as they are loaded and the correction of the caller is given back here: sum(x * w) = sum(x * (w + 128)) - 128 * sum(x).
+ */
 #include <arm_neon.h>
 
 #define DOT_ROWS 2
@@ -15,8 +16,7 @@ ALWAYS_INLINE void dot_widened(const int sign, const int is_ahead, const int8_t 
         const int16x8_t b = sign == SIGNED_X ? vmovl_s8(quad) : vreinterpretq_s16_u16(vmovl_u8(vreinterpret_u8_s8(quad)));
         for (int i = 0; i < 8; i++) {
             const uint8x8_t bytes = vld1_u8(w + 8 * i);
-            const int16x8_t v =
-                sign == SIGNED_X ? vreinterpretq_s16_u16(vmovl_u8(bytes)) : vmovl_s8(vreinterpret_s8_u8(bytes));
+            const int16x8_t v = sign == SIGNED_X ? vreinterpretq_s16_u16(vmovl_u8(bytes)) : vmovl_s8(vreinterpret_s8_u8(bytes));
             a[i] = vaddq_s32(a[i], vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(b)), vmull_high_s16(v, b)));
         }
     }
@@ -25,7 +25,8 @@ ALWAYS_INLINE void dot_widened(const int sign, const int is_ahead, const int8_t 
 }
 
 #ifdef __ARM_FEATURE_DOTPROD
-ALWAYS_INLINE void dot_signed(const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_signed(const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second,
+                              int quads, int32_t *acc) {
     int32x4_t a[DOT_ROWS][8], sum[DOT_ROWS];
     for (int r = 0; r < rows; r++) {
         sum[r] = vdupq_n_s32(0);
@@ -53,8 +54,8 @@ ALWAYS_INLINE void dot_signed(const int is_ahead, const int rows, const int8_t *
 }
 #endif
 
-ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second, int quads,
-                            int32_t *acc) {
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                            size_t second, int quads, int32_t *acc) {
 #ifdef __ARM_FEATURE_DOTPROD
     if (sign == SIGNED_X) {
         if (rows == 1)

@@ -1,9 +1,10 @@
-/* dot_rows in plain C, for any processor: 16 lanes at a time, so that the sums stay in registers and the compiler finds its vectors. */
+/* dot_rows in plain C, for any processor: 16 lanes at a time, so that the sums stay in registers and the compiler finds its
+ * vectors. */
 #define DOT_ROWS 1
-#define LANES 16
+#define LANES    16
 
-ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second,
-                            int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                            size_t second, int quads, int32_t *acc) {
     (void)rows, (void)x_row;
     for (int group = 0; group < 2; group++, w += second, acc += NX_GROUP)
         for (int part = 0; part < NX_GROUP * 4; part += LANES) {

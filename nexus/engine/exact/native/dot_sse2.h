@@ -19,8 +19,8 @@ ALWAYS_INLINE __m128i join_halves(__m128i low, __m128i high) {
 }
 
 /* Eight columns. */
-ALWAYS_INLINE void dot_half_group(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row, const uint8_t *w,
-                                  int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_half_group(const int sign, const int is_ahead, const int rows, const int8_t *x, size_t x_row,
+                                  const uint8_t *w, int quads, int32_t *acc) {
     __m128i a[DOT_ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < 4; i++)
@@ -46,8 +46,8 @@ ALWAYS_INLINE void dot_half_group(const int sign, const int is_ahead, const int 
         }
 }
 
-ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w, size_t second,
-                            int quads, int32_t *acc) {
+ALWAYS_INLINE void dot_rows(const int sign, const int is_ahead, int rows, const int8_t *x, size_t x_row, const uint8_t *w,
+                            size_t second, int quads, int32_t *acc) {
     for (int half = 0; half < 4; half++) {
         const uint8_t *columns = w + (half / 2 ? second : 0) + half % 2 * 32;
         if (rows == 1)

@@ -1,5 +1,6 @@
-/* The floating point environment that the arithmetic of docs/exact.md asks for: round to nearest even, no subnormal flushed to zero, no traps.
- * Other code of the process may have set another one in the thread that calls (torch does so), so it is set at entry and put back after. */
+/* The floating point environment that the arithmetic of docs/exact.md asks for: round to nearest even, no subnormal flushed to
+ * zero, no traps. Other code of the process may have set another one in the thread that calls (torch does so), so it is set at
+ * entry and put back after. */
 #ifndef NEXUS_FLOAT_CONTROL_H
 #define NEXUS_FLOAT_CONTROL_H
 

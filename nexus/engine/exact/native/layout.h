@@ -6,18 +6,18 @@
 
 #include "nexus_native.h"
 
-#define NX_BLOCK 32      /* columns (outputs) of one block of work, and most GEMM rows of one */
-#define NX_GROUP 16      /* columns that lie together in a packed matrix */
-#define NX_QUERIES 8     /* queries of one block of attention */
+#define NX_BLOCK        32 /* columns (outputs) of one block of work, and most GEMM rows of one */
+#define NX_GROUP        16 /* columns that lie together in a packed matrix */
+#define NX_QUERIES      8  /* queries of one block of attention */
 #define NX_HEAD_DIM_MAX 256
-#define NX_K_MAX 65536   /* inputs of a linear layer: 128 * 255 * 65536 < 2^31, see dot.h */
-#define NX_LONGEST (INT64_C(1) << 26)
-#define NX_ROWS_MAX 65536
-#define NX_THREADS_MAX 256
+#define NX_K_MAX        65536 /* inputs of a linear layer: 128 * 255 * 65536 < 2^31, see dot.h */
+#define NX_LONGEST      (INT64_C(1) << 26)
+#define NX_ROWS_MAX     65536
+#define NX_THREADS_MAX  256
 
 static inline int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/* ---- packed matrices ------------------------------------------------------------------------------------------------------------ */
+/* ---- packed matrices ---- */
 
 static inline size_t group_bytes(int64_t k) { return (size_t)pad_to(k, 64) * NX_GROUP; }
 
@@ -26,14 +26,14 @@ static inline size_t packed_offset(int64_t n, int64_t k, size_t group) {
     return (size_t)(n / NX_GROUP) * group + (size_t)(k / 4) * 64 + (size_t)(n % NX_GROUP) * 4 + (size_t)(k % 4);
 }
 
-/* ---- pages of keys and values --------------------------------------------------------------------------------------------------- */
+/* ---- pages of keys and values ---- */
 
-/* Keys of a head are a packed matrix with the 64 positions as outputs and the dimensions as inputs (bytes plus 128); wide attention has two of
- * them, of high and of low bytes. Values are one with the dimensions as outputs and the positions as inputs (plain int8). So the dot products
- * of attention are those of the linear layers. */
+/* Keys of a head are a packed matrix with the 64 positions as outputs and the dimensions as inputs (bytes plus 128); wide attention
+ * has two of them, of high and of low bytes. Values are one with the dimensions as outputs and the positions as inputs (plain
+ * int8). So the dot products of attention are those of the linear layers. */
 typedef struct {
-    size_t key_part;  /* bytes of one packed matrix of keys */
-    size_t key_head;  /* bytes of a head's keys: one or two of them */
+    size_t key_part; /* bytes of one packed matrix of keys */
+    size_t key_head; /* bytes of a head's keys: one or two of them */
     size_t value_head;
     size_t values, key_scales, value_scales; /* offsets within the layer; keys are at 0; scales are float32 [kv_heads][64] */
     size_t bytes;
@@ -61,7 +61,7 @@ static inline size_t page_bytes_of(const nx_model *m) {
     return bytes;
 }
 
-/* ---- workspace ------------------------------------------------------------------------------------------------------------------ */
+/* ---- workspace ---- */
 
 /* Consecutive rows of one run whose queries of one head of keys are computed together. */
 typedef struct {
@@ -76,10 +76,10 @@ typedef struct {
 } thread_space;
 
 typedef struct {
-    float *x;         /* [rows, hidden] the residual stream */
-    float *y;         /* [rows, widest output] what a linear layer put out */
-    float *attention; /* [rows, heads * head_dim] */
-    float *h;         /* [rows, intermediate] */
+    float *x;                /* [rows, hidden] the residual stream */
+    float *y;                /* [rows, widest output] what a linear layer put out */
+    float *attention;        /* [rows, heads * head_dim] */
+    float *h;                /* [rows, intermediate] */
     int8_t *quantised;       /* activations of the linear layer at hand */
     float *scale;            /* [rows] their scales */
     int32_t *sum;            /* [2 * rows] sums of their integers */

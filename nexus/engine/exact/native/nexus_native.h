@@ -1,18 +1,18 @@
 /* The compiled step of the exact engine: interface.
  *
- * One call of nx_step takes a batch of runs (consecutive tokens of one session each) through all layers of a stage. The arithmetic is
- * that of docs/exact.md, to the letter: every variant gives the same bits, on one thread or many, alone or in a batch.
+ * One call of nx_step takes a batch of runs (consecutive tokens of one session each) through all layers of a stage. The arithmetic
+ * is that of docs/exact.md, to the letter: every variant gives the same bits, on one thread or many, alone or in a batch.
  *
- * Nothing is allocated and nothing global is written: all memory is handed in, calls from several threads at once are fine as long as they
- * use different workspaces and different sessions. Structures hold only pointers, 32 and 64 bit integers and floats, so that the
- * ctypes mirrors in native.py are line by line the same.
+ * Nothing is allocated and nothing global is written: all memory is handed in, calls from several threads at once are fine as long
+ * as they use different workspaces and different sessions. Structures hold only pointers, 32 and 64 bit integers and floats, so
+ * that the ctypes mirrors in native.py are line by line the same.
  */
 #ifndef NEXUS_NATIVE_H
 #define NEXUS_NATIVE_H
 
 #include <stdint.h>
 
-#define NX_ABI 1          /* raised with every change of a structure; native.py refuses another */
+#define NX_ABI         1  /* raised with every change of a structure; native.py refuses another */
 #define NX_PAGE_TOKENS 64 /* positions of one session in a page of keys and values */
 
 enum nx_result {
@@ -68,13 +68,13 @@ typedef struct {
     double norm_eps;
     const double *exp_hi, *exp_lo, *phi; /* [256], [4096], [4098] */
     nx_rope rope[2];
-    nx_linear embed;                  /* weights NULL: the stage is fed hidden states */
-    const float *position, *type;     /* encoders: [positions, hidden], [hidden] */
-    int64_t positions;                /* rows of `position` */
-    nx_norm embed_norm;               /* encoders */
-    nx_linear head;                   /* weights NULL: the stage puts out hidden states; tied weights: the pointers of `embed` */
-    nx_norm final_norm;               /* before the head */
-    const nx_layer *layer;            /* [layers] */
+    nx_linear embed;              /* weights NULL: the stage is fed hidden states */
+    const float *position, *type; /* encoders: [positions, hidden], [hidden] */
+    int64_t positions;            /* rows of `position` */
+    nx_norm embed_norm;           /* encoders */
+    nx_linear head;               /* weights NULL: the stage puts out hidden states; tied weights: the pointers of `embed` */
+    nx_norm final_norm;           /* before the head */
+    const nx_layer *layer;        /* [layers] */
 } nx_model;
 
 typedef struct {
@@ -121,14 +121,16 @@ int32_t nx_variants(nx_variant *variants, int32_t room);
 /* Weights are packed once: [n / 16][k / 4][16][4] bytes, n padded to 32 and k to 64, each byte the weight plus 128. */
 uint64_t nx_packed_bytes(int64_t n, int64_t k);
 
-/* Packs rows [first, last) of a row-major int8 matrix [n, k]; `rows` points to row `first`. Blocks of rows may come in any order, as they are
- * read from a file. */
+/* Packs rows [first, last) of a row-major int8 matrix [n, k]; `rows` points to row `first`. Blocks of rows may come in any order,
+ * as they are read from a file. */
 int32_t nx_pack(uint8_t *packed, int64_t n, int64_t k, int64_t first, int64_t last, const int8_t *rows);
 
-/* Bytes of a page: for each layer keys, values, scales of keys, scales of values (see layout.h). Contents need no initialisation. */
+/* Bytes of a page: for each layer keys, values, scales of keys, scales of values (see layout.h). Contents need no initialisation.
+ */
 uint64_t nx_page_bytes(const nx_model *model);
 
-/* Bytes of workspace for at most `rows` tokens in `runs` runs, none of which ends beyond position `longest`. 0: sizes out of range. */
+/* Bytes of workspace for at most `rows` tokens in `runs` runs, none of which ends beyond position `longest`. 0: sizes out of range.
+ */
 uint64_t nx_workspace_bytes(const nx_model *model, int64_t rows, int64_t runs, int64_t longest, int32_t threads);
 
 /* Checks sizes and pointers of a model once, after it was put together. */

@@ -1,7 +1,7 @@
 /* Operations on one row of float32 values, as docs/exact.md has them: integers of a row, norms, exp and what is made of it.
  *
- * Plain loops that the compiler vectorises. A sum marked `omp simd reduction` may be taken in any order since all of its partial sums are
- * integers below 2^53; no other sum may be. */
+ * Plain loops that the compiler vectorises. A sum marked `omp simd reduction` may be taken in any order since all of its partial
+ * sums are integers below 2^53; no other sum may be. */
 #ifndef NEXUS_ROWS_H
 #define NEXUS_ROWS_H
 
@@ -10,15 +10,15 @@
 #include "dot.h"
 
 #define SMALLEST 0x1p-40f
-#define LARGEST 0x1p+40f
+#define LARGEST  0x1p+40f
 
-/* rint, ties to even, of |v| <= 2^22 (float) or 2^51 (double): there is room for the integer part only after the addition. One way on all
- * processors, also on those that have no rounding instruction, and it vectorises. */
+/* rint, ties to even, of |v| <= 2^22 (float) or 2^51 (double): there is room for the integer part only after the addition. One way
+ * on all processors, also on those that have no rounding instruction, and it vectorises. */
 ALWAYS_INLINE float rint_float(float v) { return (v + 0x1.8p+23f) - 0x1.8p+23f; }
 ALWAYS_INLINE double rint_double(double v) { return (v + 0x1.8p+52) - 0x1.8p+52; }
 
-/* max |x|, raised to 2^-40. Returns 0 where it is beyond 2^40 or any value is not a number: bits of magnitudes order as the magnitudes do,
- * with NaN above all. */
+/* max |x|, raised to 2^-40. Returns 0 where it is beyond 2^40 or any value is not a number: bits of magnitudes order as the
+ * magnitudes do, with NaN above all. */
 static inline int largest(const float *x, int n, float *a) {
     const int32_t *bits = (const int32_t *)x;
     int32_t most = 0;
@@ -37,9 +37,10 @@ static inline int largest(const float *x, int n, float *a) {
     return 1;
 }
 
-/* ---- integers of a row ---------------------------------------------------------------------------------------------------------- */
+/* ---- integers of a row ---- */
 
-/* Where the integers of a row go: 64 of them in one piece, the next 64 `stride` bytes later; where `padded`, with zeros up to a whole 64. */
+/* Where the integers of a row go: 64 of them in one piece, the next 64 `stride` bytes later; where `padded`, with zeros up to a
+ * whole 64. */
 typedef struct {
     int8_t *high, *low; /* low: 16 bits only */
     size_t stride;
@@ -95,13 +96,14 @@ static inline int quantise(const float *x, int n, int wide, integers to, float *
         } else if (wide) {
             quantise16_part(x + first, count, factor, to.high, to.low, sums);
         } else {
-            sums[0] += count == 64 ? quantise8_part(x + first, 64, factor, to.high) : quantise8_part(x + first, count, factor, to.high);
+            sums[0] +=
+                count == 64 ? quantise8_part(x + first, 64, factor, to.high) : quantise8_part(x + first, count, factor, to.high);
         }
     }
     return good;
 }
 
-/* ---- norms ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- norms ---- */
 
 /* Sums of a row in fixed point, v = rint(x * c): |v| <= 2^19 and n < 2^15 (checked when a model is loaded), so S2 < 2^53. */
 typedef struct {
@@ -153,7 +155,7 @@ static inline int layer_norm(const float *x, const nx_norm *norm, double eps, in
     return 1;
 }
 
-/* ---- exp and its kin ------------------------------------------------------------------------------------------------------------ */
+/* ---- exp and its kin ---- */
 
 /* e^-x for x >= 0; the index stays in the table whatever x is, also for NaN. */
 ALWAYS_INLINE double exp_neg(const nx_model *m, float x) {

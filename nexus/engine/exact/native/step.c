@@ -1,7 +1,7 @@
 /* The step of a stage, compiled once per variant (NX_VARIANT) with the flags of its instruction set.
  *
- * All threads run `run_step` together. Each phase is a list of items (rows, blocks of columns, blocks of queries) that they take from (team.h).
- * What an item computes does not depend on who takes it or when, so neither do the bits. */
+ * All threads run `run_step` together. Each phase is a list of items (rows, blocks of columns, blocks of queries) that they take
+ * from (team.h). What an item computes does not depend on who takes it or when, so neither do the bits. */
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -14,7 +14,7 @@
 #include "tiles.h"
 
 #define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
+#define JOIN(a, b)  JOIN_(a, b)
 
 typedef struct {
     const nx_model *m;
@@ -44,9 +44,10 @@ static void mark_out_of_bounds(step *s, int row) {
 
 static float *x_row(const step *s, int row) { return s->ws.x + (size_t)row * (size_t)s->m->hidden; }
 
-/* ---- linear layers -------------------------------------------------------------------------------------------------------------- */
+/* ---- linear layers ---- */
 
-/* How the activations of a linear layer lie in ws.quantised. With 16 bits a token is two rows of the product: high bytes, low bytes. */
+/* How the activations of a linear layer lie in ws.quantised. With 16 bits a token is two rows of the product: high bytes, low
+ * bytes. */
 typedef struct {
     int tokens, parts;
     int tiles;    /* in tiles (see tiles.h), else row by row */
@@ -108,8 +109,8 @@ static void linear_block(const step *s, const nx_linear *w, const operand *o, in
     const uint8_t *weights = w->weights + (size_t)(column / NX_GROUP) * group;
     const int rows = tokens * o->parts, count = min_int(NX_BLOCK, w->n - column);
     const int8_t *x = operand_row(s, o, first * o->parts);
-    /* Tiles outrun memory, so the next block of columns is asked for meanwhile: its first group during the products, its second while the sums
-     * are scaled. With more than 32 rows this block is used again and there is time enough. */
+    /* Tiles outrun memory, so the next block of columns is asked for meanwhile: its first group during the products, its second
+     * while the sums are scaled. With more than 32 rows this block is used again and there is time enough. */
     const size_t next = o->tiles && first == 0 ? 2 * group : 0;
     if (o->tiles) {
         dot_tiles(x, o->depth * TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, weights, group, (int)(o->depth / 64), next, acc);
@@ -138,7 +139,8 @@ static void linear_block(const step *s, const nx_linear *w, const operand *o, in
     }
 }
 
-/* Blocks of columns that a thread takes at once: neighbours, since memory likes that, and few enough that all threads end together. */
+/* Blocks of columns that a thread takes at once: neighbours, since memory likes that, and few enough that all threads end together.
+ */
 static int column_chunk(const step *s, int blocks) {
     return s->team.threads == 1 ? blocks : min_int(16, max_int(1, blocks / (s->team.threads * 8)));
 }
@@ -206,12 +208,11 @@ static void gated_linear(worker *me, const nx_layer *layer, int32_t *trace) {
         end_tiles();
 }
 
-/* ---- rows between linear layers --------------------------------------------------------------------------------------------------- */
+/* ---- rows between linear layers ---- */
 
 static void normalise(step *s, const nx_norm *norm, int row, const float *x, int n, float *y) {
     const double eps = s->m->norm_eps;
-    const int good =
-        s->m->norm_kind == NX_LAYER_NORM ? layer_norm(x, norm, eps, n, y) : rms_norm(x, norm->weight, eps, n, y);
+    const int good = s->m->norm_kind == NX_LAYER_NORM ? layer_norm(x, norm, eps, n, y) : rms_norm(x, norm->weight, eps, n, y);
     if (!good)
         mark_out_of_bounds(s, row);
 }
@@ -223,7 +224,8 @@ static void quantise_row(step *s, const nx_linear *w, const operand *o, int row,
 
 static int is_there(const nx_norm *norm) { return norm && norm->weight; }
 
-/* x of a row as it enters the next block: what the last linear layer left in y is added after its own norm (`pending`), if it has one. */
+/* x of a row as it enters the next block: what the last linear layer left in y is added after its own norm (`pending`), if it has
+ * one. */
 static void add_pending(step *s, const nx_norm *pending, int row, float *scratch) {
     if (!is_there(pending))
         return;
@@ -234,7 +236,8 @@ static void add_pending(step *s, const nx_norm *pending, int row, float *scratch
         x[i] = x[i] + scratch[i];
 }
 
-/* Phase: the rows become the activations of `next`. A decoder normalises on the way and keeps x; an encoder's x is what the norm makes of it. */
+/* Phase: the rows become the activations of `next`. A decoder normalises on the way and keeps x; an encoder's x is what the norm
+ * makes of it. */
 static void enter_block(worker *me, const nx_norm *pending, const nx_norm *norm, const nx_linear *next) {
     step *s = me->s;
     float *scratch = me->space->row;
@@ -262,7 +265,7 @@ static void quantise_rows(worker *me, const nx_linear *w, const float *values, f
     }
 }
 
-/* ---- queries, keys and values ------------------------------------------------------------------------------------------------------ */
+/* ---- queries, keys and values ---- */
 
 /* Where a row's key and value are kept: positions count from the beginning of the session, in an encoder from that of the run. */
 static int64_t slot_of(const step *s, int row) {
@@ -319,7 +322,8 @@ static void put_query(step *s, const nx_layer *layer, int row, int head, const f
         mark_out_of_bounds(s, row);
 }
 
-static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_t *page, int row, int head, int token, const float *x) {
+static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_t *page, int row, int head, int token,
+                    const float *x) {
     float turned[NX_HEAD_DIM_MAX];
     int8_t q[2][NX_HEAD_DIM_MAX] = {{0}};
     int32_t sums[2];
@@ -350,7 +354,8 @@ static void put_value(step *s, const page_layer *at, uint8_t *page, int row, int
             to[4 * d] = (uint8_t)q[first + d];
 }
 
-/* Phase: what the qkv layer put out becomes integers; keys and values go to their pages. An item is a head of keys with its queries. */
+/* Phase: what the qkv layer put out becomes integers; keys and values go to their pages. An item is a head of keys with its
+ * queries. */
 static void place_heads(worker *me, int layer_index) {
     step *s = me->s;
     const nx_model *m = s->m;
@@ -371,7 +376,7 @@ static void place_heads(worker *me, int layer_index) {
     }
 }
 
-/* ---- attention ------------------------------------------------------------------------------------------------------------------- */
+/* ---- attention ---- */
 
 /* Queries of one head of keys that are computed together: some consecutive rows of a run, some heads of each. */
 typedef struct {
@@ -400,7 +405,8 @@ static void gather_queries(const step *s, query_set *q) {
         q->to[i] = m->encoder ? s->b->runs[s->ws.run_of[row]].count : slot + 1;
         q->factor[i] = s->ws.query_scale[index] * m->attention_scale;
         for (int part = 0; part <= q->layer->wide_attention; part++) {
-            memcpy(q->x + ((size_t)part * (size_t)q->queries + (size_t)i) * depth, s->ws.query + (2 * index + (size_t)part) * depth, depth);
+            memcpy(q->x + ((size_t)part * (size_t)q->queries + (size_t)i) * depth, s->ws.query + (2 * index + (size_t)part) * depth,
+                   depth);
             q->correction[part][i] = 128 * s->ws.query_sum[2 * index + (size_t)part];
         }
         first = q->from[i] < first ? q->from[i] : first;
@@ -416,7 +422,8 @@ static void gather_queries(const step *s, query_set *q) {
 static uint8_t *page_at(const query_set *q, int64_t position) { return q->pages[position / NX_PAGE_TOKENS] + q->part.offset; }
 
 /* Scores of all queries and 32 positions: scores[query * stride + position]. */
-static void score_block(const step *s, const query_set *q, const uint8_t *keys, const float *key_scales, float *scores, size_t stride) {
+static void score_block(const step *s, const query_set *q, const uint8_t *keys, const float *key_scales, float *scores,
+                        size_t stride) {
     _Alignas(64) int32_t acc[2][2 * NX_QUERIES * NX_BLOCK];
     const nx_model *m = s->m;
     const int wide = q->layer->wide_attention, rows = q->queries * (1 + wide);
@@ -457,8 +464,8 @@ static void score(const step *s, const query_set *q, float *scores, size_t strid
         if (position + NX_PAGE_TOKENS < q->end)
             fetch_lines(page_at(q, position + NX_PAGE_TOKENS) + (size_t)q->kv_head * q->part.at.key_head, q->part.at.key_head / 64);
         for (int block = 0; block < 2 && position + block * NX_BLOCK < q->end; block++)
-            score_block(s, q, keys + (size_t)block * half, scales + block * NX_BLOCK, scores + (position - q->begin) + block * NX_BLOCK,
-                        stride);
+            score_block(s, q, keys + (size_t)block * half, scales + block * NX_BLOCK,
+                        scores + (position - q->begin) + block * NX_BLOCK, stride);
     }
 }
 
@@ -478,7 +485,8 @@ static softmax weigh(const step *s, const query_set *q, int i, const float *scor
     for (int64_t t = q->from[i]; t < q->to[i];) {
         const int64_t page = t / NX_PAGE_TOKENS * NX_PAGE_TOKENS;
         const int64_t end = page + NX_PAGE_TOKENS < q->to[i] ? page + NX_PAGE_TOKENS : q->to[i];
-        const float *scales = (const float *)(page_at(q, q->begin + page) + q->part.at.value_scales) + (size_t)q->kv_head * NX_PAGE_TOKENS;
+        const float *scales =
+            (const float *)(page_at(q, q->begin + page) + q->part.at.value_scales) + (size_t)q->kv_head * NX_PAGE_TOKENS;
         double total = 0, highest = 0;
 #pragma omp simd reduction(+ : total) reduction(max : highest)
         for (int64_t u = t; u < end; u++) {
@@ -495,7 +503,8 @@ static softmax weigh(const step *s, const query_set *q, int i, const float *scor
 }
 
 /* The integers p <= 32767 of one query, as high and low bytes; zeros where it sees nothing. */
-static void weights_to_bytes(const query_set *q, int i, int64_t length, double largest_b, const double *b, uint8_t *high, uint8_t *low) {
+static void weights_to_bytes(const query_set *q, int i, int64_t length, double largest_b, const double *b, uint8_t *high,
+                             uint8_t *low) {
     const double factor = 32767.0 / largest_b;
     const int64_t from = q->from[i], to = q->to[i];
     memset(high, 0, (size_t)from);
@@ -541,7 +550,8 @@ static void attend(const step *s, const thread_space *space, query_set *q) {
     for (int i = 0; i < q->queries; i++) {
         const size_t at = (size_t)i * stride;
         const softmax soft = weigh(s, q, i, space->scores + at, space->weights + at);
-        weights_to_bytes(q, i, length, soft.largest, space->weights + at, space->parts + at, space->parts + (size_t)q->queries * stride + at);
+        weights_to_bytes(q, i, length, soft.largest, space->weights + at, space->parts + at,
+                         space->parts + (size_t)q->queries * stride + at);
         factor[i] = (float)((soft.largest * 0x1p+24) / (soft.total * 32767.0));
     }
     for (int dim = 0; dim < m->head_dim; dim += NX_BLOCK) {
@@ -581,7 +591,7 @@ static void attention(worker *me, int layer_index) {
     }
 }
 
-/* ---- the whole ------------------------------------------------------------------------------------------------------------------- */
+/* ---- the whole ---- */
 
 static void embed(const nx_model *m, uint32_t id, int64_t position, float *x) {
     const nx_linear *w = &m->embed;
@@ -652,7 +662,8 @@ static void run_layer(worker *me, int index, const nx_norm *pending) {
     quantise_rows(me, &layer->o, s->ws.attention, trace.attention);
     linear(me, &layer->o, s->rows, is_there(&layer->post_attention_norm) ? to_y : to_x, (trace_at){trace.o, layer->o.n, 0});
 
-    enter_block(me, m->encoder ? NULL : &layer->post_attention_norm, m->encoder ? &layer->attention_norm : &layer->mlp_norm, &layer->up);
+    enter_block(me, m->encoder ? NULL : &layer->post_attention_norm, m->encoder ? &layer->attention_norm : &layer->mlp_norm,
+                &layer->up);
     gated_linear(me, layer, trace.gate_up);
     quantise_rows(me, &layer->down, s->ws.h, NULL);
     linear(me, &layer->down, s->rows, is_there(&layer->post_mlp_norm) ? to_y : to_x, (trace_at){trace.down, layer->down.n, 0});
@@ -710,13 +721,14 @@ static void run_step(step *s, int thread) {
         run_head(&me);
 }
 
-/* ---- entry ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- entry ---- */
 
 /* Counts rows and checks everything of a batch that could lead out of an array. */
 static int32_t check_batch(const nx_model *m, const nx_batch *b, int64_t *rows, int64_t *longest) {
     *rows = *longest = 0;
     const int takes_ids = m->embed.weights && b->ids;
-    if (!b->runs || b->run_count < 1 || b->run_count > NX_ROWS_MAX || b->threads < 1 || b->threads > NX_THREADS_MAX || !b->workspace)
+    if (!b->runs || b->run_count < 1 || b->run_count > NX_ROWS_MAX || b->threads < 1 || b->threads > NX_THREADS_MAX ||
+        !b->workspace)
         return NX_BAD_ARGUMENT;
     if ((takes_ids == 0) == (b->states == NULL) || (uintptr_t)b->workspace % 64)
         return NX_BAD_ARGUMENT;
@@ -743,7 +755,8 @@ static int32_t check_batch(const nx_model *m, const nx_batch *b, int64_t *rows, 
     return NX_OK;
 }
 
-/* Lists what the phases go through: rows with their runs and positions, blocks of queries, rows that logits are asked of, scratch pages. */
+/* Lists what the phases go through: rows with their runs and positions, blocks of queries, rows that logits are asked of, scratch
+ * pages. */
 static void plan_batch(step *s) {
     const nx_model *m = s->m;
     const int each = m->heads / m->kv_heads;
@@ -777,8 +790,9 @@ static int useful_threads(const nx_model *m, const nx_batch *b, int64_t rows) {
     int64_t weights = (int64_t)m->head.n * m->head.k;
     for (int32_t l = 0; l < m->layers; l++) {
         const nx_layer *layer = &m->layer[l];
-        weights += (int64_t)layer->qkv.n * layer->qkv.k + (int64_t)layer->o.n * layer->o.k + (int64_t)layer->gate.n * layer->gate.k +
-                   (int64_t)layer->up.n * layer->up.k + (int64_t)layer->down.n * layer->down.k;
+        weights += (int64_t)layer->qkv.n * layer->qkv.k + (int64_t)layer->o.n * layer->o.k +
+                   (int64_t)layer->gate.n * layer->gate.k + (int64_t)layer->up.n * layer->up.k +
+                   (int64_t)layer->down.n * layer->down.k;
     }
     return weights * rows < TEAM_FROM ? 1 : b->threads;
 }

@@ -1,8 +1,8 @@
 /* The threads of one step. All run the same program, a sequence of phases; a phase is a list of items that they take from.
  *
- * A step of a small model has hundreds of phases of some ten microseconds, too short for one OpenMP region each. So there is one region per step. A
- * phase is over when its items are done, not when every thread has come by: a thread that the system has taken off its processor without
- * an item in hand holds up nobody, and finds its way to the others through phases that are long over. */
+ * A step of a small model has hundreds of phases of some ten microseconds, too short for one OpenMP region each. So there is one
+ * region per step. A phase is over when its items are done, not when every thread has come by: a thread that the system has taken
+ * off its processor without an item in hand holds up nobody, and finds its way to the others through phases that are long over. */
 #ifndef NEXUS_TEAM_H
 #define NEXUS_TEAM_H
 
@@ -54,8 +54,9 @@ static inline void give_back(team *t, place *p, int count) {
     atomic_store_explicit(&t->next, (uint64_t)(p->phase + 1) << 32, memory_order_release);
 }
 
-/* Up to `chunk` more of the `count` >= 1 items of a phase: the first of them; those taken before are done. Returns `count` when all items of the phase
- * are done, whoever did them: then everything they wrote can be read, and the next call begins the next phase. */
+/* Up to `chunk` more of the `count` >= 1 items of a phase: the first of them; those taken before are done. Returns `count` when all
+ * items of the phase are done, whoever did them: then everything they wrote can be read, and the next call begins the next phase.
+ */
 static inline int take(team *t, place *p, int chunk, int count) {
     if (t->threads == 1) {
         const int first = p->first;
@@ -69,7 +70,8 @@ static inline int take(team *t, place *p, int chunk, int count) {
     uint64_t next = atomic_load_explicit(&t->next, memory_order_acquire);
     while (phase_of(next) == p->phase && (int)(uint32_t)next < count) {
         const int first = (int)(uint32_t)next;
-        if (atomic_compare_exchange_weak_explicit(&t->next, &next, next + (uint64_t)chunk, memory_order_acquire, memory_order_acquire)) {
+        if (atomic_compare_exchange_weak_explicit(&t->next, &next, next + (uint64_t)chunk, memory_order_acquire,
+                                                  memory_order_acquire)) {
             p->taken = chunk < count - first ? chunk : count - first;
             return first;
         }

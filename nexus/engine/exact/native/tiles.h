@@ -1,13 +1,14 @@
-/* The same dot products with AMX tiles, for many rows: a tile is 16 rows of 64 bytes, one instruction multiplies 16 x 64 by 64 x 16.
+/* The same dot products with AMX tiles, for many rows: a tile is 16 rows of 64 bytes, one instruction multiplies 16 x 64 by 64
+ * x 16.
  *
- * Activations lie in tiles too ([row / 16][k / 64][16][64]), so that a tile is 1 KiB in one piece: with rows K bytes apart its 16 lines would
- * fall into the same few sets of the cache. */
+ * Activations lie in tiles too ([row / 16][k / 64][16][64]), so that a tile is 1 KiB in one piece: with rows K bytes apart its 16
+ * lines would fall into the same few sets of the cache. */
 #ifndef NEXUS_TILES_H
 #define NEXUS_TILES_H
 
 #include "dot.h"
 
-#define TILE_ROWS 16
+#define TILE_ROWS  16
 #define TILE_BYTES 1024
 
 #ifdef __AMX_INT8__
@@ -22,7 +23,8 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
-/* Eight tiles of 16 x 64 bytes. GCC 12 tells its optimiser that ldtilecfg reads 8 bytes and drops the stores of the others: hence volatile. */
+/* Eight tiles of 16 x 64 bytes. GCC 12 tells its optimiser that ldtilecfg reads 8 bytes and drops the stores of the others: hence
+ * volatile. */
 static inline void begin_tiles(void) {
     volatile tile_config config;
     for (size_t i = 0; i < sizeof config; i++)
@@ -37,8 +39,8 @@ static inline void begin_tiles(void) {
 
 static inline void end_tiles(void) { _tile_release(); }
 
-/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows; x: `x_tiles` bytes between tiles of 16 rows. Asks for what lies
- * `ahead` bytes behind the first group of columns, unless that is 0. */
+/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows; x: `x_tiles` bytes between tiles of 16 rows. Asks for what
+ * lies `ahead` bytes behind the first group of columns, unless that is 0. */
 static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks,
                              size_t ahead, int32_t *acc) {
     const size_t acc_row = NX_BLOCK * sizeof(int32_t);
