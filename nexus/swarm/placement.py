@@ -223,7 +223,7 @@ def _check_count(stages: int | None, serving: Sequence[Candidate], layers: int) 
         raise UsageError(f"{stages} stages are asked for and the model has {layers} layers", f"Ask for at most {layers}")
     if stages > len(serving):
         raise UsageError(
-            f"{stages} stages are asked for and {len(serving)} nodes serve",
+            f"{stages} stages are asked for and {len(serving)} {'node serves' if len(serving) == 1 else 'nodes serve'}",
             "Ask for fewer, or start more nodes; `nexus peers` lists those in reach",
         )
 
@@ -484,7 +484,7 @@ def _name(node: Candidate) -> str:
 
 
 def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} bytes"

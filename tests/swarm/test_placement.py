@@ -293,7 +293,7 @@ class TestCounts:
 class TestNoRoom:
     def test_what_is_missing_is_said_with_numbers(self) -> None:
         with pytest.raises(
-            CapacityError, match=r"needs 1\.7 kB and 680 bytes are missing \(node1 offers 600 bytes, node2"
+            CapacityError, match=r"needs 1\.6 KiB and 680 bytes are missing \(node1 offers 600 bytes, node2"
         ) as caught:
             plan(model([400] * 4), [node(1, memory=600), node(2, memory=400)])
         assert "memory_max" in caught.value.fix
@@ -314,13 +314,13 @@ def test_reasons_are_in_plain_english_with_numbers() -> None:
     placement = plan(manifest, [node(1, speed=1024), node(2, speed=1024, held=((5, 10),)), node(3, speed=0)], context=2000)
     assert placement.reason == (
         "3 stages on 3 serving nodes, so that the slowest (node3) computes 4.2 ms per token by its measured speed; "
-        "76.0 MB of weights and KV cache; 44.0 MB to fetch"
+        "72.5 MiB of weights and KV cache; 42.0 MiB to fetch"
     )
     assert placement.reasons == (
-        "4 of 10 layers and the embedding; 33% of the work for 34% of the speed; 32.0 MB of 1.0 GB memory; fetches 24.0 MB",
-        "4 of 10 layers; 33% of the work for 34% of the speed; 24.0 MB of 1.0 GB memory; fetches 4.0 MB",
+        "4 of 10 layers and the embedding; 33% of the work for 34% of the speed; 30.5 MiB of 953.7 MiB memory; fetches 22.9 MiB",
+        "4 of 10 layers; 33% of the work for 34% of the speed; 22.9 MiB of 953.7 MiB memory; fetches 3.8 MiB",
         "2 of 10 layers and the head; 33% of the work for 32% of the speed (assumed, not measured); "
-        "20.0 MB of 1.0 GB memory; fetches 16.0 MB",
+        "19.1 MiB of 953.7 MiB memory; fetches 15.3 MiB",
     )
 
 
