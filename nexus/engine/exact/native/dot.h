@@ -32,9 +32,7 @@ ALWAYS_INLINE int32_t quad_at(const void *p) {
 
 /* How far ahead of the weights at hand memory is asked for; decoding is bound by it. Pages are small and near: nothing is asked for
  * there. */
-#ifndef AHEAD_BYTES
 #define AHEAD_BYTES 16384
-#endif
 
 ALWAYS_INLINE void fetch(const int is_ahead, const uint8_t *w) {
     if (is_ahead)

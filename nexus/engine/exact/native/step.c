@@ -109,23 +109,19 @@ static void linear_block(const step *s, const nx_linear *w, const operand *o, in
     const uint8_t *weights = w->weights + (size_t)(column / NX_GROUP) * group;
     const int rows = tokens * o->parts, count = min_int(NX_BLOCK, w->n - column);
     const int8_t *x = operand_row(s, o, first * o->parts);
-    /* Tiles outrun memory, so the next block of columns is asked for meanwhile: its first group during the products, its second
-     * while the sums are scaled. With more than 32 rows this block is used again and there is time enough. */
-    const size_t next = o->tiles && first == 0 ? 2 * group : 0;
     if (o->tiles) {
-        dot_tiles(x, o->depth * TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, weights, group, (int)(o->depth / 64), next, acc);
+        dot_tiles(x, o->depth * TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, weights, group, (int)(o->depth / 64), first == 0,
+                  acc);
     } else {
         memset(acc, 0, (size_t)rows * sizeof *acc * NX_BLOCK);
         dot(SIGNED_X, 1, x, o->depth, rows, weights, group, (int)(o->depth / 4), acc);
     }
-    const size_t lines = next ? group / 64 / (size_t)tokens : 0;
     for (int t = 0; t < tokens; t++) {
         const int32_t *high = acc + t * o->parts * NX_BLOCK, *low = high + NX_BLOCK;
         const int32_t *sums = s->ws.sum + (size_t)(first + t) * (size_t)o->parts;
         const int32_t corrections[2] = {128 * sums[0], w->wide ? 128 * sums[1] : 0};
         const float scale = s->ws.scale[first + t];
         float *y = out.y + (size_t)t * out.stride;
-        fetch_lines(weights + next + group + (size_t)t * lines * 64, lines);
         if (w->wide)
             scale_wide_row(y, high, low, corrections, scale, w->scale + column, count);
         else if (count == NX_BLOCK)

@@ -11,6 +11,10 @@
 #define TILE_ROWS  16
 #define TILE_BYTES 1024
 
+/* Tiles of each group that are asked for in advance: what memory delivers in its own latency. Many more push each other out of the
+ * cache. */
+#define AHEAD_TILES 8
+
 #ifdef __AMX_INT8__
 
 /* From so many rows on tiles are faster than vectors. */
@@ -39,17 +43,26 @@ static inline void begin_tiles(void) {
 
 static inline void end_tiles(void) { _tile_release(); }
 
-/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows; x: `x_tiles` bytes between tiles of 16 rows. Asks for what
- * lies `ahead` bytes behind the first group of columns, unless that is 0. */
+/* The two tiles of weights that come AHEAD_TILES later: the next block of columns follows the second group of this one. */
+ALWAYS_INLINE void fetch_tiles(const uint8_t *w, size_t second, int k, int blocks) {
+    const int ahead = blocks < AHEAD_TILES ? blocks : AHEAD_TILES;
+    const uint8_t *from = w + (size_t)ahead * TILE_BYTES + (k + ahead < blocks ? 0 : second);
+    fetch_lines(from, TILE_BYTES / 64);
+    fetch_lines(from + second, TILE_BYTES / 64);
+}
+
+/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows, which are `x_tiles` bytes apart. `is_ahead`: these weights come
+ * from memory, so later ones are asked for; only the first rows of a batch have to. */
 static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks,
-                             size_t ahead, int32_t *acc) {
+                             int is_ahead, int32_t *acc) {
     const size_t acc_row = NX_BLOCK * sizeof(int32_t);
     __asm__ volatile("" : : : "memory"); /* the loads below do not tell the compiler what they read */
     _tile_zero(0);
     _tile_zero(1);
     if (tile_rows == 1) {
         for (int k = 0; k < blocks; k++, x += TILE_BYTES, w += TILE_BYTES) {
-            fetch_lines(w + ahead, ahead ? TILE_BYTES / 64 : 0);
+            if (is_ahead)
+                fetch_tiles(w, second, k, blocks);
             _tile_loadd(4, x, 64);
             _tile_loadd(6, w, 64);
             _tile_loadd(7, w + second, 64);
@@ -60,7 +73,8 @@ static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, con
         _tile_zero(2);
         _tile_zero(3);
         for (int k = 0; k < blocks; k++, x += TILE_BYTES, w += TILE_BYTES) {
-            fetch_lines(w + ahead, ahead ? TILE_BYTES / 64 : 0);
+            if (is_ahead)
+                fetch_tiles(w, second, k, blocks);
             _tile_loadd(4, x, 64);
             _tile_loadd(6, w, 64);
             _tile_dpbsud(0, 4, 6);
