@@ -51,8 +51,8 @@ ALWAYS_INLINE void fetch_tiles(const uint8_t *w, size_t second, int k, int block
     fetch_lines(from + second, TILE_BYTES / 64);
 }
 
-/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows, which are `x_tiles` bytes apart. `is_ahead`: these weights come
- * from memory, so later ones are asked for; only the first rows of a batch have to. */
+/* acc[r][c] = the dot products of `tile_rows` (1 or 2) tiles of rows, which are `x_tiles` bytes apart. `is_ahead`: these weights
+ * come from memory, so later ones are asked for; only the first rows of a batch have to. */
 static inline void dot_tiles(const int8_t *x, size_t x_tiles, int tile_rows, const uint8_t *w, size_t second, int blocks,
                              int is_ahead, int32_t *acc) {
     const size_t acc_row = NX_BLOCK * sizeof(int32_t);
