@@ -162,6 +162,19 @@ def _linear(name: str, rows: int, depth: int) -> Shapes:
 
 def plan_of(config: Config) -> ExactPlan:
     """The plan of a model, all operations 8 bits wide. Raises ModelFormatError for what the exact profile does not cover."""
+    try:
+        with np.errstate(over="ignore"):  # infinities are refused
+            return _plan_of(config)
+    except ModelFormatError:
+        raise
+    # The config is the model author's, and transformers checks few of its values: whatever they break here is a bad model.
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(
+            f"config.json does not describe a model of the exact profile: {error}", "Check config.json"
+        ) from error
+
+
+def _plan_of(config: Config) -> ExactPlan:
     settings = config.settings
     kind = str(settings.model_type)
     if kind not in SUPPORTED:
@@ -178,7 +191,7 @@ def plan_of(config: Config) -> ExactPlan:
     plan = ExactPlan(
         causal=config.kind == CAUSAL,
         layers=tuple(
-            LayerPlan(window=window or 0, rope=rope_of_type.get(kind_of_layer, 0))
+            LayerPlan(window=_window(window, config.context), rope=rope_of_type.get(kind_of_layer, 0))
             for window, kind_of_layer in zip(_windows(config), types, strict=True)
         ),
         hidden=config.hidden_size,
@@ -210,9 +223,20 @@ def plan_of(config: Config) -> ExactPlan:
 
 
 def _check(plan: ExactPlan, settings: Any) -> None:
+    for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "context"):
+        if getattr(plan, name) < 1:
+            raise ModelFormatError(f"config.json gives an impossible shape: {name} of {getattr(plan, name)}", "Check config.json")
+    # Within these no step of docs/exact.md gives what is not a number, which processors need not agree on.
+    for name, value, least, most in (
+        ("epsilon of norms", plan.eps, EPS_MIN, 1.0),
+        ("scale of attention", plan.attention_scale, 1 / FACTOR_MAX, FACTOR_MAX),
+        *(("cap", cap, 1 / FACTOR_MAX, FACTOR_MAX) for cap in (plan.attention_cap, plan.logit_cap) if cap != 0),
+    ):
+        if not least <= value <= most:
+            raise ModelFormatError(f"the exact profile does not cover a {name} of {value}", FLOAT_FIX)
     if plan.heads % plan.kv_heads:
         raise ModelFormatError(f"{plan.heads} heads do not share {plan.kv_heads} key-value heads evenly", "Check config.json")
-    if plan.rotated % 2 or plan.rotated > plan.head_dim or plan.head_dim > HEAD_DIM_MAX:
+    if plan.rotated % 2 or not (2 if plan.causal else 0) <= plan.rotated <= plan.head_dim or plan.head_dim > HEAD_DIM_MAX:
         raise ModelFormatError(f"the exact profile does not cover heads of {plan.head_dim}, {plan.rotated} rotated", FLOAT_FIX)
     if getattr(settings, "position_embedding_type", "absolute") != "absolute":
         raise ModelFormatError("the exact profile does not cover relative position embeddings", FLOAT_FIX)
@@ -221,6 +245,18 @@ def _check(plan: ExactPlan, settings: Any) -> None:
 
 
 HEAD_DIM_MAX = 256
+EPS_MIN = 2.0**-60
+FACTOR_MAX = 2.0**20
+ROPES_MAX = 2
+# Bases of rotary embeddings go up to some hundred millions, their factors to some dozen.
+ROPE_NUMBER_MAX = 2.0**40
+
+
+def _window(window: int | None, context: int) -> int:
+    """Who sees the whole context sees all."""
+    if window is not None and window < 1:
+        raise ModelFormatError(f"a sliding window of {window} positions sees nothing", "Check config.json")
+    return 0 if window is None or window >= context else window
 
 
 def _windows(config: Config) -> list[int | None]:
@@ -238,5 +274,17 @@ def _ropes(settings: Any) -> tuple[tuple[Rope, ...], dict[str, int]]:
         kind = entry.get("rope_type", "default")
         if kind not in ("default", "linear", "llama3", "yarn"):
             raise ModelFormatError(f"the exact profile does not cover rotary embeddings of type {kind!r}", FLOAT_FIX)
-        found.append(Rope(tuple(sorted((name, value) for name, value in entry.items() if value is not None))))
+        found.append(Rope(tuple(sorted((name, _rope_value(name, value)) for name, value in entry.items() if value is not None))))
+    if len(found) > ROPES_MAX:
+        raise ModelFormatError(f"the exact profile does not cover {len(found)} kinds of rotary embedding", FLOAT_FIX)
     return tuple(found), {name: index for index, name in enumerate(per_type)}
+
+
+def _rope_value(name: str, value: Any) -> Any:
+    if isinstance(value, bool | str) and name in ("rope_type", "type", "truncate"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (name == "rope_theta") < value <= ROPE_NUMBER_MAX:
+        raise ModelFormatError(
+            f"rotary embeddings have {name} = {value!r}, which is no number that makes angles", "Check config.json"
+        )
+    return value

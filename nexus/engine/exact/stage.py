@@ -8,6 +8,7 @@ time to time while it serves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from nexus.core.errors import LocalError, MalformedError, ModelFormatError, Nexu
 from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, HEAD, Manifest, layer_name
 from nexus.engine.architecture import Config, read_json
 from nexus.engine.exact import gemm, torch_step
+from nexus.engine.exact.bounds import check_bounds
 from nexus.engine.exact.pieces import Piece, read_tables
 from nexus.engine.exact.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes, plan_of
 from nexus.engine.exact.sampler import sample_exact
@@ -207,6 +209,7 @@ def table_shapes(plan: ExactPlan) -> Shapes:
 def read_plan(config: Config, path: Path) -> ExactPlan:
     """The plan of a model from its config.json and exact.json. Raises ModelFormatError."""
     plan = plan_of(config)
+    check_bounds(plan)
     stored = read_json(path)
     wide = stored.get("wide")
     valid = (
@@ -224,7 +227,10 @@ def read_plan(config: Config, path: Path) -> ExactPlan:
 
 
 def _are_layers(value: object, count: int) -> bool:
-    return isinstance(value, list) and all(type(index) is int and 0 <= index < count for index in value)
+    """Indices in rising order, each once: any number of them would be looked through for every layer."""
+    if not isinstance(value, list) or len(value) > count or not all(type(index) is int and 0 <= index < count for index in value):
+        return False
+    return all(one < other for one, other in pairwise(value))
 
 
 def load_exact_stage(

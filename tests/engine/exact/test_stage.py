@@ -65,11 +65,73 @@ def test_a_changed_weight_is_found_by_every_kernel(kernel: str, model: tuple[Man
         load(manifest, folder, 1, 2, kernel)
 
 
-@pytest.mark.parametrize("table", ["exp_lo", "rope.0.fine"])
-def test_a_changed_table_is_found(table: str, model: tuple[Manifest, Folder]) -> None:
-    damage(model[1], EXACT_TABLES, lambda tensors: tensors[table].ravel().__setitem__(slice(1, None, 2), 0.75))
+def test_a_changed_rotary_table_is_found(model: tuple[Manifest, Folder]) -> None:
+    damage(model[1], EXACT_TABLES, lambda tensors: tensors["rope.0.fine"].ravel().__setitem__(slice(1, None, 2), 0.75))
     with pytest.raises(LocalError, match="known answers"):
         load(*model)
+
+
+@pytest.mark.parametrize("table", ["exp_hi", "exp_lo", "phi"])
+def test_a_table_of_a_function_is_that_functions_to_the_last_entry(table: str, model: tuple[Manifest, Folder]) -> None:
+    """Known answers read only a few entries; sums are bounded for these tables and no others."""
+    damage(model[1], EXACT_TABLES, lambda tensors: tensors[table].__setitem__(-1, -1.0))
+    with pytest.raises(ModelFormatError, match="all models share"):
+        load(*model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": 0.0},
+        {"rms_norm_eps": -1e-6},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": float("inf")},
+        {"rms_norm_eps": "1e-6"},
+        {"intermediate_size": 0},
+        {"intermediate_size": -80},
+        {"intermediate_size": 200_000},
+        {"intermediate_size": float("inf")},
+        {"num_key_value_heads": -2},
+        {"num_key_value_heads": 3},
+        {"head_dim": -1},
+        {"head_dim": 1},
+        {"head_dim": 300},
+        {"head_dim": "a"},
+        {"query_pre_attn_scalar": -1},
+        {"query_pre_attn_scalar": 1e-300},
+        {"query_pre_attn_scalar": float("nan")},
+        {"attn_logit_softcapping": float("nan")},
+        {"attn_logit_softcapping": -50.0},
+        {"final_logit_softcapping": 1e308},
+        {"max_position_embeddings": 2**32},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": -3},
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": "24"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "1e1000000000"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e-9}},
+        {"rope_parameters": {name: {"rope_type": "default", "rope_theta": 1e4} for name in ("a", "b", "c")}},
+    ],
+    ids=str,
+)
+def test_settings_that_no_model_has_are_refused(change: dict[str, object], model: tuple[Manifest, Folder]) -> None:
+    """Its author signs whatever he likes: what comes of it must be a bad model, never another kind of error."""
+    path = model[1].paths["config.json"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelFormatError):
+        load(*model)
+
+
+@pytest.mark.parametrize("window", [2**32 + 3, 2**31 + 1, 128])
+def test_a_window_beyond_the_context_is_none(window: int, model: tuple[Manifest, Folder]) -> None:
+    """Cut to 32 bits it would be another one in the compiled kernel."""
+    path = model[1].paths["config.json"]
+    kinds = {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True, "sliding_window": window}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kinds))
+    stage = load(*model)
+    assert isinstance(stage, ExactStage)
+    assert [layer.window for layer in stage.plan.layers] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +172,8 @@ def test_tensors_of_other_shapes_are_refused(name: str, model: tuple[Manifest, F
         {},
         {"spec": 2, "wide": {}},
         {"spec": 1, "wide": {"qkv": [0]}},
+        {"spec": 1, "wide": {"qkv": [0, 0], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
+        {"spec": 1, "wide": {"qkv": [1, 0], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
         {"spec": 1, "wide": {"qkv": [99], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
         {"spec": 1, "wide": {"qkv": "0", "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
         {"spec": 1, "wide": {"qkv": [True], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
