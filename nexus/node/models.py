@@ -154,7 +154,7 @@ class Models:
             # What the pieces hold, not what the manifest says they hold: 16-bit weights that pass for float32 take twice as much.
             needed = await trio.to_thread.run_sync(_loaded_bytes, [paths[piece.name] for piece in pieces], dtype)
         else:
-            needed *= await trio.to_thread.run_sync(_exact_factor)
+            needed = await trio.to_thread.run_sync(_exact_bytes, [paths[piece.name] for piece in pieces])
         self._make_room(needed, f"layers {start} to {end - 1} need {needed} bytes")
         slot.n_bytes = needed  # now, so that what is loaded at the same time counts it
         try:
@@ -210,11 +210,11 @@ def _loaded_bytes(pieces: Sequence[Path], dtype: str) -> int:
     return DTYPE_BYTES[dtype] * sum(prod(spec.shape) for path in pieces for spec in check_safetensors(path).values())
 
 
-def _exact_factor() -> int:
-    """Bytes in memory per byte of an exact piece: more than one where this processor's int8 products are wrong."""
-    from nexus.engine.exact.stage import weight_factor
+def _exact_bytes(pieces: Sequence[Path]) -> int:
+    """The same of pieces in the exact profile: more than they hold where their shapes or this processor ask for it."""
+    from nexus.engine.exact.stage import loaded_bytes
 
-    return weight_factor()
+    return loaded_bytes(pieces)
 
 
 def _load_stage(manifest: Manifest, start: int, end: int, paths: dict[str, Path], dtype: str) -> Stage:

@@ -156,6 +156,11 @@ def available() -> list[str]:
     return [name for name, (_, supported) in _built().items() if supported]
 
 
+def packed_bytes(rows: int, depth: int) -> int:
+    """Memory of a weight [rows, depth]: rows are filled up to a block of 32, depth to 64 (`nx_packed_bytes`)."""
+    return -(-rows // 32) * 32 * -(-depth // 64) * 64
+
+
 def _aligned(size: int) -> Array:
     """Uninitialised bytes that begin at a multiple of 64."""
     whole = np.empty(size + _ALIGNMENT, np.uint8)

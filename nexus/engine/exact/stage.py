@@ -28,6 +28,7 @@ from nexus.engine.exact.sampler import sample_exact
 from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 from nexus.engine.float_stage import use_threads
 from nexus.engine.pooling import Pooling
+from nexus.engine.safetensors_check import check_safetensors
 from nexus.engine.sampling import GREEDY
 from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
 
@@ -290,11 +291,24 @@ def build_model(
     return build_torch(plan, start, end, pieces, tables, kernel and kernel.removeprefix(TORCH).removeprefix(":"))
 
 
-def weight_factor() -> int:
-    """Bytes that a weight takes in memory with the kernel that is taken here."""
+def loaded_bytes(pieces: Sequence[Path]) -> int:
+    """Memory of these pieces' weights with the kernel that is taken here: the compiled one fills blocks up, which makes little of
+    a model's weights and much of a matrix one column wide. Raises ModelFormatError for a file that is no sound piece."""
     from nexus.engine.exact.check import compiled_kernel
 
-    return 4 if not compiled_kernel() and gemm.choose([gemm.F32_DEPTH_MAX]) is gemm.Float32Blocks else 1
+    specs = [item for path in pieces for item in check_safetensors(path).items()]
+    if compiled_kernel():
+        from nexus.engine.exact.native import packed_bytes
+
+        # Gate and up are filled up each by itself: at most one block more than both together.
+        return sum(
+            packed_bytes(spec.shape[0] + 32 * (name == "gate_up.weight"), spec.shape[1])
+            if spec.dtype == "I8" and len(spec.shape) == 2
+            else spec.size
+            for name, spec in specs
+        )
+    factor = 4 if gemm.choose([gemm.F32_DEPTH_MAX]) is gemm.Float32Blocks else 1
+    return factor * sum(spec.size for _, spec in specs)
 
 
 def build_torch(

@@ -442,3 +442,10 @@ def test_a_failing_compiler_is_told_apart_and_leaves_the_library_alone(tmp_path:
         native_build.build(target, cc=[str(tmp_path / "nothing")])
     assert target.read_bytes() == b"the old one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cc", "kernel.so"]
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(1, 1), (32, 64), (33, 65), (131, 48), (1 << 24, 1), (4096, 11008)])
+def test_what_a_weight_takes_is_known_before_it_is_loaded(rows: int, depth: int) -> None:
+    library = native._library()
+    assert library is not None
+    assert native.packed_bytes(rows, depth) == library.nx_packed_bytes(rows, depth)

@@ -255,3 +255,11 @@ def test_a_full_context_is_refused_and_the_session_goes_on(exact_model: Models) 
     with pytest.raises(UsageError, match="context"):
         stage.step(b"s", tokens_to_bytes([3, 3]))
     stage.step(b"s", tokens_to_bytes([3]))
+
+
+def test_memory_is_known_before_a_stage_is_loaded(exact_model: Models) -> None:
+    """Its shapes are the author's: a narrow matrix takes many times its bytes once it is packed."""
+    manifest, folder = exact_model("qwen3")
+    files = folder.stage_files(manifest, 0, manifest.layers)
+    stage = load(manifest, folder)
+    assert stage.weight_bytes <= exact_stage.loaded_bytes([files[piece.name] for piece in manifest.pieces])
