@@ -238,6 +238,8 @@ def _check(plan: ExactPlan, settings: Any) -> None:
         raise ModelFormatError(f"{plan.heads} heads do not share {plan.kv_heads} key-value heads evenly", "Check config.json")
     if plan.rotated % 2 or not (2 if plan.causal else 0) <= plan.rotated <= plan.head_dim or plan.head_dim > HEAD_DIM_MAX:
         raise ModelFormatError(f"the exact profile does not cover heads of {plan.head_dim}, {plan.rotated} rotated", FLOAT_FIX)
+    if not plan.causal and plan.context > ENCODER_CONTEXT_MAX:
+        raise ModelFormatError(f"the exact profile does not cover encoders of {plan.context} tokens", FLOAT_FIX)
     if getattr(settings, "position_embedding_type", "absolute") != "absolute":
         raise ModelFormatError("the exact profile does not cover relative position embeddings", FLOAT_FIX)
     if getattr(settings, "use_bidirectional_attention", False):
@@ -245,6 +247,8 @@ def _check(plan: ExactPlan, settings: Any) -> None:
 
 
 HEAD_DIM_MAX = 256
+# A text goes through an encoder as one batch of so many rows; the longest known read 8,192 tokens.
+ENCODER_CONTEXT_MAX = 8192
 EPS_MIN = 2.0**-60
 FACTOR_MAX = 2.0**20
 ROPES_MAX = 2

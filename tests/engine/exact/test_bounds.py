@@ -103,3 +103,13 @@ def test_every_limit_is_that_of_the_type_that_holds_the_sum() -> None:
     integers = {"qkv", "o", "gate_up", "down", "head", "scores"}
     assert {name for name, bound in bounds.items() if bound.limit == INT32_LIMIT} == integers
     assert {bound.limit for name, bound in bounds.items() if name not in integers} == {FLOAT64_LIMIT}
+
+
+def test_encoders_of_endless_texts_are_refused() -> None:
+    """All of a text is in memory at once: rows times the widest layer."""
+    config = read_config(builtin_path("minilm") / "config.json")
+    config.settings.max_position_embeddings = 8192
+    assert plan_of(config).context == 8192
+    config.settings.max_position_embeddings = 8193
+    with pytest.raises(ModelFormatError, match="encoders"):
+        plan_of(config)
