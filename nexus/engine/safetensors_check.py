@@ -59,24 +59,24 @@ class TensorSpec:
         return self.end - self.start
 
 
-def check_safetensors(path: Path) -> dict[str, TensorSpec]:
+def check_safetensors(path: Path, header_bytes_max: int = HEADER_BYTES_MAX) -> dict[str, TensorSpec]:
     """The tensors of the file at `path`, by name. Raises ModelFormatError unless every byte of the file is accounted for."""
     try:
         with path.open("rb") as file:
-            return _check(file, os.fstat(file.fileno()).st_size)
+            return _check(file, os.fstat(file.fileno()).st_size, header_bytes_max)
     except OSError as error:
         raise ModelFormatError(f"{path.name} cannot be read: {error.strerror}", "Check the file and its permissions") from error
     except ModelFormatError as error:
         raise ModelFormatError(f"{path.name} is not a sound safetensors file: {error.cause}", _FIX) from error.__cause__
 
 
-def _check(file: BinaryIO, size: int) -> dict[str, TensorSpec]:
+def _check(file: BinaryIO, size: int, header_bytes_max: int) -> dict[str, TensorSpec]:
     head = file.read(8)
     if len(head) < 8:
         raise ModelFormatError(f"it is only {size} bytes long")
     length = int.from_bytes(head, "little")
-    if length > HEADER_BYTES_MAX:
-        raise ModelFormatError(f"its header claims {length} bytes, more than the {HEADER_BYTES_MAX} allowed")
+    if length > header_bytes_max:
+        raise ModelFormatError(f"its header claims {length} bytes, more than the {header_bytes_max} allowed")
     if 8 + length > size:
         raise ModelFormatError(f"its header claims {length} bytes, but the file has {size}")
     raw = file.read(length)

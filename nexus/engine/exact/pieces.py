@@ -16,6 +16,8 @@ from nexus.engine.safetensors_check import TensorSpec, check_safetensors
 
 _DTYPES: dict[str, np.dtype[Any]] = {"I8": np.dtype("i1"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _BLOCK_BYTES = 16 << 20
+# A piece has some dozen tensors.
+HEADER_BYTES_MAX = 1 << 20
 SCALE_MIN, SCALE_MAX = 2.0**-60, 2.0**20
 VALUE_MAX, STATE_MAX = 2.0**20, 2.0**40
 # Tables that are the same in every model. With another's no sum would stay within its bounds, and known answers read only a few
@@ -37,7 +39,7 @@ class Piece:
     def __init__(self, path: Path, shapes: Shapes) -> None:
         """Raises ModelFormatError where the file does not hold exactly these tensors."""
         self.path = path
-        self._specs = check_safetensors(path)
+        self._specs = check_safetensors(path, HEADER_BYTES_MAX)
         if {name: (spec.dtype, spec.shape) for name, spec in self._specs.items()} != shapes:
             raise ModelFormatError(f"the piece {path.name} does not hold the tensors that the model's config asks for", _AGAIN)
 

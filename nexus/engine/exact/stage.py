@@ -8,6 +8,7 @@ time to time while it serves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
@@ -64,7 +65,7 @@ class ExactStage(Stage):
         plan: ExactPlan,
         model: Kernel,
         tables: Tables,
-        vectors: KnownAnswers,
+        answers: StageAnswers,
         pooling: Pooling,
     ) -> None:
         super().__init__(manifest, start, end, pooling)
@@ -72,7 +73,7 @@ class ExactStage(Stage):
         self.model = model
         self.chunked = plan.causal
         self._exp_tables = tables["exp_hi"], tables["exp_lo"]
-        self._vectors = vectors
+        self._answers = answers
         self._checked_s = monotonic()
 
     @property
@@ -86,7 +87,7 @@ class ExactStage(Stage):
 
     def check(self) -> None:
         """Compute the model's known answers once more. Raises LocalError where a single bit differs."""
-        self._vectors.check(self)
+        self._answers.check(self)
         self._checked_s = monotonic()
 
     def _new_cache(self) -> Cache | None:
@@ -166,12 +167,24 @@ class KnownAnswers:
             raise ModelFormatError("the known answers are for tokens that the model does not have", "Add the model again")
         return cls(tokens, piece.tensor("states").astype(np.float32), piece.tensor(_answer_name(plan)).astype(np.float32))
 
+    def of(self, start: int, end: int) -> StageAnswers:
+        """Those of the stage of layers [start, end), in memory of their own."""
+        last = end == len(self.states) - 1
+        given, expected = self.tokens if start == 0 else self.states[start], self.answer if last else self.states[end]
+        return StageAnswers(given.copy(), expected.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class StageAnswers:
+    """What goes into a stage, and what must come out of it: `given` int64 [n] or float32 [n, hidden]."""
+
+    given: NDArray[np.int64] | NDArray[np.float32]
+    expected: NDArray[np.float32]
+
     def check(self, stage: ExactStage) -> None:
         """Raises LocalError where the stage does not give these answers, bit for bit."""
-        given = self.tokens if stage.first else self.states[stage.start]
-        expected = self.answer if stage.last else self.states[stage.end]
-        got = stage._batch([Pass(Session(stage._new_cache() if stage.causal else None, GREEDY), given)])[0]
-        if not np.array_equal(got.view(np.uint32), expected.view(np.uint32)):
+        got = stage._batch([Pass(Session(stage._new_cache() if stage.causal else None, GREEDY), self.given)])[0]
+        if not np.array_equal(got.view(np.uint32), self.expected.view(np.uint32)):
             raise LocalError(
                 f"layers {stage.start} to {stage.end - 1} do not give the model's known answers with the kernel {stage.kernel}",
                 "Nothing is served from them. Try `nexus engine check`; if every kernel is right, fetch the model again",
@@ -243,25 +256,11 @@ def load_exact_stage(
     plan = read_plan(config, path_of(files, EXACT_PLAN))
     check_config(manifest, config, plan.kv_bytes)
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
-    vectors = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan)
-    stage = stage_of(manifest, plan, start, end, open_pieces(plan, start, end, files), tables, vectors, pooling, kernel)
+    answers = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan).of(start, end)
+    model = build_model(plan, start, end, open_pieces(plan, start, end, files), tables, kernel)
+    stage = ExactStage(manifest, start, end, plan, model, tables, answers, pooling)
     stage.check()
     return stage
-
-
-def stage_of(
-    manifest: Manifest,
-    plan: ExactPlan,
-    start: int,
-    end: int,
-    pieces: Mapping[str, Piece],
-    tables: Tables,
-    vectors: KnownAnswers,
-    pooling: Pooling,
-    kernel: str | None,
-) -> ExactStage:
-    model = build_model(plan, start, end, pieces, tables, kernel)
-    return ExactStage(manifest, start, end, plan, model, tables, vectors, pooling)
 
 
 def open_pieces(plan: ExactPlan, start: int, end: int, files: Mapping[str, Path]) -> dict[str, Piece]:
