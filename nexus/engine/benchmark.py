@@ -58,7 +58,8 @@ def measure_speed(stage: Stage, progress: Callable[[int, int], None]) -> EngineS
     decoded = min(DECODED_TOKENS, manifest.context - prompt) if causal else 0
     ids = [(7 + 31 * number) % manifest.vocab_size for number in range(prompt)]
     bytes_per_token = _bytes_per_token(stage, prompt, decoded) if causal else 0
-    reader = _Reader(max(bytes_per_token, READ_BYTES_MIN), stage.weight_bytes) if causal else None
+    use_threads(stage.weight_bytes)
+    reader = MemoryReader(max(bytes_per_token, READ_BYTES_MIN)) if causal else None
     prefills, decodes, reads = [], [], []
     for number in range(ROUNDS + 1):
         prefill_s, decode_s = _round(stage, ids, decoded)
@@ -69,7 +70,7 @@ def measure_speed(stage: Stage, progress: Callable[[int, int], None]) -> EngineS
                 reads.append(reader.bytes_per_s())
         progress(number + 1, ROUNDS + 1)
     common = EngineSpeed(
-        kernel=str(getattr(stage, "kernel", "transformers")),
+        kernel=stage.kernel,
         threads=use_threads(stage.weight_bytes),
         weight_bytes=stage.weight_bytes,
         prompt_tokens=prompt,
@@ -117,11 +118,10 @@ def _bytes_per_token(stage: Stage, prompt: int, decoded: int) -> int:
     return weights + manifest.layers * manifest.kv_bytes * (prompt + decoded // 2)
 
 
-class _Reader:
-    """Reads as much memory as a token does, so that caches help both alike, on as many threads."""
+class MemoryReader:
+    """Reads a buffer of at least `size` bytes on torch's threads: as much as a token reads, so that caches help both alike."""
 
-    def __init__(self, size: int, weight_bytes: int) -> None:
-        use_threads(weight_bytes)
+    def __init__(self, size: int) -> None:
         rows = -(-size // (8 * _LENGTH))
         self._size = rows * 8 * _LENGTH
         integers = torch.ones(rows, _LENGTH, dtype=torch.int64)
@@ -130,6 +130,7 @@ class _Reader:
         # No single one is the fastest everywhere; each reads every byte once and writes next to nothing.
         self._passes: tuple[Callable[[], object], ...] = (
             lambda: torch.mv(floats, vector),
+            floats.sum,
             floats.view(torch.float64).sum,
             integers.sum,
             integers.view(torch.int8).amax,

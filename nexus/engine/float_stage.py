@@ -52,6 +52,10 @@ class FloatStage(Stage):
         return count
 
     @property
+    def kernel(self) -> str:
+        return "transformers"
+
+    @property
     def is_traced(self) -> bool:
         """Whether decode steps take the fast way (see `Fragment.is_traced`)."""
         return self._fragment.is_traced

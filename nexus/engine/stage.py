@@ -88,6 +88,11 @@ class Stage(ABC):
     def weight_bytes(self) -> int:
         """Memory of the weights."""
 
+    @property
+    @abstractmethod
+    def kernel(self) -> str:
+        """Which implementation computes here, e.g. "native (amx)"."""
+
     @abstractmethod
     def _new_cache(self) -> Cache | None: ...
 

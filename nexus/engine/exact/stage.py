@@ -23,7 +23,7 @@ from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTO
 from nexus.engine.architecture import Config, read_json
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.bounds import check_bounds
-from nexus.engine.exact.pieces import Piece, read_tables
+from nexus.engine.exact.pieces import STATE_MAX, Piece, read_tables
 from nexus.engine.exact.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes, plan_of
 from nexus.engine.exact.sampler import sample_exact
 from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
@@ -33,8 +33,7 @@ from nexus.engine.safetensors_check import check_safetensors
 from nexus.engine.sampling import GREEDY
 from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
 
-BOUND = 2.0**40
-# A bit that flips in memory is found at the latest after so many seconds of work.
+# A bit that flips in memory is found with the first step after so many seconds.
 RECHECK_S = 600.0
 TORCH = "torch"
 
@@ -78,7 +77,6 @@ class ExactStage(Stage):
 
     @property
     def kernel(self) -> str:
-        """Which implementation computes here, e.g. "native (amx)"."""
         return self.model.kernel
 
     @property
@@ -125,7 +123,7 @@ class ExactStage(Stage):
         return sample_exact(session.logits, session.sampling, session.steps, self._exp_tables, session.tokens)
 
     def _check_states(self, values: NDArray[np.float32]) -> None:
-        if not bool((np.abs(values) <= BOUND).all()):
+        if not bool((np.abs(values) <= STATE_MAX).all()):
             raise MalformedError("the hidden states are not all numbers up to 2^40, as every honest computation's are")
 
 

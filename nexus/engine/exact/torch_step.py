@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from nexus.core.errors import OutOfBoundsError
 from nexus.engine.exact.gemm import Kernel, Product
+from nexus.engine.exact.pieces import STATE_MAX
 from nexus.engine.exact.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 
-SMALLEST, LARGEST = 2.0**-40, 2.0**40
+SMALLEST, LARGEST = 2.0**-40, STATE_MAX
 MAX8, MAX16 = 127.0, 32512.0
 _PAGE_TOKENS = 64
 _P_MAX = 32767.0
@@ -238,27 +239,21 @@ class TorchModel:
     def run(self, cache: TorchCache | None, position: int, count: int) -> TorchRun:
         return TorchRun(cache, position, count)
 
-    def step(
-        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, cancelled: Callable[[], bool] | None = None
-    ) -> torch.Tensor:
+    def step(self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None) -> torch.Tensor:
         """`x`: token ids, int64 [rows], for the first stage, else float32 [rows, hidden]; the rows of all runs one after the other.
 
         Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [runs, vocab] of each run's last token.
         Raises OutOfBoundsError.
         """
-        x = self.hidden(runs, self.embedded(runs, x) if self.first else x, trace, cancelled)
+        x = self.hidden(runs, self.embedded(runs, x) if self.first else x, trace)
         return self.logits(runs, x) if self.last and self.plan.causal else x
 
-    def hidden(
-        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, cancelled: Callable[[], bool] | None = None
-    ) -> torch.Tensor:
+    def hidden(self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None) -> torch.Tensor:
         """`x` [rows, hidden] through the layers."""
         for run in runs:
             if run.cache is not None:
                 run.cache.reserve(run.position + run.count)
         for index, layer in enumerate(self.layers):
-            if cancelled and cancelled():
-                break
             x = self._layer(index, layer, runs, x, trace)
         amax(x)
         return x
