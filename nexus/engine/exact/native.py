@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,13 +18,15 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from nexus.core.errors import LocalError, OutOfBoundsError
+from nexus.core.hashing import HASH_BYTES, leaf_hash
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import native_build
-from nexus.engine.exact.plan import ATTENTION, ExactPlan, LayerPlan
 from nexus.engine.exact.torch_step import Trace
+from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan
 
 PAGE_TOKENS = 64
 _ABI = 1
@@ -156,6 +158,35 @@ def available() -> list[str]:
     return [name for name, (_, supported) in _built().items() if supported]
 
 
+def hash_leaves(leaves: Sequence[bytes]) -> NDArray[np.uint8]:
+    """The hashes [n, 32] of Merkle leaves of any lengths: BLAKE3(0x00 data)."""
+    return _hashes(leaf_hash(leaf) for leaf in leaves)
+
+
+def hash_rows(rows: Array) -> NDArray[np.uint8]:
+    """The leaf hashes [n, 32] of the rows of a contiguous array [n, ...], each as its bytes in memory."""
+    return _hashes(leaf_hash(row.tobytes()) for row in rows)
+
+
+def hash_nodes(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The hashes [n, 32] of inner nodes over pairs [n, 64] of hashes: BLAKE3(0x01 left right)."""
+    return _hashes(blake3(b"\1" + pair.tobytes()).digest() for pair in pairs)
+
+
+def merkle_roots(leaves: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The roots [m, 32] of m trees over n leaf hashes each, [m, n, 32], n >= 1: `nexus.core.hashing.merkle_root`."""
+    level = np.ascontiguousarray(leaves)
+    while (count := level.shape[1]) > 1:
+        pairs = np.ascontiguousarray(level[:, : count // 2 * 2]).reshape(-1, 2 * HASH_BYTES)
+        paired = hash_nodes(pairs).reshape(len(level), count // 2, HASH_BYTES)
+        level = np.concatenate([paired, level[:, -1:]], 1) if count % 2 else paired
+    return level[:, 0]
+
+
+def _hashes(digests: Iterable[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, HASH_BYTES)
+
+
 def packed_bytes(rows: int, depth: int) -> int:
     """Memory of a weight [rows, depth]: rows are filled up to a block of 32, depth to 64 (`nx_packed_bytes`)."""
     return -(-rows // 32) * 32 * -(-depth // 64) * 64
@@ -219,6 +250,33 @@ class NativeRun:
     position: int
     count: int
     logits: str = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a step commits to of one run: leaf hashes, and what they are the hashes of where that was asked for.
+
+    `cells`: uint8 [layers, 5, count, 32], a leaf per row of every value, in the order of `nexus.proof.trace.OPS`.
+    `logits`: uint8 [n, 32], a leaf per row of logits that the run asked for (one for "last").
+    `records`: uint8 [layers, kv_heads, count, 32], a leaf per token of every log; no heads in an encoder.
+    `values`: by layer and op float32 [count, width]. `record_bytes`: by layer uint8 [kv_heads, count, size of a record]. Both are
+    empty unless asked for. The arrays are views of memory that all runs of the batch share.
+    """
+
+    cells: NDArray[np.uint8]
+    logits: NDArray[np.uint8]
+    records: NDArray[np.uint8]
+    values: tuple[tuple[NDArray[np.float32], ...], ...] = ()
+    record_bytes: tuple[NDArray[np.uint8], ...] = ()
+
+
+class Commit:
+    """Asks a step to commit to some of its runs (all unless named by index), and to check its own linear layers. After the step
+    `committed` has an entry for every run, None for those that were not asked of. `values`: hand out values and records too."""
+
+    def __init__(self, runs: Collection[int] | None = None, values: bool = False) -> None:
+        self.runs, self.values = runs, values
+        self.committed: list[Committed | None] = []
 
 
 _LOGITS = {"none": _NO_LOGITS, "last": _LAST_LOGITS, "all": _ALL_LOGITS}
@@ -370,11 +428,13 @@ class NativeModel:
         trace: Trace | None = None,
         cancel: CancelFlag | None = None,
         threads: int | None = None,
+        commit: Commit | None = None,
     ) -> torch.Tensor:
         """`x`: token ids, int64 [rows], for the first stage, else float32 [rows, hidden]; the rows of all runs one after the other.
 
         Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [n, vocab] that the runs ask for, in
-        their order. `threads`: as torch's unless given. Raises OutOfBoundsError, CancelledError.
+        their order. `threads`: as torch's unless given. `commit`: filled with what the step commits to. Raises OutOfBoundsError,
+        CancelledError, and LocalError where a step that commits finds that it computed wrongly.
         """
         rows = sum(run.count for run in runs)
         if len(x) != rows or not rows:
