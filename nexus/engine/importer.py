@@ -37,13 +37,14 @@ from nexus.core.manifest import (
     layer_name,
 )
 from nexus.engine.architecture import Config, Layout, layout_of, model_class, read_config
-from nexus.engine.exact.bounds import check_bounds
 from nexus.engine.exact.convert import CONVERTER, PieceSources, piece_chunks, piece_sources
-from nexus.engine.exact.plan import SPEC, ExactPlan, plan_of
+from nexus.engine.exact.plan import plan_of
 from nexus.engine.pooling import MODULES_FILE, Pooling, pooling_config_name, read_pooling
 from nexus.engine.safetensors_check import check_safetensors, encode_header, encode_safetensors
 from nexus.engine.source import TensorSource, file_chunks
 from nexus.engine.tokenizer import TOKENIZER_FILE, Tokenizer
+from nexus.proof.arithmetic.bounds import check_bounds
+from nexus.proof.arithmetic.plan import SPEC, ExactPlan
 
 CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -272,7 +273,7 @@ def _finish_exact(
 ) -> tuple[int, list[Blob]]:
     """What an exact model has beside its pieces, computed from them: bytes of KV cache per token and layer, and the files."""
     from nexus.engine.exact.calibrate import CALIBRATION_TEXT, calibrate
-    from nexus.engine.exact.tables import tables_of
+    from nexus.proof.arithmetic.tables import tables_of
 
     blobs = {piece.name: piece for piece in pieces}
     sizes = [blobs[layer_name(index)].size for index in range(len(plan.layers))]

@@ -26,7 +26,7 @@ from nexus.core.errors import MalformedError, ModelFormatError, NexusError, NotF
 from nexus.core.manifest import CAUSAL, EXACT, Manifest
 from nexus.engine.architecture import Config, read_config
 from nexus.engine.pooling import Pooling, read_pooling
-from nexus.engine.sampling import GREEDY, Sampling, not_a_number
+from nexus.proof.arithmetic.sampler import GREEDY, Sampling, not_a_number
 
 _TOKEN_BYTES = 4
 

@@ -88,8 +88,8 @@ class PlanView:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Sampling options as `nexus.engine.sampling.Sampling` has them. `seed` None: a fresh one is drawn. `stages` None: the node
-    decides. `receipts` False: the stages sign nothing, and nothing of the answer can be verified."""
+    """Sampling options as `nexus.proof.arithmetic.sampler.Sampling` has them. `seed` None: a fresh one is drawn.
+    `stages` None: the node decides. `receipts` False: the stages sign nothing, and nothing of the answer can be verified."""
 
     model: str
     prompt: str

@@ -434,7 +434,7 @@ class _Served:
 
     async def run(self) -> None:
         """Until the session is over. Raises what made it fail."""
-        from nexus.engine.sampling import Sampling
+        from nexus.proof.arithmetic.sampler import Sampling
 
         service, terms, plan = self._service, self._opened.terms, self._opened.plan
         key = (self._session, self._opened.stage)

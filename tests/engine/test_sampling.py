@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nexus.core.errors import NexusError, UsageError
-from nexus.engine.sampling import GREEDY, Sampling, nucleus, penalised, sample, uniform
+from nexus.engine.sampling import nucleus, sample, uniform
+from nexus.proof.arithmetic.sampler import GREEDY, Sampling, penalised
 from nexus.proof.receipts import MICRO, millionths
 from tests.swarm.ring import manifest, plan_for, terms_for
 

@@ -17,8 +17,8 @@ from nexus.core.errors import MalformedError, ModelFormatError, NotFoundError, U
 from nexus.core.manifest import Manifest
 from nexus.engine.decoder_step import LLAMA_FORM
 from nexus.engine.kv import KVLayer
-from nexus.engine.sampling import Sampling
 from nexus.engine.stage import Stage, load_stage
+from nexus.proof.arithmetic.sampler import Sampling
 from nexus.proof.receipts import tokens_from_bytes, tokens_to_bytes
 
 from .conftest import ARCHITECTURES, Folder

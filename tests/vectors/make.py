@@ -15,9 +15,6 @@ from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash
 from nexus.core.keys import Identity
 from nexus.core.manifest import blob_root
 from nexus.core.record import Record
-from nexus.engine.exact.sampler import sample_exact
-from nexus.engine.exact.tables import exp_tables
-from nexus.engine.sampling import Sampling
 from nexus.node.infer import (
     INFER_MESSAGES,
     LINK_MESSAGES,
@@ -32,6 +29,8 @@ from nexus.node.infer import (
     OwnReceipt,
     Push,
 )
+from nexus.proof.arithmetic.sampler import Sampling, sample_exact
+from nexus.proof.arithmetic.tables import exp_tables
 from nexus.proof.receipts import Refusal, SignedRefusal, millionths
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
 from tests.swarm.ring import causal_ring, encoder_ring, identity

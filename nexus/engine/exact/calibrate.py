@@ -21,9 +21,9 @@ from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.convert import WEIGHTS_FIX
 from nexus.engine.exact.pieces import Piece
-from nexus.engine.exact.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 from nexus.engine.exact.stage import KnownAnswers, pooled, vector_tokens
 from nexus.engine.pooling import Pooling
+from nexus.proof.arithmetic.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 
 # An operation whose error is above this, in the mean over the calibration's tokens, is made wide.
 ERROR_MAX = 0.03

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from nexus.core.errors import NexusError
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import gemm, native, torch_step
-from nexus.engine.exact.plan import ATTENTION, ExactPlan, LayerPlan, Rope
 from nexus.engine.exact.stage import Kernel
-from nexus.engine.exact.tables import tables_of
+from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan, Rope
+from nexus.proof.arithmetic.tables import tables_of
 
 # Of the outputs of both models. It changes only with the arithmetic (docs/exact.md) or with what is made below.
 EXPECTED = "6180f81ab5c187e2692a1d9a8641732f5b97bea2418662fcf0e643d3c0a3b5c1"

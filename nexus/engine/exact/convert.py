@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from nexus.core.errors import ModelFormatError
 from nexus.core.manifest import CAUSAL, EMBEDDING, HEAD, layer_name
 from nexus.engine.architecture import Config, Layout
-from nexus.engine.exact.bounds import WEIGHT_MAX
 from nexus.engine.exact.pieces import SCALE_MAX, SCALE_MIN, VALUE_MAX
-from nexus.engine.exact.plan import FLOAT_FIX, ExactPlan, Shapes
 from nexus.engine.safetensors_check import encode_header
 from nexus.engine.source import TensorSource
+from nexus.proof.arithmetic.bounds import FLOAT_FIX, WEIGHT_MAX
+from nexus.proof.arithmetic.plan import ExactPlan, Shapes
 
 # The version of what is done here: another one may give other bytes for the same weights.
 CONVERTER = 1

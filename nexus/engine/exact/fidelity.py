@@ -28,7 +28,7 @@ from nexus.engine.architecture import Config, read_config
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.convert import float_rows, piece_sources
 from nexus.engine.exact.pieces import Piece, read_tables
-from nexus.engine.exact.plan import HEAD_OP, ExactPlan, plan_of
+from nexus.engine.exact.plan import plan_of
 from nexus.engine.exact.stage import Kernel, Tables, build_model, pooled, read_plan, table_shapes
 from nexus.engine.float_stage import SMALL_STAGE_BYTES, use_threads
 from nexus.engine.fragment import Fragment
@@ -38,6 +38,7 @@ from nexus.engine.safetensors_check import TensorSpec
 from nexus.engine.source import TensorSource
 from nexus.engine.stage import path_of
 from nexus.engine.tokenizer import Tokenizer
+from nexus.proof.arithmetic.plan import HEAD_OP, ExactPlan
 
 # Tokens of a text that are read at once; each window begins at position 0.
 WINDOW_TOKENS = 256

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus.core.errors import ModelFormatError
-from nexus.engine.exact.plan import Shapes
 from nexus.engine.safetensors_check import TensorSpec, check_safetensors
+from nexus.proof.arithmetic.plan import Shapes
 
 _DTYPES: dict[str, np.dtype[Any]] = {"I8": np.dtype("i1"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _BLOCK_BYTES = 16 << 20

@@ -22,16 +22,16 @@ from nexus.core.errors import LocalError, MalformedError, ModelFormatError, Nexu
 from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, HEAD, Manifest, layer_name
 from nexus.engine.architecture import Config, read_json
 from nexus.engine.exact import gemm, torch_step
-from nexus.engine.exact.bounds import check_bounds
 from nexus.engine.exact.pieces import STATE_MAX, Piece, read_tables
-from nexus.engine.exact.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes, plan_of
-from nexus.engine.exact.sampler import sample_exact
-from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
+from nexus.engine.exact.plan import plan_of
 from nexus.engine.float_stage import use_threads
 from nexus.engine.pooling import Pooling
 from nexus.engine.safetensors_check import check_safetensors
-from nexus.engine.sampling import GREEDY
 from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
+from nexus.proof.arithmetic.bounds import check_bounds
+from nexus.proof.arithmetic.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes
+from nexus.proof.arithmetic.sampler import GREEDY, sample_exact
+from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 
 # A bit that flips in memory is found with the first step after so many seconds.
 RECHECK_S = 600.0

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from nexus.core.errors import OutOfBoundsError
 from nexus.engine.exact.gemm import Kernel, Product
 from nexus.engine.exact.pieces import STATE_MAX
-from nexus.engine.exact.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
-from nexus.engine.exact.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
+from nexus.proof.arithmetic.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
+from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 
 SMALLEST, LARGEST = 2.0**-40, STATE_MAX
 MAX8, MAX16 = 127.0, 32512.0

@@ -29,10 +29,11 @@ from nexus.engine.architecture import read_config
 from nexus.engine.exact import calibrate, convert
 from nexus.engine.exact.calibrate import ERROR_MAX, relative_error
 from nexus.engine.exact.convert import quantise
-from nexus.engine.exact.plan import ExactPlan, plan_of
+from nexus.engine.exact.plan import plan_of
 from nexus.engine.exact.stage import VECTOR_TOKENS
 from nexus.engine.importer import import_model
 from nexus.engine.stage import load_stage
+from nexus.proof.arithmetic.plan import ExactPlan
 from nexus.storage.blobs import BlobStore
 from nexus.storage.journal import JOURNALS_MAX, ImportJournal
 from tests.engine.conftest import Folder

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from nexus.core.errors import LocalError, OutOfBoundsError
 from nexus.engine.exact import native, native_build, torch_step
 from nexus.engine.exact.gemm import Float32Blocks
-from nexus.engine.exact.plan import ExactPlan, LayerPlan, Rope
-from nexus.engine.exact.tables import exp_tables, phi_table, rope_tables
+from nexus.proof.arithmetic.plan import ExactPlan, LayerPlan, Rope
+from nexus.proof.arithmetic.tables import exp_tables, phi_table, rope_tables
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled kernel was not built here")
 

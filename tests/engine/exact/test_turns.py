@@ -13,9 +13,9 @@ import trio
 from nexus.core.errors import MalformedError, NexusError
 from nexus.core.manifest import Manifest
 from nexus.engine.importer import import_model
-from nexus.engine.sampling import GREEDY, Sampling
 from nexus.engine.stage import Stage, load_stage
 from nexus.node.batching import PROMPT_TOKENS_PER_TURN, Batcher
+from nexus.proof.arithmetic.sampler import GREEDY, Sampling
 from nexus.proof.receipts import tokens_from_bytes, tokens_to_bytes
 from tests.engine.conftest import Folder
 

@@ -13,7 +13,7 @@ import mpmath  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from nexus.engine.exact.plan import ExactPlan, Rope
+from nexus.proof.arithmetic.plan import ExactPlan, Rope
 
 BITS = 120
 ROPE_FINE = 256

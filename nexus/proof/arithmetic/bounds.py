@@ -6,9 +6,15 @@ A sum that fits is the same in any order and on any machine. A shape that could 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nexus.core.errors import ModelFormatError
-from nexus.engine.exact.plan import FLOAT_FIX, HEAD_OP, ExactPlan
+
+if TYPE_CHECKING:
+    from nexus.proof.arithmetic.plan import ExactPlan
+
+# What to do about a model that the exact profile does not cover.
+FLOAT_FIX = "Add it with --profile float"
 
 INT32_LIMIT = 1 << 31
 # Up to here float64 holds every integer.
@@ -38,7 +44,7 @@ class Bound:
 
 def bounds_of(plan: ExactPlan) -> dict[str, Bound]:
     """Every sum of a model: of each linear operation, of scores (of 8 and of 16 bits), norms, attention and pooling."""
-    linears = {name: depth for name, (_, depth) in plan.linear_shapes().items()} | ({HEAD_OP: plan.hidden} if plan.causal else {})
+    linears = {name: depth for name, (_, depth) in plan.linear_shapes().items()} | ({"head": plan.hidden} if plan.causal else {})
     bounds = {name: Bound(depth * BYTE_MAX * WEIGHT_MAX, INT32_LIMIT) for name, depth in linears.items()}
     bounds["scores"] = Bound(plan.head_dim * BYTE_MAX * WEIGHT_MAX, INT32_LIMIT)
     bounds["scores_wide"] = Bound(plan.head_dim * WIDE_MAX * WIDE_MAX, FLOAT64_LIMIT)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import ModelFormatError
 from nexus.engine.architecture import read_config
-from nexus.engine.exact.bounds import CONTEXT_MAX, FLOAT64_LIMIT, INT32_LIMIT, bounds_of, check_bounds
-from nexus.engine.exact.plan import ExactPlan, plan_of
+from nexus.engine.exact.plan import plan_of
 from nexus.models import builtin_path
+from nexus.proof.arithmetic.bounds import CONTEXT_MAX, FLOAT64_LIMIT, INT32_LIMIT, bounds_of, check_bounds
+from nexus.proof.arithmetic.plan import ExactPlan
 
 
 @cache
