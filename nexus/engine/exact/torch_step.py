@@ -21,6 +21,7 @@ from nexus.engine.exact.gemm import Kernel, Product
 from nexus.engine.exact.pieces import STATE_MAX
 from nexus.proof.arithmetic.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
+from nexus.proof.trace import ATTENTION_OUT, DOWN, GATE_UP, QKV
 
 SMALLEST, LARGEST = 2.0**-40, STATE_MAX
 MAX8, MAX16 = 127.0, 32512.0
@@ -38,6 +39,18 @@ class Trace(Protocol):
     high parts, then those of the low parts), and the float32 output of attention [rows, heads * head_dim]."""
 
     def __call__(self, layer: int, op: str, values: torch.Tensor) -> None: ...
+
+
+class Commit(Protocol):
+    """Receives what a step commits to (docs/evidence.md), as it is computed."""
+
+    def value(self, layer: int, op: str, rows: torch.Tensor) -> None:
+        """float32 [rows, width]; `op` of `nexus.proof.trace.OPS`."""
+        ...
+
+    def records(self, layer: int, records: torch.Tensor) -> None:
+        """uint8 [rows, key-value heads, bytes of a record]; of a decoder only."""
+        ...
 
 
 class TorchCache:
@@ -59,6 +72,12 @@ class TorchCache:
     def nbytes(self) -> int:
         return sum(part.nbytes for parts in self._parts() for part in parts)
 
+    def records(self, layer: int, start: int, end: int) -> NDArray[np.uint8]:
+        """The records of tokens [start, end) in the logs of a layer, uint8 [key-value heads, tokens, bytes]."""
+        parts = (part[layer][:, start:end] for part in (self.keys, self.values, self.key_scales, self.value_scales))
+        values: NDArray[np.uint8] = kv_records(*parts).numpy()
+        return values
+
     def _parts(self) -> tuple[list[torch.Tensor], ...]:
         return self.keys, self.values, self.key_scales, self.value_scales
 
@@ -75,13 +94,22 @@ class TorchCache:
         self._capacity = more
 
 
+def kv_records(keys: torch.Tensor, values: torch.Tensor, key_scales: torch.Tensor, value_scales: torch.Tensor) -> torch.Tensor:
+    """Records of keys and values as nexus.proof.trace hashes them, uint8 [..., bytes]. `keys`: int8, or int16 of wide attention,
+    [..., size]; `values`: int8 [..., size]; scales: float32 [...]."""
+    parts = (keys, values, key_scales[..., None], value_scales[..., None])
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+
+
 @dataclass(frozen=True, slots=True)
 class TorchRun:
-    """Consecutive tokens of one session. `cache` is None for an encoder, which sees all of the run and nothing else."""
+    """Consecutive tokens of one session. `cache` is None for an encoder, which sees all of the run and nothing else. `logits`: of
+    the "last" token, of "all" or "none"."""
 
     cache: TorchCache | None
     position: int
     count: int
+    logits: str = "last"
 
 
 def amax(x: torch.Tensor) -> torch.Tensor:
@@ -236,33 +264,42 @@ class TorchModel:
     def new_cache(self) -> TorchCache | None:
         return TorchCache(self.plan, [layer.plan for layer in self.layers]) if self.plan.causal else None
 
-    def run(self, cache: TorchCache | None, position: int, count: int) -> TorchRun:
-        return TorchRun(cache, position, count)
+    def run(self, cache: TorchCache | None, position: int, count: int, logits: str = "last") -> TorchRun:
+        return TorchRun(cache, position, count, logits)
 
-    def step(self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None) -> torch.Tensor:
+    def step(
+        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: Commit | None = None
+    ) -> torch.Tensor:
         """`x`: token ids, int64 [rows], for the first stage, else float32 [rows, hidden]; the rows of all runs one after the other.
 
-        Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [runs, vocab] of each run's last token.
-        Raises OutOfBoundsError.
+        Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [n, vocab] that the runs ask for, in
+        their order. Raises OutOfBoundsError.
         """
-        x = self.hidden(runs, self.embedded(runs, x) if self.first else x, trace)
+        x = self.hidden(runs, self.embedded(runs, x) if self.first else x, trace, commit)
         return self.logits(runs, x) if self.last and self.plan.causal else x
 
-    def hidden(self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None) -> torch.Tensor:
+    def hidden(
+        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: Commit | None = None
+    ) -> torch.Tensor:
         """`x` [rows, hidden] through the layers."""
         for run in runs:
             if run.cache is not None:
                 run.cache.reserve(run.position + run.count)
         for index, layer in enumerate(self.layers):
-            x = self._layer(index, layer, runs, x, trace)
+            x = self._layer(index, layer, runs, x, trace, commit)
         amax(x)
         return x
 
     def logits(self, runs: Sequence[TorchRun], x: torch.Tensor) -> torch.Tensor:
-        """float32 [runs, vocab] of each run's last row."""
-        ends = torch.tensor([run.count for run in runs]).cumsum(0) - 1
+        """float32 [n, vocab] of the rows of `x` whose logits the runs ask for."""
+        wanted, end = [], 0
+        for run in runs:
+            end += run.count
+            wanted += list(range(end - {"none": 0, "last": 1, "all": run.count}[run.logits], end))
         assert self.head is not None
-        logits = self.head(rms_norm(x[ends], self.extras["norm.weight"], self.plan.eps))
+        if not wanted:
+            return x.new_empty((0, self.plan.vocab))
+        logits = self.head(rms_norm(x[wanted], self.extras["norm.weight"], self.plan.eps))
         return self.functions.cap(logits, self.plan.logit_cap) if self.plan.logit_cap else logits
 
     def embedded(self, runs: Sequence[TorchRun], ids: torch.Tensor) -> torch.Tensor:
@@ -282,23 +319,50 @@ class TorchModel:
         weight, bias = layer.norms[name]
         return rms_norm(x, weight, self.plan.eps) if bias is None else layer_norm(x, weight, bias, self.plan.eps)
 
-    def _layer(self, index: int, layer: _Layer, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None) -> torch.Tensor:
+    def _layer(
+        self, index: int, layer: _Layer, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None, commit: Commit | None
+    ) -> torch.Tensor:
         def op(name: str, y: torch.Tensor) -> torch.Tensor:
             return layer.linear[name](y, None if trace is None else lambda sums: trace(index, name, sums))
 
+        def committed(name: str, *parts: torch.Tensor) -> None:
+            if commit:
+                commit.value(index, name, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
         plan = self.plan
-        y = op("qkv", self._norm(layer, "attention_norm", x) if plan.causal else x)
-        attended = self._attention(index, layer, runs, y)
+        y = op(QKV, self._norm(layer, "attention_norm", x) if plan.causal else x)
+        committed(QKV, y)
+        attended = self._attention(index, layer, runs, y, commit)
         if trace:
             trace(index, ATTENTION, attended)
-        y = op("o", attended)
+        committed(ATTENTION, attended)
+        y = op(ATTENTION_OUT, attended)
         if not plan.causal:
             x = self._norm(layer, "attention_norm", x + y)
-            return self._norm(layer, "mlp_norm", x + op("down", self.functions.activation(plan.activation, op("gate_up", x))))
-        x = x + (self._norm(layer, "post_attention_norm", y) if plan.post_norms else y)
-        gate, up = torch.split(op("gate_up", self._norm(layer, "mlp_norm", x)), plan.ffn, -1)
-        y = op("down", self.functions.activation(plan.activation, gate) * up)
-        return x + (self._norm(layer, "post_mlp_norm", y) if plan.post_norms else y)
+            committed(ATTENTION_OUT, y, x)
+            h = self.functions.activation(plan.activation, op(GATE_UP, x))
+            committed(GATE_UP, h)
+            y = op(DOWN, h)
+            x = self._norm(layer, "mlp_norm", x + y)
+            committed(DOWN, y, x)
+            return x
+        if plan.post_norms:
+            x = x + self._norm(layer, "post_attention_norm", y)
+            committed(ATTENTION_OUT, y, x)
+        else:
+            x = x + y
+            committed(ATTENTION_OUT, x)
+        gate, up = torch.split(op(GATE_UP, self._norm(layer, "mlp_norm", x)), plan.ffn, -1)
+        h = self.functions.activation(plan.activation, gate) * up
+        committed(GATE_UP, h)
+        y = op(DOWN, h)
+        if plan.post_norms:
+            x = x + self._norm(layer, "post_mlp_norm", y)
+            committed(DOWN, y, x)
+        else:
+            x = x + y
+            committed(DOWN, x)
+        return x
 
     def _rotated(self, x: torch.Tensor, rope: int, positions: torch.Tensor) -> torch.Tensor:
         """`x`: [rows, heads, head_dim]."""
@@ -309,7 +373,9 @@ class TorchModel:
         one, two, rest = torch.split(x, [half, half, self.plan.head_dim - 2 * half], -1)
         return torch.cat((one * c - two * s, two * c + one * s, rest), -1)
 
-    def _attention(self, index: int, layer: _Layer, runs: Sequence[TorchRun], y: torch.Tensor) -> torch.Tensor:
+    def _attention(
+        self, index: int, layer: _Layer, runs: Sequence[TorchRun], y: torch.Tensor, commit: Commit | None
+    ) -> torch.Tensor:
         plan = self.plan
         q, k, v = torch.split(y, [plan.q_size, plan.kv_size, plan.kv_size], -1)
         q, k, v = (part.reshape(len(y), -1, plan.head_dim) for part in (q, k, v))
@@ -321,6 +387,9 @@ class TorchModel:
         wide = ATTENTION in layer.plan.wide
         quantise = quantise16 if wide else quantise8
         (qi, qs), (ki, ks), (vi, vs) = quantise(q), quantise(k), quantise8(v)
+        if commit and plan.causal:
+            keys = ki.to(torch.int16 if wide else torch.int8)
+            commit.records(index, kv_records(keys, vi, ks[..., 0], vs[..., 0]))
         out, at = [], 0
         for run in runs:
             rows = slice(at, at + run.count)
