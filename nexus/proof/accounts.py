@@ -42,8 +42,8 @@ class Share(Record):
 class Entry(Record):
     """Entry number `seq` of the account whose key is `account`, counted from 0. `prev`: the id of the entry before.
 
-    `session`: what is paid for. `amount`: micro-credits that leave the account (PAY) or come to it (EARN). `shares`: of PAY, to whom;
-    what they leave of the amount goes to the vault. `payment`: of EARN, the id of the PAY entry that gives it.
+    `session`: what is paid for. `amount`: micro-credits that leave the account (PAY) or come to it (EARN). `shares`: of PAY, to
+    whom; what they leave of the amount goes to the vault. `payment`: of EARN, the id of the PAY entry that gives it.
     """
 
     spec: int = uint(1, least=1)
