@@ -6,7 +6,7 @@ sums differ from the right ones by some e, which as a difference of int32 number
 r.e = 0 holds for one r in 2^33 at most. Two keys miss one wrong product in 2^66. `check` refuses sums beyond int32; an operation
 whose input is 16 bits wide has two rows of sums, one for hi and one for lo.
 
-A key never leaves its auditor: who knows r can write sums that pass. Of r only the seed is kept; v takes 8 bytes per key and column.
+A key never leaves its auditor: who knows r can write sums that pass. Of r only the seed is kept; v takes 8 bytes per column.
 """
 
 from __future__ import annotations
