@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from blake3 import blake3
 
@@ -82,3 +82,46 @@ def verify_merkle_proof(root: bytes, size: int, index: int, leaf: bytes, proof: 
         node = _node_hash(node, sibling) if side == "right" else _node_hash(sibling, node)
     if node != root:
         raise VerificationError("the Merkle proof does not lead to the root")
+
+
+def merkle_range_proof(leaves: Sequence[bytes], start: int, end: int) -> list[bytes]:
+    """The roots of the largest subtrees without a leaf of [start, end), from left to right: what `verify_merkle_range` needs."""
+    if not 0 <= start < end <= len(leaves):
+        raise IndexError(f"leaves {start} to {end} of {len(leaves)}")
+    return [merkle_root(leaves[low:high]) for low, high in _outside(0, len(leaves), start, end)]
+
+
+def verify_merkle_range(root: bytes, size: int, start: int, leaves: Sequence[bytes], proof: Sequence[bytes]) -> None:
+    """Check that `leaves` (leaf hashes) are those from number `start` on of the `size` under `root`. Raises VerificationError.
+
+    Takes a hash per leaf and two per level of the tree. A proof of another length than the range asks for is refused first.
+    """
+    end = start + len(leaves)
+    if not 0 <= start < end <= size < 1 << MAX_PROOF_HASHES:
+        raise VerificationError(f"leaves {start} to {end} are no range of a tree of {size}")
+    if len(proof) != len(_outside(0, size, start, end)):
+        raise VerificationError("the Merkle range proof has the wrong length")
+    if _range_root(0, size, start, leaves, iter(proof)) != root:
+        raise VerificationError("the Merkle range proof does not lead to the root")
+
+
+def _outside(low: int, high: int, start: int, end: int) -> list[tuple[int, int]]:
+    """The largest subtrees of the tree over [low, high) that have no leaf of [start, end). At most two per level."""
+    if end <= low or high <= start:
+        return [(low, high)]
+    if start <= low and high <= end:
+        return []
+    middle = low + _split(high - low)
+    return _outside(low, middle, start, end) + _outside(middle, high, start, end)
+
+
+def _range_root(low: int, high: int, start: int, leaves: Sequence[bytes], outside: Iterator[bytes]) -> bytes:
+    """The root over [low, high), from the leaves from `start` on and the roots of the subtrees without any of them."""
+    end = start + len(leaves)
+    if end <= low or high <= start:
+        return next(outside)
+    if start <= low and high <= end:
+        return merkle_root(leaves[low - start : high - start])
+    middle = low + _split(high - low)
+    left = _range_root(low, middle, start, leaves, outside)
+    return _node_hash(left, _range_root(middle, high, start, leaves, outside))

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.core.errors import VerificationError
-from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash, verify_merkle_proof
+from nexus.core.hashing import (
+    leaf_hash,
+    merkle_proof,
+    merkle_range_proof,
+    merkle_root,
+    tagged_hash,
+    verify_merkle_proof,
+    verify_merkle_range,
+)
 
 leaf_lists = st.lists(st.binary(max_size=8).map(leaf_hash), min_size=1, max_size=70)
 
@@ -47,6 +55,75 @@ def test_every_leaf_can_be_proven_and_no_other(leaves: list[bytes], data: st.Dat
 def test_an_oversized_proof_is_refused_before_any_hashing() -> None:
     with pytest.raises(VerificationError):
         verify_merkle_proof(bytes(32), 2**64, 0, bytes(32), [bytes(32)] * 100_000)
+
+
+def subtrees_outside(low: int, high: int, wanted: range) -> list[range]:
+    """By the definition: of the subtrees of RFC 6962 without a wanted leaf, those within no other such subtree."""
+    found = []
+    if not set(range(low, high)) & set(wanted):
+        found.append(range(low, high))
+    elif high - low > 1:
+        k = 1
+        while k * 2 < high - low:
+            k *= 2
+        found += subtrees_outside(low, low + k, wanted) + subtrees_outside(low + k, high, wanted)
+    return found
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[list[bytes], int, int]:
+    leaves = draw(leaf_lists)
+    start = draw(st.integers(0, len(leaves) - 1))
+    return leaves, start, draw(st.integers(start + 1, len(leaves)))
+
+
+@given(ranges())
+def test_a_range_proof_is_the_roots_of_all_that_is_outside(given_range: tuple[list[bytes], int, int]) -> None:
+    leaves, start, end = given_range
+    outside = subtrees_outside(0, len(leaves), range(start, end))
+    proof = merkle_range_proof(leaves, start, end)
+    assert proof == [rfc6962_root(leaves[part.start : part.stop]) for part in outside]
+    assert len(proof) <= 2 * len(leaves).bit_length()
+    verify_merkle_range(merkle_root(leaves), len(leaves), start, leaves[start:end], proof)
+
+
+@given(ranges(), st.data())
+def test_of_a_range_nothing_else_is_proven(given_range: tuple[list[bytes], int, int], data: st.DataObject) -> None:
+    leaves, start, end = given_range
+    root, size, proof = merkle_root(leaves), len(leaves), merkle_range_proof(leaves, start, end)
+    shown = leaves[start:end]
+    wrong = leaf_hash(b"another leaf")
+    at = data.draw(st.integers(0, len(shown) - 1))
+    attempts = [
+        (size, start, [*shown[:at], wrong, *shown[at + 1 :]], proof),
+        (size, start, shown, [*proof, wrong]),
+        (size, start, [], proof),
+        (size, start, [*shown, wrong], proof),
+        (size, start - size, shown, proof),
+        (size, size, shown, proof),
+        (size, start, shown, [hash_ + b"\0" for hash_ in proof] or [b""]),
+    ]
+    if proof:
+        cut = data.draw(st.integers(0, len(proof) - 1))
+        attempts += [
+            (size, start, shown, [*proof[:cut], *proof[cut + 1 :]]),
+            (size, start, shown, [*proof[:cut], wrong, *proof[cut + 1 :]]),
+        ]
+    if len(set(leaves)) == size:
+        attempts += [(size, other, shown, proof) for other in range(size - len(shown) + 1) if other != start]
+    for other_size, other_start, other_leaves, other_proof in attempts:
+        with pytest.raises(VerificationError):
+            verify_merkle_range(root, other_size, other_start, other_leaves, other_proof)
+
+
+def test_ranges_that_cannot_be_cost_nothing() -> None:
+    with pytest.raises(VerificationError, match="no range"):
+        verify_merkle_range(bytes(32), 2**64, 0, [bytes(32)], [bytes(32)] * 64)
+    with pytest.raises(VerificationError, match="length"):
+        verify_merkle_range(bytes(32), 2**63, 2**62 - 1, [bytes(32)] * 2, [bytes(32)] * 1_000_000)
+    for start, end in ((0, 0), (-1, 1), (1, 4), (2, 1)):
+        with pytest.raises(IndexError):
+            merkle_range_proof([bytes(32)] * 3, start, end)
 
 
 @given(st.lists(st.binary(max_size=9), max_size=4), st.lists(st.binary(max_size=9), max_size=4))
