@@ -24,7 +24,7 @@ from nexus.core.errors import (
 )
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of
-from nexus.core.manifest import CAUSAL, ENCODER, Manifest, stage_pieces
+from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest, stage_pieces
 from nexus.core.plan import DTYPES
 from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
@@ -44,6 +44,7 @@ from nexus.node.api import (
 from nexus.node.infer import PAYLOAD_MAX, Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.live import Live
 from nexus.node.models import Models
+from nexus.proof.audit import chain_of
 from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.placement import Candidate, Placement, place
@@ -317,9 +318,10 @@ class Runner:
                     without |= {failed}
 
     def _coordinator(self, job: _Job, placement: Placement) -> Coordinator:
+        nonce = token_bytes(16)
         terms = Terms(
             spec=SPEC,
-            nonce=token_bytes(16),
+            nonce=nonce,
             coordinator=self._identity.public_key,
             model_root=job.manifest.root,
             plan_root=placement.plan.root,
@@ -333,6 +335,7 @@ class Runner:
             repetition_penalty=job.repetition_penalty,
             seed=job.seed,
             end_tokens=job.end_tokens,
+            challenge=chain_of(self._identity, nonce).head if job.receipts and job.manifest.profile == EXACT else b"",
         )
         known = {record.node: PeerAddress(record.peer_id, record.addresses) for record in (self._own(), *self._records())}
         wanted = {stage.node for stage in placement.plan.stages} | {

@@ -42,7 +42,8 @@ class Terms(Record):
     `temperature`, `top_p`, `min_p` and `repetition_penalty` are in millionths; temperature 0 is greedy, top_k 0 is no limit, a
     penalty of one million is none. `seed` makes sampling repeatable. `steps_max`: passes through the model at most. `end_tokens`:
     ids that end the answer. `prompt`: leaf hash of the first step's input bytes. `window`: steps per receipt; 0 asks for none,
-    and then nothing of the session can be verified.
+    and then nothing of the session can be verified. `challenge`: head of the hash chain that audits of the session are drawn from
+    (`nexus.proof.audit`); empty where there will be none.
     """
 
     spec: int = uint(SPEC, least=SPEC)
@@ -60,6 +61,7 @@ class Terms(Record):
     repetition_penalty: int = uint(REPETITION_PENALTY_MAX * MICRO, least=millionths(REPETITION_PENALTY_MIN))
     seed: int = uint()
     end_tokens: tuple[int, ...] = many(uint(2**32 - 1), 64)
+    challenge: bytes = optional_digest()
 
     @property
     def session(self) -> bytes:

@@ -68,7 +68,22 @@ def bundle(outputs: int = len(ANSWER)) -> Bundle:
     plan = Plan(1, model.root, FLOAT, "float32", (PlanStage(FIRST.public_key, 0, 1), PlanStage(SECOND.public_key, 1, 2)))
     prompt = tokens_to_bytes([5, 6, 7])
     terms = Terms(
-        1, b"n" * 16, COORDINATOR.public_key, model.root, plan.root, leaf_hash(prompt), 16, WINDOW, 0, 0, MICRO, 0, MICRO, 0, ()
+        1,
+        b"n" * 16,
+        COORDINATOR.public_key,
+        model.root,
+        plan.root,
+        leaf_hash(prompt),
+        16,
+        WINDOW,
+        0,
+        0,
+        MICRO,
+        0,
+        MICRO,
+        0,
+        (),
+        b"",
     )
     requests = make_requests(COORDINATOR, terms, plan)
     results = tuple(tokens_to_bytes([index]) for index in range(outputs))

@@ -71,6 +71,7 @@ def terms_for(
         repetition_penalty=1_000_000,
         seed=0,
         end_tokens=end_tokens,
+        challenge=b"",
     )
 
 
