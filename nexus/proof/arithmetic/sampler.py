@@ -37,11 +37,11 @@ ExpTables = tuple[NDArray[np.float64], NDArray[np.float64]]
 VOCAB_MAX = 1 << 22
 _ID_BITS = 22
 _LOGIT_UNIT = 65536.0
-_WEIGHT_ONE = 1 << 40
+WEIGHT_ONE = 1 << 40
 # Of the temperature, above which a logit may lie below the highest and still weigh something: exp(-28.5) * 2^40 < 1/2.
 _GAP_MAX = 29.0
 # Gaps in units of 2^-16 stop here: times a million they fit an int64, and at the highest temperature the weight is 0 long before.
-_GAP_UNITS_MAX = float(1 << 42)
+GAP_UNITS_MAX = float(1 << 42)
 _EXP_INDEX_MAX = 254 << 12
 
 
@@ -175,7 +175,7 @@ def candidates(logits: NDArray[np.float32], sampling: Sampling, tables: ExpTable
     needed = -(-millionths(sampling.top_p) * int(cumulative[-1]) // MICRO)
     by_share = int(np.searchsorted(cumulative, max(needed, 1))) + 1
     # Weights fall along the order. A weight times a million is below 2^60.
-    by_least = int(np.count_nonzero(weights * MICRO >= millionths(sampling.min_p) * _WEIGHT_ONE))
+    by_least = int(np.count_nonzero(weights * MICRO >= millionths(sampling.min_p) * WEIGHT_ONE))
     count = min(by_share, by_least)
     return tokens[:count], cumulative[:count]
 
@@ -205,7 +205,7 @@ def weights_of(logits: NDArray[np.float32], temperature: int, tables: ExpTables)
     np.rint(units, out=units)
     # Differences of whole numbers; the bound before the cast, whose result is not defined beyond int64.
     np.subtract(units[0], units, out=units)
-    np.minimum(units, _GAP_UNITS_MAX, out=units)
+    np.minimum(units, GAP_UNITS_MAX, out=units)
     index = units.astype(np.int64)
     # x = gap / 2^16 / (temperature / MICRO); the index is x * 2^15 to the nearest, half upwards.
     index *= MICRO
@@ -215,6 +215,6 @@ def weights_of(logits: NDArray[np.float32], temperature: int, tables: ExpTables)
     weights: NDArray[np.float64] = exp_hi[index >> 12]
     index &= 4095
     weights *= exp_lo[index]
-    weights *= float(_WEIGHT_ONE)
+    weights *= float(WEIGHT_ONE)
     np.rint(weights, out=weights)
     return weights.astype(np.int64)
