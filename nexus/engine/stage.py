@@ -27,6 +27,7 @@ from nexus.core.manifest import CAUSAL, EXACT, Manifest
 from nexus.engine.architecture import Config, read_config
 from nexus.engine.pooling import Pooling, read_pooling
 from nexus.proof.arithmetic.sampler import GREEDY, Sampling, not_a_number
+from nexus.proof.trace import WindowTrace
 
 _TOKEN_BYTES = 4
 
@@ -38,12 +39,24 @@ class Cache(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Commitments(Protocol):
+    """What a session that is to be receipted in the exact profile commits to: `nexus.engine.exact.commit.Commitments`."""
+
+    def check_room(self) -> None: ...
+
+    def accept(self, complete: bool) -> None: ...
+
+    def seal(self, steps: int) -> WindowTrace: ...
+
+
 @dataclass(slots=True)
 class Session:
-    """`position`: tokens in the cache. `steps`: answers given, which number the draws of the sampler. `tokens`: those answers."""
+    """`position`: tokens in the cache. `steps`: answers given, which number the draws of the sampler. `tokens`: those answers.
+    `commitments`: None for a session that commits to nothing."""
 
     cache: Cache | None
     sampling: Sampling
+    commitments: Commitments | None = None
     position: int = 0
     steps: int = 0
     logits: NDArray[np.float32] | None = None
@@ -96,6 +109,12 @@ class Stage(ABC):
     @abstractmethod
     def _new_cache(self) -> Cache | None: ...
 
+    def _new_commitments(self) -> Commitments:
+        raise UsageError(
+            f"the profile {self.manifest.profile!r} commits to no operations",
+            "Only models of the exact profile can be proven wrong",
+        )
+
     @abstractmethod
     def _compute(self, passes: Sequence[Pass]) -> list[NDArray[np.float32] | NexusError]:
         """Of each pass: float32 hidden states [tokens, hidden size], from the last stage the logits [vocabulary] of the last token,
@@ -115,15 +134,28 @@ class Stage(ABC):
             return tokens * self._width
         return _TOKEN_BYTES if self.causal else self._width
 
-    def open(self, session: bytes, sampling: Sampling | None = None) -> None:
-        """Begin a session with an empty cache. `sampling` matters to the last stage of a causal model; None is greedy."""
+    def open(self, session: bytes, sampling: Sampling | None = None, commit: bool = False) -> None:
+        """Begin a session with an empty cache. `sampling` matters to the last stage of a causal model; None is greedy. `commit`:
+        whether the session's steps will be sealed. Raises UsageError for a profile whose arithmetic cannot be committed to."""
         if session in self._sessions:
             raise UsageError("the session is open already", "Close it first, or start another")
-        self._sessions[session] = Session(self._new_cache() if self.causal else None, sampling or GREEDY)
+        commitments = self._new_commitments() if commit else None
+        self._sessions[session] = Session(self._new_cache() if self.causal else None, sampling or GREEDY, commitments)
 
     def close(self, session: bytes) -> None:
         """Forget a session and its cache; nothing happens if it is not open."""
         self._sessions.pop(session, None)
+
+    def seal(self, session: bytes, steps: int) -> WindowTrace:
+        """What the session's oldest `steps` steps that were not sealed yet commit to (nexus.proof.trace).
+
+        Call it for every window of a session opened with `commit`, before 256 steps have come together. Raises UsageError where the
+        session does not commit or has not so many steps, NotFoundError where it is not open.
+        """
+        commitments = self._session(session).commitments
+        if commitments is None:
+            raise UsageError("the session commits to nothing", "Open it with commit=True")
+        return commitments.seal(steps)
 
     def kv_bytes(self, session: bytes) -> int:
         """Memory that the session's cache holds now."""
@@ -159,6 +191,8 @@ class Stage(ABC):
         for number, (session, payload) in enumerate(steps):
             try:
                 state = self._session(session)
+                if state.commitments:
+                    state.commitments.check_room()
                 wanted = not (more and more[number])
                 passes[number] = Pass(state, self._decoded(payload, state.position), wanted)
             except NexusError as error:
@@ -188,6 +222,8 @@ class Stage(ABC):
         if self.causal:
             session.position += one.tokens
         session.steps += one.wanted
+        if session.commitments:
+            session.commitments.accept(complete=one.wanted)
         return answer
 
     def _session(self, session: bytes) -> Session:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nexus.core.errors import NexusError
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import gemm, native, torch_step
-from nexus.engine.exact.stage import Kernel
+from nexus.engine.exact.commit import Kernel
 from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan, Rope
 from nexus.proof.arithmetic.tables import tables_of
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from nexus.core.errors import LocalError, MalformedError, ModelFormatError, Nexu
 from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, HEAD, Manifest, layer_name
 from nexus.engine.architecture import Config, read_json
 from nexus.engine.exact import gemm, torch_step
+from nexus.engine.exact.commit import Commitments, Kernel, committed_step
 from nexus.engine.exact.pieces import STATE_MAX, Piece, read_tables
 from nexus.engine.exact.plan import plan_of
 from nexus.engine.float_stage import use_threads
@@ -29,7 +29,7 @@ from nexus.engine.pooling import Pooling
 from nexus.engine.safetensors_check import check_safetensors
 from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
 from nexus.proof.arithmetic.bounds import check_bounds
-from nexus.proof.arithmetic.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes
+from nexus.proof.arithmetic.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes, trace_shape
 from nexus.proof.arithmetic.sampler import GREEDY, sample_exact
 from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 
@@ -38,19 +38,6 @@ RECHECK_S = 600.0
 TORCH = "torch"
 
 Tables = Mapping[str, NDArray[np.float64]]
-
-
-class Kernel(Protocol):
-    """Layers in memory that compute: `torch_step.TorchModel` and `native.NativeModel`."""
-
-    kernel: str
-    weight_bytes: int
-
-    def new_cache(self) -> Any: ...
-
-    def run(self, cache: Any, position: int, count: int) -> Any: ...
-
-    def step(self, runs: Sequence[Any], x: torch.Tensor) -> torch.Tensor: ...
 
 
 class ExactStage(Stage):
@@ -92,6 +79,9 @@ class ExactStage(Stage):
         cache: Cache | None = self.model.new_cache()
         return cache
 
+    def _new_commitments(self) -> Commitments:
+        return Commitments(trace_shape(self.plan, self.start, self.end))
+
     def _compute(self, passes: Sequence[Pass]) -> list[NDArray[np.float32] | NexusError]:
         if monotonic() - self._checked_s > RECHECK_S:
             self.check()
@@ -104,15 +94,30 @@ class ExactStage(Stage):
     @torch.inference_mode()
     def _batch(self, passes: Sequence[Pass]) -> list[NDArray[np.float32]]:
         use_threads(self.weight_bytes)
-        runs = [self.model.run(one.session.cache, one.session.position, one.tokens) for one in passes]
         if not self.causal:
             # An encoder sees the whole of a text: texts go one by one.
-            return [self._encoded(self.model.step([run], _tensor(one.inputs))) for run, one in zip(runs, passes, strict=True)]
-        inputs = passes[0].inputs if len(passes) == 1 else np.concatenate([one.inputs for one in passes])
-        out = self.model.step(runs, _tensor(inputs))
+            return [self._encoded(self._step([one])) for one in passes]
+        out = self._step(passes)
         if self.last:
-            return list(out.numpy())
+            logits = iter(out.numpy())
+            return [next(logits) if one.wanted else _NO_VALUES for one in passes]
         return [part.numpy() for part in torch.split(out, [one.tokens for one in passes])]
+
+    def _step(self, passes: Sequence[Pass]) -> torch.Tensor:
+        """One step of the model; what it commits to is offered to the sessions that do."""
+        runs = [
+            self.model.run(one.session.cache, one.session.position, one.tokens, "last" if one.wanted else "none") for one in passes
+        ]
+        inputs = tensor_of(passes[0].inputs if len(passes) == 1 else np.concatenate([one.inputs for one in passes]))
+        which = [index for index, one in enumerate(passes) if one.session.commitments]
+        if not which:
+            return self.model.step(runs, inputs)
+        out, committed = committed_step(self.model, runs, inputs, which)
+        for one, rows in zip(passes, committed, strict=True):
+            if rows is not None:
+                assert isinstance(one.session.commitments, Commitments)
+                one.session.commitments.offer(rows)
+        return out
 
     def _encoded(self, hidden: torch.Tensor) -> NDArray[np.float32]:
         values: NDArray[np.float32] = (pooled(hidden, self.pooling) if self.last else hidden).numpy()
@@ -127,7 +132,10 @@ class ExactStage(Stage):
             raise MalformedError("the hidden states are not all numbers up to 2^40, as every honest computation's are")
 
 
-def _tensor(inputs: NDArray[np.int64] | NDArray[np.float32]) -> torch.Tensor:
+_NO_VALUES = np.empty(0, np.float32)
+
+
+def tensor_of(inputs: NDArray[np.int64] | NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(inputs) if inputs.flags.writeable else inputs.copy())
 
 

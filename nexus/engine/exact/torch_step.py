@@ -41,7 +41,7 @@ class Trace(Protocol):
     def __call__(self, layer: int, op: str, values: torch.Tensor) -> None: ...
 
 
-class Commit(Protocol):
+class CommitSink(Protocol):
     """Receives what a step commits to (docs/evidence.md), as it is computed."""
 
     def value(self, layer: int, op: str, rows: torch.Tensor) -> None:
@@ -268,7 +268,7 @@ class TorchModel:
         return TorchRun(cache, position, count, logits)
 
     def step(
-        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: Commit | None = None
+        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: CommitSink | None = None
     ) -> torch.Tensor:
         """`x`: token ids, int64 [rows], for the first stage, else float32 [rows, hidden]; the rows of all runs one after the other.
 
@@ -279,7 +279,7 @@ class TorchModel:
         return self.logits(runs, x) if self.last and self.plan.causal else x
 
     def hidden(
-        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: Commit | None = None
+        self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: CommitSink | None = None
     ) -> torch.Tensor:
         """`x` [rows, hidden] through the layers."""
         for run in runs:
@@ -320,7 +320,7 @@ class TorchModel:
         return rms_norm(x, weight, self.plan.eps) if bias is None else layer_norm(x, weight, bias, self.plan.eps)
 
     def _layer(
-        self, index: int, layer: _Layer, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None, commit: Commit | None
+        self, index: int, layer: _Layer, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None, commit: CommitSink | None
     ) -> torch.Tensor:
         def op(name: str, y: torch.Tensor) -> torch.Tensor:
             return layer.linear[name](y, None if trace is None else lambda sums: trace(index, name, sums))
@@ -374,7 +374,7 @@ class TorchModel:
         return torch.cat((one * c - two * s, two * c + one * s, rest), -1)
 
     def _attention(
-        self, index: int, layer: _Layer, runs: Sequence[TorchRun], y: torch.Tensor, commit: Commit | None
+        self, index: int, layer: _Layer, runs: Sequence[TorchRun], y: torch.Tensor, commit: CommitSink | None
     ) -> torch.Tensor:
         plan = self.plan
         q, k, v = torch.split(y, [plan.q_size, plan.kv_size, plan.kv_size], -1)
