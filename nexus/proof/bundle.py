@@ -2,7 +2,8 @@
 
 What a bundle shows: every stage of the plan signed for every step; each stage's input was the output of the stage before; the
 first input was this prompt and the last outputs are these results; all under one request and one set of terms. What it does not
-show is that the arithmetic in between was done right: that is what audits are for.
+show is that the arithmetic in between was done right: that is what audits are for. In the exact profile every receipt commits to that
+arithmetic (`nexus.proof.trace`); the hashes behind the commitments are the coordinator's to keep and are not in the bundle.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from math import isfinite
 from nexus.core.errors import MalformedError, NexusError, VerificationError
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of
-from nexus.core.manifest import CAUSAL, ENCODER, Manifest
+from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest
 from nexus.core.plan import STAGES_MAX, Plan
 from nexus.core.record import Record, many, nested, raw, text, uint
 from nexus.proof.receipts import (
@@ -217,7 +218,7 @@ class ChainVerifier:
         receipt = signed.verify()
         stage, plan = self._stage, self._plan
         prev = self._prev[stage]
-        check_place(receipt, plan, self._terms, stage, self._request_ids[stage], prev)
+        check_place(receipt, self._manifest.kind, plan, self._terms, stage, self._request_ids[stage], prev)
         if stage == 0 and self._manifest.kind == ENCODER:
             self._parent = None  # nothing is fed back, so every window starts a chain of its own
         check_parent(receipt, self._parent)
@@ -254,15 +255,19 @@ class ChainVerifier:
                 raise VerificationError(f"after step {step0 + n - 1} the cache holds {kv_len} tokens, not {kv_claimed}")
 
 
-def check_place(receipt: Receipt, plan: Plan, terms: Terms, stage: int, request_id: bytes, prev: Receipt | None) -> None:
-    """That `receipt` is stage `stage`'s, in this session, and goes on where `prev` ended. Raises VerificationError."""
+def check_place(
+    receipt: Receipt, kind: str, plan: Plan, terms: Terms, stage: int, request_id: bytes, prev: Receipt | None
+) -> None:
+    """That `receipt` is stage `stage`'s, in this session of a model of this kind, and goes on where `prev` ended. Raises
+    VerificationError."""
     if receipt.stage != stage or receipt.node != plan.stages[stage].node:
         raise VerificationError(f"a receipt of stage {receipt.stage} stands where the one of stage {stage} is due")
     if not terms.window:
         raise VerificationError("a receipt came that the session did not ask for")
     if receipt.session != terms.session or receipt.model_root != terms.model_root or receipt.request != request_id:
         raise VerificationError(f"the receipt of stage {stage} belongs to another session, model or request")
-    if receipt.profile != plan.profile or receipt.kv_root or receipt.trace_root:
+    exact = plan.profile == EXACT
+    if (receipt.profile, bool(receipt.trace_root), bool(receipt.kv_root)) != (plan.profile, exact, exact and kind == CAUSAL):
         raise VerificationError(f"the receipt of stage {stage} is not of profile {plan.profile!r}")
     if receipt.prev != (prev.id if prev else b""):
         raise VerificationError(f"the receipt of stage {stage} does not follow its previous one")

@@ -82,6 +82,22 @@ class WindowTrace(Record):
         return kv_root_of(self.logs) if shape.kv_heads else b""
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What an engine gives for a window of steps that it computed: the hashes, and the two roots over them that are signed.
+
+    `kv_root` is empty for an encoder. The roots come with the trace so that whoever has to sign need not hash again.
+    """
+
+    trace: WindowTrace
+    trace_root: bytes
+    kv_root: bytes
+
+    @classmethod
+    def of(cls, trace: WindowTrace, shape: TraceShape, steps: int) -> Sealed:
+        return cls(trace, trace.trace_root(shape, steps), trace.kv_root(shape))
+
+
 def op_root_in(cells: bytes, shape: TraceShape, layer: int, op: str) -> bytes:
     """One op root out of a step's."""
     if op == LOGITS:
