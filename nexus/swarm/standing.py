@@ -13,6 +13,7 @@ Times are Unix milliseconds and end in `_ms`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ class Conviction:
 
 @dataclass(frozen=True, slots=True)
 class Fuse:
-    """More than `bonds_max` offenders of one profile within `window_ms` look like a bug of ours rather than like that many cheaters:
+    """More than `bonds_max` offenders of one profile within `window_ms` look like a bug of ours rather than like so many cheaters:
     burning pauses for that profile, from the first of them on, until an operator has looked and resumes it (`resumed_ms`).
 
     What it holds follows from the convictions alone, in whatever order they are handed in.
@@ -262,8 +263,8 @@ def check_suspension(case: SuspensionCase, standing: Collection[bytes], now_ms: 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What this node saw of another one's work. `audits_ok`, `audits_bad`: executions that an audit found right, or could not
-    (wrong or unanswered). `runs`, `mismatched`, `slow`, `flaky`: sessions, and those of them where float results differed, that were
-    much slower than planned, or broke off. Counts fade: at TALLY_MAX runs they are halved."""
+    (wrong or unanswered). `runs`, `mismatched`, `slow`, `flaky`: sessions, and those of them where float results differed, that
+    were much slower than planned, or broke off. Counts fade: at TALLY_MAX runs they are halved."""
 
     audits_ok: int = 0
     audits_bad: int = 0
@@ -311,7 +312,7 @@ def failure_rate_at_least(failures: int, runs: int) -> float:
         return 0.0
     rate, z2 = failures / runs, _Z95 * _Z95
     centre = rate + z2 / (2 * runs)
-    margin = _Z95 * ((rate * (1 - rate) + z2 / (4 * runs)) / runs) ** 0.5
+    margin = _Z95 * math.sqrt((rate * (1 - rate) + z2 / (4 * runs)) / runs)
     return max(0.0, (centre - margin) / (1 + z2 / runs))
 
 
