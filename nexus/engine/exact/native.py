@@ -233,6 +233,11 @@ class NativeCache:
     def nbytes(self) -> int:
         return len(self._pages) * self._page_bytes
 
+    @property
+    def pages(self) -> Sequence[Array]:
+        """Each uint8 [bytes of a page]."""
+        return self._pages
+
     def reserve(self, length: int) -> int:
         """Room for `length` tokens; the address of the array of page addresses, good until the next call."""
         pages = -(-length // PAGE_TOKENS)

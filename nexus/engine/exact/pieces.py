@@ -60,17 +60,24 @@ class Piece:
         _check(name, values)
         return values
 
+    def rows(self, name: str, start: int, count: int) -> Array:
+        """Rows [start, start + count) of a two-dimensional tensor, checked."""
+        spec = self._specs[name]
+        rows, depth = spec.shape
+        if not 0 <= start <= start + count <= rows:
+            raise IndexError(f"rows {start} to {start + count} of {rows}")
+        row_bytes = depth * _DTYPES[spec.dtype].itemsize
+        values = _read(self.path, spec, spec.start + start * row_bytes, count * row_bytes).reshape(count, depth)
+        _check(name, values)
+        return values
+
     def blocks(self, name: str) -> Iterator[tuple[int, Array]]:
         """A two-dimensional tensor by blocks of whole rows: (first row, rows)."""
         spec = self._specs[name]
         rows, depth = spec.shape
-        row_bytes = depth * _DTYPES[spec.dtype].itemsize
-        step = max(1, _BLOCK_BYTES // row_bytes)
+        step = max(1, _BLOCK_BYTES // (depth * _DTYPES[spec.dtype].itemsize))
         for start in range(0, rows, step):
-            count = min(step, rows - start)
-            values = _read(self.path, spec, spec.start + start * row_bytes, count * row_bytes).reshape(count, depth)
-            _check(name, values)
-            yield start, values
+            yield start, self.rows(name, start, min(step, rows - start))
 
 
 _AGAIN = "Fetch or add the model again"
