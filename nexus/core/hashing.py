@@ -125,3 +125,35 @@ def _range_root(low: int, high: int, start: int, leaves: Sequence[bytes], outsid
     middle = low + _split(high - low)
     left = _range_root(low, middle, start, leaves, outside)
     return _node_hash(left, _range_root(middle, high, start, leaves, outside))
+
+
+def merkle_peaks(leaves: Sequence[bytes]) -> list[bytes]:
+    """The roots of the largest complete subtrees, from left to right: all that is needed of a tree to append to it."""
+    return [merkle_root(leaves[low:high]) for low, high in _complete(len(leaves))]
+
+
+def appended_roots(size: int, peaks: Sequence[bytes], leaves: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """The roots of the tree of `size` leaves that has these peaks, and of it with `leaves` (leaf hashes) appended.
+
+    Raises VerificationError for another number of peaks than such a tree has.
+    """
+    if not 0 <= size < 1 << MAX_PROOF_HASHES or len(peaks) != size.bit_count():
+        raise VerificationError("the peaks are not those of a tree of this size")
+    if not peaks:
+        return merkle_root(()), merkle_root(leaves)
+    before = peaks[-1]
+    for peak in reversed(peaks[:-1]):
+        before = _node_hash(peak, before)
+    if not leaves:
+        return before, before
+    return before, _range_root(0, size + len(leaves), size, leaves, iter(peaks))
+
+
+def _complete(size: int) -> list[tuple[int, int]]:
+    """The largest complete subtrees of a tree of `size` leaves: one per bit of the size."""
+    spans, low = [], 0
+    for bit in reversed(range(size.bit_length())):
+        if size >> bit & 1:
+            spans.append((low, low + (1 << bit)))
+            low += 1 << bit
+    return spans
