@@ -255,9 +255,7 @@ class ChainVerifier:
                 raise VerificationError(f"after step {step0 + n - 1} the cache holds {kv_len} tokens, not {kv_claimed}")
 
 
-def check_place(
-    receipt: Receipt, kind: str, plan: Plan, terms: Terms, stage: int, request_id: bytes, prev: Receipt | None
-) -> None:
+def check_place(receipt: Receipt, kind: str, plan: Plan, terms: Terms, stage: int, request_id: bytes, prev: Receipt | None) -> None:
     """That `receipt` is stage `stage`'s, in this session of a model of this kind, and goes on where `prev` ended. Raises
     VerificationError."""
     if receipt.stage != stage or receipt.node != plan.stages[stage].node:

@@ -10,6 +10,10 @@ Every `Terms.window` steps each stage signs a receipt, and gives it to the next 
 the step that completes the window, one hop at a time, so that nobody waits for a signature: a stage first pushes its output on, and
 signs when it has checked the receipt of the stage before against the bytes that it received itself. No step of the next window is
 taken before that. When the session ends, the same happens for the last, shorter window; `Finish` follows the receipts round.
+
+A receipt is made in three turns of a stage: `Seal` (exact profile: the engine gives the roots over what it computed), `Sign` (the
+driver makes the receipt durable, then signs it, which takes as long as the disk does), and out it goes. Meanwhile the stage may
+compute on, but nothing leaves it: what the next step gives is held until the receipt is out.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nexus.core.errors import MalformedError, VerificationError
+from nexus.core.errors import CapacityError, MalformedError, PeerError, VerificationError
 from nexus.core.hashing import leaf_hash, merkle_root
-from nexus.core.keys import Identity
-from nexus.core.manifest import CAUSAL, ENCODER, Manifest
+from nexus.core.keys import Identity, peer_id_of
+from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest
 from nexus.core.plan import Plan
 from nexus.proof.bundle import (
     Bundle,
@@ -36,9 +40,17 @@ from nexus.proof.bundle import (
     request_for,
 )
 from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, tokens_from_bytes
+from nexus.proof.trace import Sealed, TraceShape, WindowTrace, check_trace
 
 # Receipts of one stage that may wait at the coordinator for those of the stages before: one per window under way.
 EARLY_MAX = 2
+# What a coordinator keeps of one session's traces: at 5 KB a token, those of 50,000.
+TRACES_BYTES_MAX = 256 * 1024 * 1024
+
+
+def commits(plan: Plan, terms: Terms) -> bool:
+    """Whether the stages commit to what they compute beside what goes in and out."""
+    return plan.profile == EXACT and bool(terms.window)
 
 
 def completes_window(terms: Terms, step: int) -> bool:
@@ -53,6 +65,20 @@ class Compute:
 
     step: int
     payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Have the engine close its trace over the oldest `n` steps that are not sealed yet, then call `sealed` with what it gives."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """Make this receipt durable and sign it, then call `signed`. Other events may be handled before that."""
+
+    receipt: Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +112,13 @@ class ShowReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class ShowTrace:
+    """Show the coordinator the hashes behind the receipt that comes next."""
+
+    trace: WindowTrace
+
+
+@dataclass(frozen=True, slots=True)
 class SendFinish:
     """Tell the next stage of the ring that no more steps come."""
 
@@ -100,7 +133,17 @@ class Close:
     """This stage has no further part in the session."""
 
 
-StageAction: TypeAlias = Compute | SendStep | SendReceipt | SendOutput | ShowReceipt | SendFinish | SendDone | Close
+StageAction: TypeAlias = (
+    Compute | Seal | Sign | SendStep | SendReceipt | SendOutput | ShowTrace | ShowReceipt | SendFinish | SendDone | Close
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Signing:
+    """A receipt on its way to the disk. `goes_on`: the next stage of the ring waits for it."""
+
+    trace: WindowTrace | None
+    goes_on: bool
 
 
 class StageSession:
@@ -110,12 +153,11 @@ class StageSession:
     answers with a signed refusal.
     """
 
-    def __init__(
-        self, identity: Identity, manifest: Manifest, plan: Plan, terms: Terms, request: SignedRequest, stage: int
-    ) -> None:
-        if not 0 <= stage < len(plan.stages) or plan.stages[stage].node != identity.public_key:
+    def __init__(self, node: bytes, manifest: Manifest, plan: Plan, terms: Terms, request: SignedRequest, stage: int) -> None:
+        """`node`: the public key of this node, which the plan must name for `stage`."""
+        if not 0 <= stage < len(plan.stages) or plan.stages[stage].node != node:
             raise VerificationError(f"the plan does not name this node for stage {stage}")
-        self._identity = identity
+        self._node = node
         self._manifest = manifest
         self._plan = plan
         self._terms = terms
@@ -125,15 +167,20 @@ class StageSession:
         self._first = stage == 0
         self._last = stage == len(plan.stages) - 1
         self._feeds_back = manifest.kind == CAUSAL
+        self._commits = commits(plan, terms)
         self._step = 0  # the step that is due next
         self._window = 0  # the first step of the open window
         self.kv_len = 0
         self._inputs: list[bytes] = []  # leaf hashes of the open window
         self._outputs: list[bytes] = []
+        self._sealed: Sealed | None = None  # the engine's word on the open window
         self._fed_back: list[bytes] = []  # first stage: leaf hashes of the tokens that came back, the last stage's outputs
         self._prev: Receipt | None = None
         self._parent: Receipt | None = None  # the newest receipt of the stage before this one in the ring
+        self._parent_signed = False  # later stages: that receipt is for the open window
         self._awaited: bytes | None = None  # first stage: the root that the last stage's next receipt must have
+        self._signing: _Signing | None = None
+        self._held: list[StageAction] = []  # what may leave once the receipt that is being signed is out
         self._finish_wanted = False
         self._ended = False  # last stage: it has told the first one to finish
         self.closed = False
@@ -144,10 +191,17 @@ class StageSession:
         """The stage before this one in the ring."""
         return (self.stage - 1) % len(self._plan.stages)
 
+    @property
+    def holds(self) -> bool:
+        """Whether something waits for a signature. The driver then gives no event but `signed`, so that what waits has a bound."""
+        return bool(self._held)
+
     def feed(self, step: int, payload: bytes) -> list[StageAction]:
         """First stage only: the coordinator's input, the prompt or a text."""
         if not self._first or (self._feeds_back and step > 0):
             raise VerificationError("the coordinator feeds the first stage, and a causal model only its prompt")
+        if self._finish_wanted:
+            raise VerificationError("the coordinator feeds on after it said that no more comes")
         if step == 0 and leaf_hash(payload) != self._terms.prompt:
             raise VerificationError("the input is not the one that the session's terms name")
         return self._take(step, payload)
@@ -181,41 +235,83 @@ class StageSession:
             if self._feeds_back:
                 self._ended = True
                 actions.append(SendFinish())
-        if self._first and self._is_full and self._awaited is None:
-            actions += self._sign()
-        return actions
+        return self._hold(actions) + self._proceed()
 
     def receipt(self, signed: SignedReceipt) -> list[StageAction]:
         """The receipt of the stage before: for the open window, or at the first stage for the window before."""
         if self.closed:
             return []
-        if not self._first:
+        if self._first:
+            self._check_last(signed)
+        else:
             self._check_parent(signed)
-            return self._sign()
-        self._check_last(signed)
-        actions = self._sign() if self._is_full else []
-        return actions + (self._finish() if self._finish_wanted else [])
+        return self._proceed()
+
+    def sealed(self, sealed: Sealed) -> list[StageAction]:
+        """The engine's roots over the open window."""
+        if self._sealed is not None or bool(sealed.kv_root) != self._feeds_back or not sealed.trace_root:
+            raise RuntimeError("the engine sealed a window twice, or as that of another kind of model")
+        self._sealed = sealed
+        return self._proceed()
+
+    def signed(self, own: SignedReceipt) -> list[StageAction]:
+        """This node's receipt, durable by now. It goes out, and what waited for it follows."""
+        if self._signing is None:
+            raise RuntimeError("a signature came that nobody asked for")
+        self.receipts_signed += 1
+        actions: list[StageAction] = [SendReceipt(own)] if self._signing.goes_on else []
+        if self._signing.trace:
+            actions.append(ShowTrace(self._signing.trace))
+        actions.append(ShowReceipt(own))
+        self._signing, held, self._held = None, self._held, []
+        return actions + held + self._proceed()
 
     def finish(self) -> list[StageAction]:
         """No more steps come: from the coordinator or the last stage to the first, from stage to stage after that."""
+        if self.closed or self._finish_wanted:
+            return []
+        if not self._first and self._inputs and not self._parent_signed:
+            raise VerificationError(f"stage {self.before} finishes without having signed for its last steps")
+        self._finish_wanted = True
+        return self._proceed()
+
+    def _proceed(self) -> list[StageAction]:
+        """The next turn towards the receipt of the open window, and after the last one the end, as far as nothing is missing."""
         if self.closed:
             return []
-        if self._awaited is not None:
-            self._finish_wanted = True  # the last stage's receipt is on its way, and ours for the rest must name it
-            return []
-        if not self._first and self._inputs:
-            raise VerificationError(f"stage {self.before} finishes without having signed for its last steps")
+        signs = self._may_sign
+        if self._commits and self._sealed is None and (signs or self._is_full) and len(self._outputs) == len(self._inputs):
+            return [Seal(len(self._inputs))]
+        if signs and self._signing is None:
+            return [self._sign(), *self._finish()]
         return self._finish()
 
     def _finish(self) -> list[StageAction]:
-        actions = self._sign() if self._inputs else []
+        if not self._finish_wanted or self._inputs or self._awaited is not None:
+            return []  # the last stage's receipt may be on its way, and ours for the rest must name it
         self.closed = True
-        return [*actions, SendDone() if self._last else SendFinish(), Close()]
+        return self._hold([SendDone() if self._last else SendFinish(), Close()])
+
+    def _hold(self, actions: list[StageAction]) -> list[StageAction]:
+        """What of these may leave now."""
+        if self._signing is None:
+            return actions
+        self._held += actions
+        return []
 
     @property
     def _is_full(self) -> bool:
         """Whether the open window is complete and not signed yet."""
         return 0 < self._terms.window == len(self._inputs)
+
+    @property
+    def _may_sign(self) -> bool:
+        """Whether the open window is over and what its receipt builds on is there."""
+        if not self._inputs or len(self._outputs) != len(self._inputs):
+            return False
+        if self._first:
+            return self._awaited is None and (self._is_full or self._finish_wanted)
+        return self._parent_signed
 
     def _check_step(self, step: int) -> None:
         if self.closed or step != self._step or step >= self._terms.steps_max:
@@ -265,31 +361,30 @@ class StageSession:
 
     def _check_parent(self, signed: SignedReceipt) -> None:
         """At a later stage: the stage before signed for what it pushed in the open window. Ours will build on it."""
-        if not self._inputs:
+        if not self._inputs or self._parent_signed:
             raise VerificationError(f"a receipt came from stage {self.before} that is not due")
         receipt = self._check_before(signed)
         if (receipt.n, receipt.kv_len) != (len(self._inputs), self.kv_len) or receipt.out_root != merkle_root(self._inputs):
             raise VerificationError(f"stage {self.before} signed for other bytes than those that it sent")
-        self._parent = receipt
+        self._parent, self._parent_signed = receipt, True
 
     def _check_before(self, signed: SignedReceipt) -> Receipt:
         """A receipt of the stage before this one: signed by it, in this session, next after its previous one."""
         receipt = signed.verify()
         previous = self._parent
-        check_place(receipt, self._plan, self._terms, self.before, self._request_before, previous)
+        check_place(receipt, self._manifest.kind, self._plan, self._terms, self.before, self._request_before, previous)
         return receipt
 
-    def _sign(self) -> list[StageAction]:
+    def _sign(self) -> Sign:
         """Sign for the open window, and start the next."""
-        if len(self._outputs) != len(self._inputs):
-            raise RuntimeError("a window is signed only after all of it is computed")
         parent = None if self._first and not self._feeds_back else self._parent
+        sealed = self._sealed
         receipt = Receipt(
             spec=1,
             profile=self._plan.profile,
             model_root=self._terms.model_root,
             session=self._terms.session,
-            node=self._identity.public_key,
+            node=self._node,
             stage=self.stage,
             step0=self._window,
             n=len(self._inputs),
@@ -299,16 +394,15 @@ class StageSession:
             prev=self._prev.id if self._prev else b"",
             in_root=parent.out_root if parent and not self._first else merkle_root(self._inputs),
             out_root=merkle_root(self._outputs),
-            kv_root=b"",
-            trace_root=b"",
+            kv_root=sealed.kv_root if sealed else b"",
+            trace_root=sealed.trace_root if sealed else b"",
         )
-        own = SignedReceipt.sign(receipt, self._identity)
         self._prev = receipt
         self._window += receipt.n
-        self._inputs, self._outputs = [], []
-        self.receipts_signed += 1
+        self._inputs, self._outputs, self._sealed, self._parent_signed = [], [], None, False
         goes_on = not self._last or (self._feeds_back and not self._ended and receipt.n == self._terms.window)
-        return [SendReceipt(own), ShowReceipt(own)] if goes_on else [ShowReceipt(own)]
+        self._signing = _Signing(sealed.trace if sealed else None, goes_on)
+        return Sign(receipt)
 
     def _ends(self, step: int, output: bytes) -> bool:
         return step + 1 >= self._terms.steps_max or tokens_from_bytes(output)[0] in self._terms.end_tokens
@@ -338,9 +432,11 @@ class AskFinish:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """The session is over and every step is receipted, chained and signed."""
+    """The session is over and every step is receipted, chained and signed. `traces`: of every stage the hashes behind each of
+    its receipts; none where the stages commit to nothing."""
 
     bundle: Bundle
+    traces: tuple[tuple[WindowTrace, ...], ...]
 
 
 CoordinatorAction: TypeAlias = Feed | Result | AskFinish | Verified
@@ -350,8 +446,18 @@ class CoordinatorSession:
     """The asker's part: it feeds the inputs, takes the results in order and accepts nothing that the receipts do not bear out."""
 
     def __init__(
-        self, identity: Identity, name: str, manifest: Manifest, plan: Plan, terms: Terms, inputs: Sequence[bytes]
+        self,
+        identity: Identity,
+        name: str,
+        manifest: Manifest,
+        plan: Plan,
+        terms: Terms,
+        inputs: Sequence[bytes],
+        shapes: Sequence[TraceShape] = (),
     ) -> None:
+        """`shapes`: of every stage what its traces look like; none where the stages commit to nothing."""
+        if len(shapes) != (len(plan.stages) if commits(plan, terms) else 0):
+            raise ValueError("a session needs the shape of every stage's traces, or none where there are none")
         if terms.coordinator != identity.public_key or not inputs or leaf_hash(inputs[0]) != terms.prompt:
             raise ValueError("the terms are not this coordinator's")
         self.requests = make_requests(identity, terms, plan)
@@ -365,7 +471,11 @@ class CoordinatorSession:
         self._waiting = set(range(len(plan.stages)))
         self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
         self._asked_to_finish = False
-        self._early: list[deque[SignedReceipt]] = [deque() for _ in plan.stages]
+        self._early: list[deque[tuple[SignedReceipt, WindowTrace | None]]] = [deque() for _ in plan.stages]
+        self._shapes = tuple(shapes)
+        self._shown: list[WindowTrace | None] = [None] * len(plan.stages)  # of the receipt that comes next
+        self._traces: list[list[WindowTrace]] = [[] for _ in plan.stages]
+        self._traces_bytes = 0
         self._done = False
         self._verified = False
 
@@ -398,17 +508,46 @@ class CoordinatorSession:
         self._outputs.append(payload)
         return [Result(step, payload)]
 
+    def trace(self, stage: int, trace: WindowTrace) -> None:
+        """The hashes behind the stage's next receipt, from the stage itself."""
+        if not self._shapes or self._shown[stage] is not None or self._verified:
+            raise VerificationError(f"stage {stage} shows a trace that is not due")
+        steps, rest = divmod(len(trace.cells), self._shapes[stage].step_bytes)
+        if rest or not 0 < steps <= self._terms.window or len(trace.logs) != self._shapes[stage].logs_bytes:
+            raise MalformedError(f"stage {stage} shows a trace that is not of its layers")
+        self._shown[stage] = trace
+
     def receipt(self, stage: int, signed: SignedReceipt) -> list[CoordinatorAction]:
         """A receipt from the stage itself. Stages' streams are not in step with each other: it may have to wait for others."""
         waiting = self._early[stage]
         if self._verified or signed.receipt.stage != stage or len(waiting) >= EARLY_MAX:
             raise VerificationError(f"a receipt came from stage {stage} that is not due, or not its own")
-        waiting.append(signed)
+        trace, self._shown[stage] = self._shown[stage], None
+        if self._shapes and trace is None:
+            raise VerificationError(f"stage {stage} signed without showing what it computed")
+        waiting.append((signed, trace))
         while self._early[self._chain.due_stage]:
-            signed = self._early[self._chain.due_stage].popleft()
-            self._chain.accept(signed)
-            self._receipts.append(signed)
+            due = self._chain.due_stage
+            self._accept(due, *self._early[due].popleft())
         return self._verify_if_complete()
+
+    def _accept(self, stage: int, signed: SignedReceipt, trace: WindowTrace | None) -> None:
+        try:
+            receipt = self._chain.accept(signed)
+            if trace is not None:
+                check_trace(trace, self._shapes[stage], receipt.n, receipt.trace_root, receipt.kv_root)
+        except PeerError as error:
+            error.peer = peer_id_of(self._plan.stages[stage].node)  # it may be looked at when another stage's receipt comes
+            raise
+        self._receipts.append(signed)
+        if trace is None:
+            return
+        self._traces_bytes += len(trace.cells) + len(trace.logs)
+        if self._traces_bytes > TRACES_BYTES_MAX:
+            raise CapacityError(
+                f"the answer is so long that what proves it takes more than {TRACES_BYTES_MAX >> 20} MiB", "Ask for a shorter one"
+            )
+        self._traces[stage].append(trace)
 
     def stop(self) -> list[CoordinatorAction]:
         """No more steps are wanted. What is under way still arrives and is receipted."""
@@ -447,7 +586,7 @@ class CoordinatorSession:
             outputs=tuple(self._outputs),
             receipts=tuple(self._receipts),
         )
-        return [Verified(bundle)]
+        return [Verified(bundle, tuple(map(tuple, self._traces)) if self._shapes else ())]
 
     def ends_with(self, step: int, payload: bytes) -> str | None:
         """Why the answer is over after this result: "stop", "length", or None while it goes on."""

@@ -21,7 +21,7 @@ def coordinator_of(ring: Ring) -> CoordinatorSession:
 
 def machine(ring: Ring, stage: int) -> StageSession:
     requests = coordinator_of(ring).requests
-    return StageSession(identity(stage + 1), ring.model, ring.plan, ring.terms, requests[stage], stage)
+    return StageSession(identity(stage + 1).public_key, ring.model, ring.plan, ring.terms, requests[stage], stage)
 
 
 def ready(ring: Ring) -> CoordinatorSession:

@@ -24,7 +24,7 @@ def model(
     sizes = {EMBEDDING: embedding, **{layer_name(index): size for index, size in enumerate(layers)}, HEAD: head}
     pieces = tuple(Blob(name, size, name.encode().ljust(32, b".")) for name, size in sizes.items())
     files = (Blob("config.json", 1, bytes(32)),)
-    return Manifest(1, "causal", "LlamaForCausalLM", "float", dtype, len(layers), 8, 16, 4096, kv_bytes, tied, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", dtype, len(layers), 8, 16, 4096, kv_bytes, tied, pieces, files, ())
 
 
 def node(
