@@ -46,6 +46,8 @@ class Manifest(Record):
     `profile`: the arithmetic, "exact" (the same bits everywhere) or "float". `dtype`: of the stored weights. `kv_bytes`: bytes of
     KV cache per token and layer, in profile "float" as float32; 0 for an encoder.
     `tied`: 1 where the head shares the embedding's weights, so that the last stage needs the embedding piece too.
+    `rows`: of an exact model the roots over the rows of every piece, and behind them of its tables (`nexus.proof.arithmetic.rows`),
+    so that a proof of wrong arithmetic carries the few rows that it is about; of a float model none.
     """
 
     spec: int = uint(1, least=1)
@@ -61,13 +63,15 @@ class Manifest(Record):
     tied: int = uint(1)
     pieces: tuple[Blob, ...] = many(nested(Blob), LAYERS_MAX + 2)
     files: tuple[Blob, ...] = many(nested(Blob), 64)
+    rows: tuple[bytes, ...] = many(digest(), LAYERS_MAX + 3)
 
     @property
     def root(self) -> bytes:
-        """The model's name everywhere: a Merkle root over the shape, every piece and every file."""
-        shape = self.to_value()[:-2]  # type: ignore[index]
-        leaves = [encode(shape), *(blob.to_bytes() for blob in (*self.pieces, *self.files))]
-        return tagged_hash("model", merkle_root(leaf_hash(leaf) for leaf in leaves), encode((len(self.pieces), len(self.files))))
+        """The model's name everywhere: a Merkle root over the shape, every piece, every file and every rows root."""
+        shape = self.to_value()[:-3]  # type: ignore[index]
+        leaves = [encode(shape), *(blob.to_bytes() for blob in (*self.pieces, *self.files)), *self.rows]
+        counts = encode((len(self.pieces), len(self.files), len(self.rows)))
+        return tagged_hash("model", merkle_root(leaf_hash(leaf) for leaf in leaves), counts)
 
     @property
     def weight_bytes(self) -> int:
@@ -98,6 +102,10 @@ class Manifest(Record):
             raise MalformedError("the manifest's files are not unique, or config.json is missing")
         if self.profile == EXACT and not {EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS}.issubset(names):
             raise MalformedError("the manifest of an exact model lacks its plan, tables or known answers")
+        if len(self.rows) != (len(self.pieces) + 1 if self.profile == EXACT else 0):
+            raise MalformedError(
+                "the manifest of an exact model has a root over the rows of every piece and the tables, others none"
+            )
         for name in names:
             if name.startswith("/") or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
                 raise MalformedError(f"the file name {name!r} leads out of the model's directory")

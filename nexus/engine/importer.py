@@ -174,8 +174,9 @@ def import_model(
     piece_blobs = tuple(stored.piece(piece) for piece in pieces)
     file_blobs = [stored.file(name, path) for name, path in model.files.items()]
     kv_bytes = model.config.kv_bytes
+    rows: tuple[bytes, ...] = ()
     if exact is not None:
-        kv_bytes, made = _finish_exact(model, exact[0], sink, piece_blobs, progress)
+        kv_bytes, made, rows = _finish_exact(model, exact[0], sink, piece_blobs, progress)
         file_blobs += made
     if model.identity(chosen) != identity:
         raise ModelFormatError(
@@ -196,6 +197,7 @@ def import_model(
         tied=int(config.tied),
         pieces=piece_blobs,
         files=tuple(file_blobs),
+        rows=rows,
     ).check()
 
 
@@ -270,17 +272,23 @@ def _exact_pieces(model: SourceModel, plan: ExactPlan, pieces: Iterable[PieceSou
 
 def _finish_exact(
     model: SourceModel, plan: ExactPlan, sink: BlobSink, pieces: Iterable[Blob], progress: Callable[[str, int, int], None]
-) -> tuple[int, list[Blob]]:
-    """What an exact model has beside its pieces, computed from them: bytes of KV cache per token and layer, and the files."""
+) -> tuple[int, list[Blob], tuple[bytes, ...]]:
+    """What an exact model has beside its pieces, computed from them: bytes of KV cache per token and layer, the files, and the
+    roots over its rows."""
     from nexus.engine.exact.calibrate import CALIBRATION_TEXT, calibrate
+    from nexus.engine.exact.row_roots import model_rows
     from nexus.proof.arithmetic.tables import tables_of
 
     blobs = {piece.name: piece for piece in pieces}
+
+    def piece_path(name: str) -> Path:
+        return sink.path(blobs[name].root)
+
     sizes = [blobs[layer_name(index)].size for index in range(len(plan.layers))]
     tables = tables_of(plan)
     found = calibrate(
         plan,
-        lambda name: sink.path(blobs[name].root),
+        piece_path,
         tables,
         model.tokenizer.encode(CALIBRATION_TEXT),
         model.pooling,
@@ -298,7 +306,8 @@ def _finish_exact(
         EXACT_TABLES: encode_safetensors(tables),
         EXACT_VECTORS: encode_safetensors(vectors),
     }
-    return found.plan.kv_bytes, [sink.put(name, len(content), [content]) for name, content in contents.items()]
+    files = [sink.put(name, len(content), [content]) for name, content in contents.items()]
+    return found.plan.kv_bytes, files, model_rows(plan, piece_path, tables)
 
 
 def _directory(source: Path) -> Path:

@@ -30,7 +30,7 @@ def manifest_of(layers: int = 4, tied: int = 0) -> Manifest:
     names = [EMBEDDING, *(layer_name(index) for index in range(layers)), HEAD]
     pieces = tuple(Blob(name, 100 + index, bytes([index]) * 32) for index, name in enumerate(names))
     files = (Blob("config.json", 10, b"c" * 32), Blob("tokenizer/vocab.txt", 20, b"t" * 32))
-    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, files, ())
 
 
 def test_it_comes_back_from_its_bytes() -> None:
@@ -69,7 +69,8 @@ def test_the_root_binds_every_field() -> None:
 def exact_manifest() -> Manifest:
     extra = tuple(Blob(name, 5, bytes(32)) for name in (EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS))
     manifest = manifest_of()
-    return replace(manifest, profile="exact", dtype="int8", files=manifest.files + extra)
+    rows = tuple(bytes([index]) * 32 for index in range(len(manifest.pieces) + 1))
+    return replace(manifest, profile="exact", dtype="int8", files=manifest.files + extra, rows=rows)
 
 
 def test_an_exact_model_has_its_plan_tables_and_known_answers() -> None:
@@ -80,6 +81,22 @@ def test_an_exact_model_has_its_plan_tables_and_known_answers() -> None:
             replace(manifest, files=manifest.files[:number] + manifest.files[number + 1 :]).check()
     with pytest.raises(MalformedError, match="unknown arithmetic"):
         replace(manifest, dtype="float32").check()
+    for rows in ((), manifest.rows[:-1], (*manifest.rows, bytes(32))):
+        with pytest.raises(MalformedError, match="root over the rows"):
+            replace(manifest, rows=rows).check()
+    with pytest.raises(MalformedError, match="root over the rows"):
+        replace(manifest_of(), rows=manifest.rows).check()
+
+
+def test_the_root_binds_every_row_root() -> None:
+    manifest = exact_manifest()
+    changed = [
+        replace(manifest, rows=(*manifest.rows[:index], b"x" * 32, *manifest.rows[index + 1 :]))
+        for index in range(len(manifest.rows))
+    ]
+    changed += [replace(manifest, rows=manifest.rows[:-1]), replace(manifest, rows=manifest.rows[::-1])]
+    roots = [one.root for one in (manifest, *changed)]
+    assert len(set(roots)) == len(roots)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../config", "a/../b", "a//b", "a/./b", "", "a\\b", "a\0b", ".", "a/"])

@@ -11,7 +11,7 @@ from threading import Thread
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, NotFoundError, UnreachableError
+from nexus.core.errors import CapacityError, NotFoundError, UnreachableError, VerificationError
 from nexus.core.fidelity import Fidelity, LayerFidelity
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity
@@ -26,6 +26,7 @@ from nexus.node.api import (
     FidelityRequest,
     Finished,
     GenerateRequest,
+    JudgementView,
     ModelView,
     NodeStatus,
     Notice,
@@ -39,6 +40,7 @@ from nexus.node.api import (
 )
 from nexus.proof.bundle import Bundle, make_requests
 from nexus.proof.receipts import FLOAT, MICRO, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
+from nexus.proof.solver import Proven
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 FIDELITY = Fidelity(
@@ -59,7 +61,7 @@ ANSWER = ("Once", " upon", " a", " time", ".\n")
 def manifest() -> Manifest:
     pieces = tuple(Blob(name, 1000, leaf_hash(name.encode())) for name in ("embedding", "layer.0", "layer.1", "head"))
     files = (Blob("config.json", 10, leaf_hash(b"config")),)
-    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", 2, 64, 256, 512, 1024, 0, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", 2, 64, 256, 512, 1024, 0, pieces, files, ())
 
 
 def bundle(outputs: int = len(ANSWER)) -> Bundle:
@@ -195,6 +197,15 @@ class FakeNode:
         if stages is not None and stages > 2:
             raise CapacityError(f"there are 2 nodes, not {stages}", "Ask for fewer stages")
         return plan_view()
+
+    async def judge(self, model: str, nodes: int | None) -> JudgementView:
+        if model == "broken":
+            raise VerificationError("plan.coverage does not hold: layer 1 is computed 0 times", "Plan it again")
+        proofs = (
+            Proven("plan.coverage", "every one of 2 layers is computed exactly once", 0, 0, 1.25),
+            Proven("norm.squares", "the sums of 64 squares stay below 2^53", 2**44, 2**53, 2.5),
+        )
+        return JudgementView(plan_view(), proofs if nodes is None else proofs[:1])
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)

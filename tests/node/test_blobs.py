@@ -82,7 +82,7 @@ def manifest(library: Library) -> Manifest:
 
     pieces = tuple(put(name) for name in (EMBEDDING, *(layer_name(index) for index in range(LAYERS)), HEAD))
     files = (put("config.json"), put("vocab.txt"))
-    manifest = Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", LAYERS, 8, 16, 64, 32, 0, pieces, files)
+    manifest = Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", LAYERS, 8, 16, 64, 32, 0, pieces, files, ())
     library.catalog.add("nano", manifest)
     return manifest
 

@@ -35,7 +35,7 @@ def model_in(store: BlobStore, number: int = 0, stored: str = "F32") -> Manifest
         return store.put(name, len(content), [content])
 
     pieces = tuple(blob(name) for name in (EMBEDDING, *(layer_name(i) for i in range(8)), HEAD))
-    return Manifest(1, "causal", "Toy", "float", "float32", 8, 4, 256, 4096, 8, 0, pieces, (blob("config.json"),)).check()
+    return Manifest(1, "causal", "Toy", "float", "float32", 8, 4, 256, 4096, 8, 0, pieces, (blob("config.json"),), ()).check()
 
 
 def elsewhere(number: int) -> Manifest:
@@ -45,7 +45,7 @@ def elsewhere(number: int) -> Manifest:
         return Blob(name, PIECE_BYTES, leaf_hash(f"elsewhere {number} {name}".encode()))
 
     pieces = tuple(map(blob, (EMBEDDING, "layer.0", HEAD)))
-    return Manifest(1, "causal", "Toy", "float", "float32", 1, 4, 256, 4096, 8, 0, pieces, (blob("config.json"),))
+    return Manifest(1, "causal", "Toy", "float", "float32", 1, 4, 256, 4096, 8, 0, pieces, (blob("config.json"),), ())
 
 
 @dataclass

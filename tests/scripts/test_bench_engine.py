@@ -74,6 +74,7 @@ def test_the_cut_weighs_the_head_against_layers() -> None:
             tied=tied,
             pieces=(*blobs, Blob("head", 0 if tied else head, bytes(32))),
             files=(Blob("config.json", 1, bytes(32)),),
+            rows=(),
         )
 
     assert balanced_cut(manifest(0, tied=1)) == 4

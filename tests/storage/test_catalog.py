@@ -25,7 +25,9 @@ def model_in(store: BlobStore, layers: int = 4, tied: int = 0, salt: bytes = b""
         return store.put(name, len(data), [data])
 
     pieces = tuple(put(name) for name in (EMBEDDING, *(layer_name(index) for index in range(layers)), HEAD))
-    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, (put("config.json"),))
+    return Manifest(
+        1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, (put("config.json"),), ()
+    )
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def bare_model(layers: int, tied: int) -> Manifest:
     names = (EMBEDDING, *(layer_name(index) for index in range(layers)), HEAD)
     pieces = tuple(Blob(name, 100 + index, bytes([index]) * 32) for index, name in enumerate(names))
     files = (Blob("config.json", 10, b"c" * 32),)
-    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, files)
+    return Manifest(1, "causal", "LlamaForCausalLM", "float", "float32", layers, 8, 16, 64, 32, tied, pieces, files, ())
 
 
 @given(missing=st.sets(st.integers(0, 7)), tied=st.booleans())

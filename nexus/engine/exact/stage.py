@@ -24,6 +24,7 @@ from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.commit import Commitments, Kernel, committed_step
 from nexus.engine.exact.pieces import STATE_MAX, Piece, read_tables
 from nexus.engine.exact.plan import plan_of
+from nexus.engine.exact.row_roots import check_rows
 from nexus.engine.float_stage import use_threads
 from nexus.engine.pooling import Pooling
 from nexus.engine.safetensors_check import check_safetensors
@@ -263,7 +264,9 @@ def load_exact_stage(
     check_config(manifest, config, plan.kv_bytes)
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
     answers = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan).of(start, end)
-    model = build_model(plan, start, end, open_pieces(plan, start, end, files), tables, kernel)
+    pieces = open_pieces(plan, start, end, files)
+    check_rows(manifest, plan, pieces, tables)
+    model = build_model(plan, start, end, pieces, tables, kernel)
     stage = ExactStage(manifest, start, end, plan, model, tables, answers, pooling)
     stage.check()
     return stage
@@ -272,12 +275,10 @@ def load_exact_stage(
 def open_pieces(plan: ExactPlan, start: int, end: int, files: Mapping[str, Path]) -> dict[str, Piece]:
     """The pieces of layers [start, end) by name."""
     last = end == len(plan.layers)
-    pieces = {layer_name(index): Piece(path_of(files, layer_name(index)), plan.layer_tensors()) for index in range(start, end)}
-    if start == 0 or (last and plan.tied):
-        pieces[EMBEDDING] = Piece(path_of(files, EMBEDDING), plan.embedding_tensors())
-    if last:
-        pieces[HEAD] = Piece(path_of(files, HEAD), plan.head_tensors())
-    return pieces
+    names = [layer_name(index) for index in range(start, end)]
+    names += [EMBEDDING] if start == 0 or (last and plan.tied) else []
+    names += [HEAD] if last else []
+    return {name: Piece(path_of(files, name), plan.piece_tensors(name)) for name in names}
 
 
 def build_model(

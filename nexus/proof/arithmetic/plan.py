@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nexus.core.errors import ModelFormatError
+from nexus.core.manifest import EMBEDDING, HEAD
 from nexus.proof import trace
 from nexus.proof.arithmetic.bounds import FLOAT_FIX
 from nexus.proof.trace import TraceShape
@@ -131,6 +132,10 @@ class ExactPlan:
         if self.qk_norm:
             shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), ("F32", (self.head_dim,)))
         return shapes
+
+    def piece_tensors(self, piece: str) -> Shapes:
+        """Those of the piece of this name."""
+        return {EMBEDDING: self.embedding_tensors, HEAD: self.head_tensors}.get(piece, self.layer_tensors)()
 
     def embedding_tensors(self) -> Shapes:
         shapes = _linear("embed", self.vocab, self.hidden)

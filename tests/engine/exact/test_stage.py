@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, UsageError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
+from nexus.engine.architecture import read_config
 from nexus.engine.exact import stage as exact_stage
-from nexus.engine.exact.stage import ExactStage
+from nexus.engine.exact.pieces import read_tables
+from nexus.engine.exact.row_roots import model_rows
+from nexus.engine.exact.stage import ExactStage, read_plan, table_shapes
 from nexus.engine.stage import Stage, load_stage
 from nexus.proof.receipts import tokens_to_bytes
 from tests.engine.conftest import Folder
@@ -44,6 +48,13 @@ def damage(folder: Folder, name: str, change: Callable[[Tensors], None]) -> None
     save_file(tensors, folder.paths[name])
 
 
+def signed_for(manifest: Manifest, folder: Folder) -> Manifest:
+    """The manifest that the author of a damaged model would sign: with the roots over its rows as they are."""
+    plan = read_plan(read_config(folder.paths["config.json"]), folder.paths[EXACT_PLAN])
+    tables = read_tables(folder.paths[EXACT_TABLES], table_shapes(plan))
+    return replace(manifest, rows=model_rows(plan, folder.paths.__getitem__, tables))
+
+
 def test_the_fastest_kernel_is_taken(model: tuple[Manifest, Folder]) -> None:
     stage = load(*model)
     assert isinstance(stage, ExactStage)
@@ -60,15 +71,47 @@ def test_a_changed_weight_is_found_by_every_kernel(kernel: str, model: tuple[Man
         tensors["down.weight"][row, 3] ^= 64
 
     damage(folder, "layer.1", change)
+    manifest = signed_for(manifest, folder)
     assert load(manifest, folder, 0, 1, kernel)
     with pytest.raises(LocalError, match="known answers"):
         load(manifest, folder, 1, 2, kernel)
 
 
 def test_a_changed_rotary_table_is_found(model: tuple[Manifest, Folder]) -> None:
-    damage(model[1], EXACT_TABLES, lambda tensors: tensors["rope.0.fine"].ravel().__setitem__(slice(1, None, 2), 0.75))
+    manifest, folder = model
+    damage(folder, EXACT_TABLES, lambda tensors: tensors["rope.0.fine"].ravel().__setitem__(slice(1, None, 2), 0.75))
     with pytest.raises(LocalError, match="known answers"):
-        load(*model)
+        load(signed_for(manifest, folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("embedding", "embed.weight"),
+        ("layer.1", "qkv.scale"),
+        ("layer.1", "down.weight"),
+        ("layer.2", "k_norm.weight"),
+        ("head", "norm.weight"),
+        ("head", "head.weight"),
+        (EXACT_TABLES, "rope.0.coarse"),
+        (EXACT_TABLES, "rope.0.fine"),
+    ],
+)
+def test_rows_that_the_manifest_does_not_name_are_not_served(name: str, tensor: str, model: tuple[Manifest, Folder]) -> None:
+    """A proof carries the manifest's rows: whoever served others would be convicted without a fault of their own."""
+    manifest, folder = model
+
+    def change(tensors: Tensors) -> None:
+        last = tensors[tensor].reshape(-1)[-1:].view(np.uint8)
+        last[0] ^= 1
+
+    damage(folder, name, change)
+    with pytest.raises(ModelFormatError, match="are not those that the model's manifest names"):
+        load(manifest, folder)
+
+
+def test_the_rows_are_those_of_the_pieces(model: tuple[Manifest, Folder]) -> None:
+    assert signed_for(*model) == model[0]
 
 
 @pytest.mark.parametrize("table", ["exp_hi", "exp_lo", "phi"])
