@@ -172,12 +172,12 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _stages(request: Request) -> int | None:
-    given = request.query_params.get("stages")
+def _whole_number(request: Request, name: str, most: int) -> int | None:
+    given = request.query_params.get(name)
     if given is None:
         return None
-    if re.fullmatch("[0-9]{1,4}", given) is None or not 1 <= int(given) <= requests.STAGES_MAX:
-        raise UsageError(f"stages is {given[:40]!r}", f"Give a whole number from 1 to {requests.STAGES_MAX}")
+    if re.fullmatch("[0-9]{1,4}", given) is None or not 1 <= int(given) <= most:
+        raise UsageError(f"{name} is {given[:40]!r}", f"Give a whole number from 1 to {most}")
     return int(given)
 
 
@@ -235,7 +235,12 @@ class Control:
         return EventStream(self.node.fidelity(wanted))
 
     async def plan(self, request: Request) -> Response:
-        return JsonResponse(to_json(await self.node.plan(request.path_params["name"], _stages(request))))
+        stages = _whole_number(request, "stages", requests.STAGES_MAX)
+        return JsonResponse(to_json(await self.node.plan(request.path_params["name"], stages)))
+
+    async def judge(self, request: Request) -> Response:
+        nodes = _whole_number(request, "nodes", requests.NODES_MAX)
+        return JsonResponse(to_json(await self.node.judge(request.path_params["name"], nodes)))
 
     async def run(self, request: Request) -> Response:
         wanted = requests.parse_generate(await _body(request))
@@ -275,6 +280,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("POST", "/v0/models", Control.add_model),
     ("GET", "/v0/models/{name}", Control.model),
     ("GET", "/v0/models/{name}/plan", Control.plan),
+    ("GET", "/v0/models/{name}/judgement", Control.judge),
     ("POST", "/v0/models/{name}/fidelity", Control.fidelity),
     ("POST", "/v0/run", Control.run),
     ("POST", "/v0/embed", Control.embed),

@@ -21,6 +21,7 @@ TEXTS_MAX = 1024
 STOPS_MAX = 16
 STOP_CHARS_MAX = 256
 STAGES_MAX = 256
+NODES_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)

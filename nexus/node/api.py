@@ -13,6 +13,7 @@ from typing import Protocol
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
 from nexus.proof.bundle import Bundle
+from nexus.proof.solver import Proven
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,14 @@ class PlanView:
     plan_root: bytes
     stages: tuple[StageView, ...]
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JudgementView:
+    """A plan, and what was proven of it and of its model before it may run."""
+
+    plan: PlanView
+    proofs: tuple[Proven, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +240,10 @@ class NodeApi(Protocol):
         ...
 
     async def plan(self, model: str, stages: int | None) -> PlanView: ...
+
+    async def judge(self, model: str, nodes: int | None) -> JudgementView:
+        """Prove the plan that would run now, or with `nodes` nodes like this one. Raises VerificationError where it does not hold."""
+        ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """Closing the iterator early cancels the work everywhere."""

@@ -28,6 +28,7 @@ from nexus.node.api import (
     Event,
     FidelityRequest,
     GenerateRequest,
+    JudgementView,
     ModelView,
     NodeStatus,
     Notice,
@@ -37,10 +38,11 @@ from nexus.node.api import (
 )
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer import InferService
+from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
 from nexus.node.models import Models
 from nexus.node.options import NodeOptions
-from nexus.node.runner import Runner
+from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
@@ -97,6 +99,7 @@ class Node:
             changed=self._holdings_changed,
         )
         self._infer = InferService(transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max)
+        self._judge = Judge(self._models, lambda root: self._runner.sources(root))
         self._runner = Runner(
             transport,
             identity,
@@ -403,6 +406,16 @@ class Node:
     async def plan(self, model: str, stages: int | None) -> PlanView:
         name, manifest = await self._runner.manifest(model)
         return self._runner.plan_view(name, manifest, await self._runner.place(manifest, stages))
+
+    async def judge(self, model: str, nodes: int | None) -> JudgementView:
+        name, manifest = await self._runner.manifest(model)
+        if nodes is None:
+            placement = await self._runner.place(manifest, None)
+        else:
+            context = min(manifest.context, PLANNED_TOKENS)
+            placement = await trio.to_thread.run_sync(imagined_placement, manifest, self._describe(), nodes, context)
+        judgement = await self._judge(placement.plan, manifest)
+        return JudgementView(self._runner.plan_view(name, manifest, placement), judgement.proofs)
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         return self._runner.generate(request)

@@ -14,7 +14,7 @@ from typing import Any
 from nexus.core.errors import VerificationError
 
 # Of one obligation. The first counts the solver's own steps, so that a proof does not depend on how busy a machine is; the second
-# bounds the wait where steps are slow. Each takes some ten thousand steps, and milliseconds.
+# bounds the wait where steps are slow. None takes more than some hundred thousand steps, and a few milliseconds.
 STEPS_MAX = 20_000_000
 TIME_MAX_MS = 20_000
 
