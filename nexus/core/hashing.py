@@ -96,13 +96,18 @@ def verify_merkle_range(root: bytes, size: int, start: int, leaves: Sequence[byt
 
     Takes a hash per leaf and two per level of the tree. A proof of another length than the range asks for is refused first.
     """
+    if merkle_range_root(size, start, leaves, proof) != root:
+        raise VerificationError("the Merkle range proof does not lead to the root")
+
+
+def merkle_range_root(size: int, start: int, leaves: Sequence[bytes], proof: Sequence[bytes]) -> bytes:
+    """The root that a range proof leads to. Raises VerificationError for a proof of another length than the range asks for."""
     end = start + len(leaves)
     if not 0 <= start < end <= size < 1 << MAX_PROOF_HASHES:
         raise VerificationError(f"leaves {start} to {end} are no range of a tree of {size}")
     if len(proof) != len(_outside(0, size, start, end)):
         raise VerificationError("the Merkle range proof has the wrong length")
-    if _range_root(0, size, start, leaves, iter(proof)) != root:
-        raise VerificationError("the Merkle range proof does not lead to the root")
+    return _range_root(0, size, start, leaves, iter(proof))
 
 
 def _outside(low: int, high: int, start: int, end: int) -> list[tuple[int, int]]:
