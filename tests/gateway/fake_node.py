@@ -20,6 +20,7 @@ from nexus.core.plan import Plan, PlanStage
 from nexus.gateway.control import Control, control_app
 from nexus.gateway.unix_socket import bound_socket, serve_on
 from nexus.node.api import (
+    AuditView,
     Embedding,
     EmbedRequest,
     Event,
@@ -34,6 +35,8 @@ from nexus.node.api import (
     Planned,
     PlanView,
     Progress,
+    SessionView,
+    StageAuditView,
     StageSummary,
     StageView,
     Token,
@@ -127,16 +130,32 @@ def plan_view() -> PlanView:
     return PlanView("nano", proof.manifest.root, proof.plan.root, stages, "two nodes are enough")
 
 
-def finished(verified: int = 2) -> Finished:
+def finished(verified: int = 2, audit: AuditView | None = None) -> Finished:
     stages = tuple(
         StageSummary(index, node.peer_id, f"node-{index}", index, index + 1, 5, 1, 0.01)
         for index, node in enumerate((FIRST, SECOND))
     )
-    return Finished("stop", 3, 5, 0.1, 0.5, 2, verified, stages, bundle())
+    return Finished("stop", 3, 5, 0.1, 0.5, 2, verified, stages, bundle(), audit)
+
+
+def audit_view(verdict: str = "ok") -> AuditView:
+    """The second stage as the audit found it, the first one right."""
+    proof = bytes(range(32)) if verdict == "convicted" else b""
+    detail = "" if verdict == "ok" else "operation down of layer 1 is wrong in step 2"
+    stages = (
+        StageAuditView(0, FIRST.peer_id, "node-0", "light", "ok", 0, 2, 0.001, b"", ""),
+        StageAuditView(1, SECOND.peer_id, "node-1", "light", verdict, 0, 2, 0.0035, proof, detail),
+    )
+    return AuditView(bundle().terms.session, 1_700_000_000_000, stages)
+
+
+def session_view() -> SessionView:
+    proof = bundle()
+    return SessionView(proof.terms.session, "nano", proof.manifest.root, 1_700_000_000_000, 5, 2, (audit_view(),))
 
 
 class FakeNode:
-    """`prompt` steers it: "fail at once", "fail half way", "crash", "wait" (for ever), "unverified"; anything else is answered."""
+    """`prompt` steers it: "fail at once", "fail half way", "crash", "wait" (for ever), "unverified", "cheated"; anything else is answered."""
 
     def __init__(self) -> None:
         self.ready = True
@@ -223,7 +242,8 @@ class FakeNode:
                 if index == 2 and request.prompt == "wait":
                     await trio.sleep_forever()
                 yield Token(index, index, text)
-            yield finished(1 if request.prompt == "unverified" else 2)
+            audit = None if request.verify is None else audit_view("convicted" if request.prompt == "cheated" else "ok")
+            yield finished(1 if request.prompt == "unverified" else 2, audit)
         except (trio.Cancelled, GeneratorExit):
             self.cancelled += 1
             raise
@@ -237,6 +257,19 @@ class FakeNode:
         for index in range(len(request.texts)):
             yield Embedding(index, (0.5, -0.25, 1e-9))
         yield finished()
+
+    async def sessions(self) -> list[SessionView]:
+        return [session_view()]
+
+    async def session(self, session: str) -> SessionView:
+        if not session_view().session.hex().startswith(session):
+            raise NotFoundError(f"no session {session!r} is kept", "`nexus audit list` shows those that are")
+        return session_view()
+
+    async def audit(self, session: str, mode: str) -> AsyncGenerator[Progress | AuditView, None]:
+        view = await self.session(session)
+        yield Progress(FIRST.peer_id, "auditing", 0, 0)
+        yield replace(view.audits[0], stages=tuple(replace(stage, mode=mode) for stage in view.audits[0].stages))
 
     async def drain(self) -> None:
         self.drained = True
