@@ -115,7 +115,7 @@ def prove_coverage(solver: Solver, replicas: Sequence[Sequence[PlanStage]], laye
     def explain(example: dict[str, str]) -> str:
         index = int(example.get("layer", "0"))
         counts = [sum(stage.start <= index < stage.end for stage in stages) for stages in replicas]
-        return f"layer {index} is computed " + " and ".join(f"{count} times" for count in counts)
+        return f"layer {index} is computed " + " and ".join("once" if count == 1 else f"{count} times" for count in counts)
 
     return solver.prove(
         "plan.coverage",
