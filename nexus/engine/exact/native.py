@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -22,16 +24,18 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from nexus.core.errors import LocalError, OutOfBoundsError
-from nexus.core.hashing import HASH_BYTES, leaf_hash
+from nexus.core.hashing import HASH_BYTES
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import native_build
 from nexus.engine.exact.torch_step import Trace
-from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan
+from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan, value_widths
+from nexus.proof.trace import OPS
 
 PAGE_TOKENS = 64
-_ABI = 1
+_ABI = 2
 _ALIGNMENT = 64
-_OK, _BOUNDS, _CANCELLED, _WORKSPACE, _BAD_ARGUMENT = range(5)
+_OK, _BOUNDS, _CANCELLED, _WORKSPACE, _BAD_ARGUMENT, _WRONG = range(6)
+_LEAF, _NODE = range(2)
 _NO_LOGITS, _LAST_LOGITS, _ALL_LOGITS = range(3)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 _RMS_NORM, _LAYER_NORM = range(2)
@@ -44,7 +48,7 @@ _P, _I32, _I64, _F32, _F64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ct
 
 class _Linear(ctypes.Structure):
     _fields_: ClassVar[Fields] = [
-        *[(name, _P) for name in ("weights", "scale", "bias")],
+        *[(name, _P) for name in ("weights", "scale", "bias", "check")],
         *[(name, _I32) for name in ("n", "k", "wide", "reserved")],
     ]
 
@@ -80,6 +84,7 @@ class _Model(ctypes.Structure):
         ("head", _Linear),
         ("final_norm", _Norm),
         ("layer", ctypes.POINTER(_Layer)),
+        ("key", _P),
     ]
 
 
@@ -87,7 +92,7 @@ class _Run(ctypes.Structure):
     _fields_: ClassVar[Fields] = [
         ("pages", _P),
         ("position", _I64),
-        *[(name, _I32) for name in ("count", "logits", "status", "reserved")],
+        *[(name, _I32) for name in ("count", "logits", "status", "commit")],
     ]
 
 
@@ -95,11 +100,15 @@ class _Trace(ctypes.Structure):
     _fields_: ClassVar[Fields] = [(name, _P) for name in ("qkv", "o", "gate_up", "down", "attention")]
 
 
+class _Commit(ctypes.Structure):
+    _fields_: ClassVar[Fields] = [(name, _P) for name in ("cells", "records", "logits", "values", "logged")]
+
+
 class _Batch(ctypes.Structure):
     _fields_: ClassVar[Fields] = [
         ("runs", ctypes.POINTER(_Run)),
         *[(name, _I32) for name in ("run_count", "threads")],
-        *[(name, _P) for name in ("ids", "states", "states_out", "logits_out", "trace", "cancel", "workspace")],
+        *[(name, _P) for name in ("ids", "states", "states_out", "logits_out", "trace", "commit", "cancel", "workspace")],
         ("workspace_bytes", ctypes.c_uint64),
     ]
 
@@ -135,9 +144,11 @@ def _library() -> ctypes.CDLL | None:
     library.nx_page_bytes.restype = ctypes.c_uint64
     library.nx_page_bytes.argtypes = [_P]
     library.nx_workspace_bytes.restype = ctypes.c_uint64
-    library.nx_workspace_bytes.argtypes = [_P, _I64, _I64, _I64, _I32]
+    library.nx_workspace_bytes.argtypes = [_P, _I64, _I64, _I64, _I32, _I64]
     library.nx_check_model.argtypes = [_P]
     library.nx_step.argtypes = [_I32, _P, _P]
+    library.nx_check_rows.argtypes = [_I32, _I64, _I64, _P, _P, _P]
+    library.nx_hash.argtypes = [_I32, _P, _I64, _I32]
     return library
 
 
@@ -158,19 +169,22 @@ def available() -> list[str]:
     return [name for name, (_, supported) in _built().items() if supported]
 
 
-def hash_leaves(leaves: Sequence[bytes]) -> NDArray[np.uint8]:
-    """The hashes [n, 32] of Merkle leaves of any lengths: BLAKE3(0x00 data)."""
-    return _hashes(leaf_hash(leaf) for leaf in leaves)
+def hash_leaves(leaves: Sequence[bytes], variant: str | None = None) -> NDArray[np.uint8]:
+    """The hashes [n, 32] of Merkle leaves of any lengths: BLAKE3(0x00 data). `variant`: of `available`, or the fastest."""
+    data = [np.frombuffer(leaf, np.uint8) for leaf in leaves]
+    return _hashed(data, [part.ctypes.data for part in data], [part.nbytes for part in data], _LEAF, variant)
 
 
-def hash_rows(rows: Array) -> NDArray[np.uint8]:
-    """The leaf hashes [n, 32] of the rows of a contiguous array [n, ...], each as its bytes in memory."""
-    return _hashes(leaf_hash(row.tobytes()) for row in rows)
+def hash_rows(rows: Array, variant: str | None = None) -> NDArray[np.uint8]:
+    """The leaf hashes [n, 32] of the rows of an array [n, ...], each as its bytes in memory."""
+    return _hashed_rows(rows, _LEAF, variant)
 
 
-def hash_nodes(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def hash_nodes(pairs: NDArray[np.uint8], variant: str | None = None) -> NDArray[np.uint8]:
     """The hashes [n, 32] of inner nodes over pairs [n, 64] of hashes: BLAKE3(0x01 left right)."""
-    return _hashes(blake3(b"\1" + pair.tobytes()).digest() for pair in pairs)
+    if pairs.dtype != np.uint8 or pairs.ndim != 2 or pairs.shape[1] != 2 * HASH_BYTES:
+        raise ValueError(f"pairs of hashes are uint8 [n, {2 * HASH_BYTES}]")
+    return _hashed_rows(pairs, _NODE, variant)
 
 
 def merkle_roots(leaves: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -183,8 +197,29 @@ def merkle_roots(leaves: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return level[:, 0]
 
 
-def _hashes(digests: Iterable[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, HASH_BYTES)
+def _hashed_rows(rows: Array, prefix: int, variant: str | None) -> NDArray[np.uint8]:
+    rows = np.ascontiguousarray(rows)
+    size = rows.nbytes // len(rows) if len(rows) else 0
+    addresses = rows.ctypes.data + np.arange(len(rows), dtype=np.uint64) * np.uint64(size)
+    return _hashed(list(rows) if not _built() else [rows], addresses, size, prefix, variant)
+
+
+def _hashed(
+    data: Sequence[Array], addresses: NDArray[np.uint64] | list[int], sizes: int | list[int], prefix: int, variant: str | None
+) -> NDArray[np.uint8]:
+    """`data` keeps what is at the addresses in memory; without a library it holds each input."""
+    library, hashes = _library(), np.empty((len(addresses), HASH_BYTES), np.uint8)
+    if library is None:
+        for index, part in enumerate(data):
+            hashes[index] = np.frombuffer(blake3(bytes([prefix]) + part.tobytes()).digest(), np.uint8)
+        return hashes
+    inputs = np.empty((len(addresses), 3), np.uint64)
+    inputs[:, 0], inputs[:, 1] = addresses, sizes
+    inputs[:, 2] = hashes.ctypes.data + np.arange(len(addresses), dtype=np.uint64) * np.uint64(HASH_BYTES)
+    index, _ = _built()[variant or available()[0]]
+    if library.nx_hash(index, inputs.ctypes.data, len(inputs), prefix):
+        raise ValueError(f"the compiled kernel {variant!r} does not run here")
+    return hashes
 
 
 def packed_bytes(rows: int, depth: int) -> int:
@@ -306,6 +341,14 @@ class CancelledError(LocalError):
         super().__init__("the step was cancelled", "Nothing was lost: ask again")
 
 
+class WrongSumsError(LocalError):
+    def __init__(self, kernel: str) -> None:
+        super().__init__(
+            f"this machine computed wrongly: a sum over the model's weights is not the right one (kernel {kernel})",
+            "Nothing of the step was used. Load the model again; if it comes back, test the memory and do not overclock",
+        )
+
+
 class NativeModel:
     """Layers [start, end) in the packed form that all variants read; see `build`."""
 
@@ -326,6 +369,9 @@ class NativeModel:
         self._layer_structs = (_Layer * max(1, len(self._layers)))()
         self._model = _Model()
         self._address = ctypes.addressof(self._model)
+        # Of the checks that a step makes of itself; nobody else may know it, so that nothing can be made to pass.
+        self._key = np.frombuffer(os.urandom(4 * _most_rows(plan)), np.int32) | 1
+        self._model.key = self._key.ctypes.data
         self._workspaces: list[Array] = []
         self._lock = threading.Lock()
         self.page_bytes = 0
@@ -343,25 +389,39 @@ class NativeModel:
         self.weight_bytes += values.nbytes
         return address
 
-    def _linear(self, tensors: Tensors, name: str, wide: bool, first: int = 0, rows: int | None = None) -> _Linear:
-        """Packs rows [first, first + rows) of a weight, block by block as they are read: there is never a second copy of it."""
+    def _new_check(self, depth: int) -> NDArray[np.int64]:
+        """For the check of a linear layer: `_linear` adds what its rows come to."""
+        check = np.zeros(depth, np.int64)
+        self._kept.append(check)
+        self.weight_bytes += check.nbytes
+        return check
+
+    def _linear(
+        self, tensors: Tensors, name: str, wide: bool, first: int = 0, rows: int | None = None, check: Array | None = None
+    ) -> _Linear:
+        """Packs rows [first, first + rows) of a weight, block by block as they are read: there is never a second copy of it.
+        `check`: of the whole weight, where it has more parts than this one."""
         total, depth = tensors.shape(f"{name}.weight")
         last = total if rows is None else first + rows
         size = int(self._library.nx_packed_bytes(last - first, depth))
         if not size:
             raise LocalError(f"{name} of {last - first} x {depth} is larger than the compiled kernel takes", "Use the torch kernel")
         packed = self._arena.take(size)
+        if check is None:
+            check = self._new_check(depth)
         for at, block in tensors.blocks(f"{name}.weight"):
             begin, end = max(at, first), min(at + len(block), last)
             if begin < end:
                 part = np.ascontiguousarray(block[begin - at : end - at], np.int8)
                 if self._library.nx_pack(packed.ctypes.data, last - first, depth, begin - first, end - first, part.ctypes.data):
                     raise LocalError(f"{name} could not be packed", "This is a bug: please report it")
+                key = self._key[begin:].ctypes.data
+                self._library.nx_check_rows(self._variant, end - begin, depth, key, part.ctypes.data, check.ctypes.data)
         self._kept.append(packed)
         self.weight_bytes += size
         bias = self._floats(tensors.tensor(f"{name}.bias")[first:last]) if f"{name}.bias" in tensors else None
         scale = self._floats(tensors.tensor(f"{name}.scale")[first:last])
-        return _Linear(packed.ctypes.data, scale, bias, last - first, depth, wide, 0)
+        return _Linear(packed.ctypes.data, scale, bias, check.ctypes.data, last - first, depth, wide, 0)
 
     def _norm(self, tensors: Tensors, name: str) -> _Norm:
         if f"{name}.weight" not in tensors:
@@ -374,10 +434,10 @@ class NativeModel:
         plan, layer, to = self.plan, self._layers[index], self._layer_structs[index]
         for name in ("qkv", "o", "down"):
             setattr(to, name, self._linear(tensors, name, name in layer.wide))
-        wide = "gate_up" in layer.wide
+        wide, check = "gate_up" in layer.wide, self._new_check(plan.hidden)
         if plan.gated:
-            to.gate = self._linear(tensors, "gate_up", wide, 0, plan.ffn)
-        to.up = self._linear(tensors, "gate_up", wide, plan.gate_up_size - plan.ffn, plan.ffn)
+            to.gate = self._linear(tensors, "gate_up", wide, 0, plan.ffn, check)
+        to.up = self._linear(tensors, "gate_up", wide, plan.gate_up_size - plan.ffn, plan.ffn, check)
         for name, _ in _Layer._fields_:
             if name.endswith("_norm"):
                 setattr(to, name, self._norm(tensors, name))
@@ -447,11 +507,12 @@ class NativeModel:
         model, has_head = self._model, bool(self._model.head.weights)
         structs = (_Run * len(runs))()
         longest = wanted = 0
-        for struct, run in zip(structs, runs, strict=True):
+        for number, (struct, run) in enumerate(zip(structs, runs, strict=True)):
             end = run.position + run.count
             pages = run.cache.reserve(end) if run.cache is not None else None
             logits = _LOGITS[run.logits] if has_head else _NO_LOGITS
             struct.pages, struct.position, struct.count, struct.logits = pages, run.position, run.count, logits
+            struct.commit = commit is not None and (commit.runs is None or number in commit.runs)
             longest = max(longest, end)
             wanted += (0, 1, run.count)[logits]
         if threads is None:
@@ -465,7 +526,11 @@ class NativeModel:
         batch.cancel = None if cancel is None else cancel.address
         traced = _Traced(self.plan, self._layers, rows) if trace else None
         batch.trace = None if traced is None else ctypes.addressof(traced.structs)
-        size = int(self._library.nx_workspace_bytes(self._address, rows, len(runs), longest, threads))
+        committing = _Committing(self.plan, self._layers, structs, commit.values) if commit else None
+        batch.commit = None if committing is None else ctypes.addressof(committing.struct)
+        size = int(
+            self._library.nx_workspace_bytes(self._address, rows, len(runs), longest, threads, committing.rows if committing else 0)
+        )
         if not size:
             raise ValueError(f"a batch of {rows} rows up to position {longest} on {threads} threads is beyond the kernel's limits")
         workspace = self._borrow(size)
@@ -480,10 +545,14 @@ class NativeModel:
             raise OutOfBoundsError(run=next(index for index, struct in enumerate(structs) if struct.status))
         if result == _CANCELLED:
             raise CancelledError
+        if result == _WRONG:
+            raise WrongSumsError(self.kernel)
         if result != _OK:
             raise ValueError(f"the compiled kernel refused the batch ({result})")
         if trace and traced:
             traced.report(trace)
+        if commit and committing:
+            commit.committed = committing.parts(structs)
         return out
 
     def _borrow(self, size: int) -> Array:
@@ -520,6 +589,60 @@ class _Traced:
         for index, values in enumerate(self._values):
             for name, value in values.items():
                 trace(index, name, value)
+
+
+def _most_rows(plan: ExactPlan) -> int:
+    """Of any linear layer."""
+    return max(plan.vocab, *(rows for rows, _ in plan.linear_shapes().values()))
+
+
+class _Committing:
+    """Memory for what a step commits to."""
+
+    def __init__(self, plan: ExactPlan, layers: Sequence[LayerPlan], runs: ctypes.Array[_Run], values: bool) -> None:
+        self.rows = rows = sum(run.count for run in runs if run.commit)
+        logits = sum((0, 1, run.count)[run.logits] for run in runs if run.commit)
+        heads = plan.kv_heads if plan.causal else 0
+        self._cells = np.empty((len(layers), len(OPS), rows, HASH_BYTES), np.uint8)
+        self._records = np.empty((len(layers), heads, rows, HASH_BYTES), np.uint8)
+        self._logits = np.empty((logits, HASH_BYTES), np.uint8)
+        self.struct = _Commit(*(part.ctypes.data for part in (self._cells, self._records, self._logits)))
+        self._values: list[list[NDArray[np.float32]]] = []
+        self._logged: list[NDArray[np.uint8]] = []
+        if values:
+            self._hand_out(plan, layers, rows, heads)
+
+    def _hand_out(self, plan: ExactPlan, layers: Sequence[LayerPlan], rows: int, heads: int) -> None:
+        """As nx_commit has it: values of a layer one after the other, layers at the distance of the largest one's."""
+        widths = value_widths(plan)
+        at = np.cumsum([0, *(widths[op] for op in OPS)])
+        sizes = [plan.head_dim * (3 if ATTENTION in layer.wide else 2) + 8 for layer in layers]
+        values = np.empty((len(layers), rows * int(at[-1])), np.float32)
+        logged = np.empty((len(layers), heads * rows * max(sizes, default=0)), np.uint8)
+        self.struct.values, self.struct.logged = values.ctypes.data, logged.ctypes.data
+        self._values = [[part[rows * a : rows * b].reshape(rows, b - a) for a, b in pairwise(at)] for part in values]
+        self._logged = [part[: heads * rows * size].reshape(heads, rows, size) for part, size in zip(logged, sizes, strict=True)]
+
+    def parts(self, runs: ctypes.Array[_Run]) -> list[Committed | None]:
+        """What belongs to each run."""
+        parts: list[Committed | None] = []
+        row = logit = 0
+        for run in runs:
+            if not run.commit:
+                parts.append(None)
+                continue
+            rows, logits = slice(row, row + run.count), slice(logit, logit + (0, 1, run.count)[run.logits])
+            row, logit = rows.stop, logits.stop
+            parts.append(
+                Committed(
+                    self._cells[:, :, rows],
+                    self._logits[logits],
+                    self._records[:, :, rows],
+                    tuple(tuple(value[rows] for value in values) for values in self._values),
+                    tuple(records[:, rows] for records in self._logged),
+                )
+            )
+        return parts
 
 
 def build(

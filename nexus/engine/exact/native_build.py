@@ -37,6 +37,8 @@ _VARIANTS = {
     },
     "aarch64": {"dotprod": "-march=armv8.2-a+dotprod", "neon": ""},
 }
+# Compiled once per instruction set, under its name.
+_PER_VARIANT = ("step.c", "hash.c")
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _COMPILE_TIMEOUT_S = 300
 
@@ -70,8 +72,8 @@ def build(target: Path = LIBRARY, machine: str | None = None, cc: Sequence[str] 
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         units = [
-            ("step.c", ["-DNX_VARIANT=portable", "-DNX_PORTABLE"]),
-            *(("step.c", [f"-DNX_VARIANT={name}", *flags]) for name, flags in variants.items()),
+            *((source, ["-DNX_VARIANT=portable", "-DNX_PORTABLE"]) for source in _PER_VARIANT),
+            *((source, [f"-DNX_VARIANT={name}", *flags]) for name, flags in variants.items() for source in _PER_VARIANT),
             ("dispatch.c", [f"-DNX_HAVE_{name}" for name in variants]),
         ]
         jobs = [

@@ -6,9 +6,14 @@
 
 typedef int32_t step_function(const nx_model *, nx_batch *);
 
+typedef void hash_function(const nx_leaf *, int64_t, uint8_t);
+typedef void check_function(int64_t, int64_t, const int32_t *, const int8_t *, int64_t *);
+
 typedef struct {
     const char *name;
     step_function *step;
+    hash_function *hash;
+    check_function *check_rows;
     int (*is_supported)(void);
 } variant;
 
@@ -78,7 +83,11 @@ static int has_dotprod(void) { return 0; }
 
 /* ---- variants, fastest first ---- */
 
-#define DECLARE(name) int32_t nx_step_##name(const nx_model *, nx_batch *);
+#define DECLARE(name)                                                                                                              \
+    int32_t nx_step_##name(const nx_model *, nx_batch *);                                                                          \
+    hash_function nx_hash_##name;                                                                                                  \
+    check_function nx_check_rows_##name;
+#define VARIANT(name, is_supported) {#name, nx_step_##name, nx_hash_##name, nx_check_rows_##name, is_supported}
 #ifdef NX_HAVE_amx
 DECLARE(amx)
 #endif
@@ -104,27 +113,27 @@ DECLARE(portable)
 
 static const variant VARIANTS[] = {
 #ifdef NX_HAVE_amx
-    {"amx", nx_step_amx, has_amx},
+    VARIANT(amx, has_amx),
 #endif
 #ifdef NX_HAVE_avx512
-    {"avx512", nx_step_avx512, has_avx512},
+    VARIANT(avx512, has_avx512),
 #endif
 #ifdef NX_HAVE_avxvnni
-    {"avxvnni", nx_step_avxvnni, has_avxvnni},
+    VARIANT(avxvnni, has_avxvnni),
 #endif
 #ifdef NX_HAVE_avx2
-    {"avx2", nx_step_avx2, has_avx2},
+    VARIANT(avx2, has_avx2),
 #endif
 #ifdef NX_HAVE_sse2
-    {"sse2", nx_step_sse2, always},
+    VARIANT(sse2, always),
 #endif
 #ifdef NX_HAVE_dotprod
-    {"dotprod", nx_step_dotprod, has_dotprod},
+    VARIANT(dotprod, has_dotprod),
 #endif
 #ifdef NX_HAVE_neon
-    {"neon", nx_step_neon, always},
+    VARIANT(neon, always),
 #endif
-    {"portable", nx_step_portable, always},
+    VARIANT(portable, always),
 };
 #define VARIANT_COUNT ((int32_t)(sizeof VARIANTS / sizeof *VARIANTS))
 
@@ -149,6 +158,20 @@ EXPORT int32_t nx_variants(nx_variant *variants, int32_t room) {
     for (int32_t i = 0; i < VARIANT_COUNT && i < room; i++)
         variants[i] = (nx_variant){VARIANTS[i].name, is_supported(i), 0};
     return VARIANT_COUNT;
+}
+
+EXPORT int32_t nx_hash(int32_t index, const nx_leaf *leaves, int64_t count, int32_t prefix) {
+    if (index < 0 || index >= VARIANT_COUNT || !is_supported(index) || (count && !leaves) || prefix < 0 || prefix > 255)
+        return NX_BAD_ARGUMENT;
+    VARIANTS[index].hash(leaves, count, (uint8_t)prefix);
+    return NX_OK;
+}
+
+EXPORT int32_t nx_check_rows(int32_t index, int64_t count, int64_t k, const int32_t *key, const int8_t *rows, int64_t *check) {
+    if (index < 0 || index >= VARIANT_COUNT || !is_supported(index) || !key || !rows || !check)
+        return NX_BAD_ARGUMENT;
+    VARIANTS[index].check_rows(count, k, key, rows, check);
+    return NX_OK;
 }
 
 EXPORT int32_t nx_step(int32_t index, const nx_model *model, nx_batch *batch) {
@@ -233,10 +256,11 @@ EXPORT int32_t nx_check_model(const nx_model *m) {
 
 EXPORT uint64_t nx_page_bytes(const nx_model *model) { return page_bytes_of(model); }
 
-EXPORT uint64_t nx_workspace_bytes(const nx_model *model, int64_t rows, int64_t runs, int64_t longest, int32_t threads) {
+EXPORT uint64_t nx_workspace_bytes(const nx_model *model, int64_t rows, int64_t runs, int64_t longest, int32_t threads,
+                                   int64_t committed) {
     workspace ignored;
     if (rows < 1 || rows > NX_ROWS_MAX || runs < 1 || runs > rows || longest < 1 || longest > NX_LONGEST || threads < 1 ||
-        threads > NX_THREADS_MAX)
+        threads > NX_THREADS_MAX || committed < 0 || committed > rows)
         return 0;
-    return lay_out_workspace(model, rows, runs, longest, threads, NULL, &ignored);
+    return lay_out_workspace(model, rows, runs, longest, threads, committed, NULL, &ignored);
 }

@@ -61,6 +61,33 @@ static inline size_t page_bytes_of(const nx_model *m) {
     return bytes;
 }
 
+/* ---- what is committed to ---- */
+
+typedef struct {
+    int64_t width[NX_VALUES]; /* float32 numbers of a row */
+    int64_t before[NX_VALUES]; /* those of the values before it */
+    int64_t floats;            /* of all values */
+    int64_t record;            /* bytes */
+} committed_layer;
+
+/* With a norm after the linear layer, its output is committed to as well as the new x. */
+static inline committed_layer committed_layer_of(const nx_model *m, const nx_layer *layer) {
+    const int64_t attention = (int64_t)m->heads * m->head_dim, hidden = m->hidden;
+    committed_layer c = {{layer->qkv.n, attention, hidden * (m->encoder || layer->post_attention_norm.weight ? 2 : 1), layer->down.k,
+                          hidden * (m->encoder || layer->post_mlp_norm.weight ? 2 : 1)},
+                         {0},
+                         0,
+                         m->encoder ? 0 : m->head_dim * (2 + layer->wide_attention) + 2 * (int64_t)sizeof(float)};
+    for (int i = 0; i < NX_VALUES; i++) {
+        c.before[i] = c.floats;
+        c.floats += c.width[i];
+    }
+    return c;
+}
+
+/* Values are hashed some layers at a time, so that there are enough of them to fill the lanes. */
+#define NX_HELD_BYTES (INT64_C(2) << 20)
+
 /* ---- workspace ---- */
 
 /* Consecutive rows of one run whose queries of one head of keys are computed together. */
@@ -90,6 +117,15 @@ typedef struct {
     int32_t *run_of;         /* [rows] */
     int64_t *position;       /* [rows] */
     int32_t *logit_row;      /* [rows] rows that logits are asked of */
+    int32_t *committed_row;  /* [rows] their number among those that are committed to, or -1 */
+    int32_t *committed_logit; /* [committed] numbers of the logits that are committed to */
+    uint64_t *expected;      /* [2 * rows] what the sums of a linear layer times its key must come to; then of the low bytes */
+    uint64_t *found;         /* [2 * rows] what they came to */
+    float *held;             /* [held_layers] values that are to be hashed */
+    uint8_t *held_records;   /* [held_layers] */
+    uint8_t *slices;         /* [committed][slices of a row of logits][32] */
+    size_t held_floats, held_record_bytes; /* of one layer */
+    int held_layers;
     query_block *blocks;     /* [rows] */
     uint8_t **scratch_pages; /* encoders: pages of one layer, and for each run its first */
     int64_t *first_page;
@@ -129,9 +165,27 @@ static inline widths widths_of(const nx_model *m) {
     return w;
 }
 
+static inline void lay_out_held(const nx_model *m, size_t rows, carver *c, workspace *ws) {
+    ws->held_floats = ws->held_record_bytes = 0;
+    for (int32_t l = 0; l < m->layers; l++) {
+        const committed_layer layer = committed_layer_of(m, &m->layer[l]);
+        ws->held_floats = (size_t)larger((int64_t)ws->held_floats, layer.floats);
+        ws->held_record_bytes = (size_t)larger((int64_t)ws->held_record_bytes, layer.record * m->kv_heads);
+    }
+    ws->held_floats *= rows;
+    ws->held_record_bytes *= rows;
+    /* As many layers each time, so that none is left over. */
+    const int64_t bytes = (int64_t)(ws->held_floats * sizeof(float) + ws->held_record_bytes);
+    const int64_t times = larger(1, pad_to(m->layers * bytes, NX_HELD_BYTES) / NX_HELD_BYTES);
+    ws->held_layers = (int)larger(1, (m->layers + times - 1) / times);
+    ws->held = carve(c, (size_t)ws->held_layers * ws->held_floats * sizeof(float));
+    ws->held_records = carve(c, (size_t)ws->held_layers * ws->held_record_bytes);
+    ws->slices = carve(c, m->head.weights ? rows * slices_of((uint64_t)m->head.n * sizeof(float)) * NX_HASH_BYTES : 0);
+}
+
 /* Lays out a workspace from `base`, returns its bytes; with base NULL it only counts. */
-static inline size_t lay_out_workspace(const nx_model *m, int64_t rows, int64_t runs, int64_t longest, int32_t threads, void *base,
-                                       workspace *ws) {
+static inline size_t lay_out_workspace(const nx_model *m, int64_t rows, int64_t runs, int64_t longest, int32_t threads,
+                                       int64_t committed, void *base, workspace *ws) {
     const widths wide = widths_of(m);
     const size_t r = (size_t)rows;
     carver c = {base, 0};
@@ -151,6 +205,11 @@ static inline size_t lay_out_workspace(const nx_model *m, int64_t rows, int64_t 
     ws->position = carve(&c, r * sizeof(int64_t));
     ws->logit_row = carve(&c, r * sizeof(int32_t));
     ws->blocks = carve(&c, r * sizeof(query_block));
+    ws->committed_row = carve(&c, r * sizeof(int32_t));
+    ws->committed_logit = carve(&c, (size_t)committed * sizeof(int32_t));
+    ws->expected = carve(&c, 2 * r * sizeof(uint64_t));
+    ws->found = carve(&c, 2 * r * sizeof(uint64_t));
+    lay_out_held(m, (size_t)committed, &c, ws);
     ws->first_page = carve(&c, (size_t)runs * sizeof(int64_t));
     ws->scratch_page_bytes = 0;
     const size_t pages = m->encoder ? (size_t)(rows / NX_PAGE_TOKENS + runs) : 0;

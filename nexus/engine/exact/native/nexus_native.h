@@ -12,7 +12,9 @@
 
 #include <stdint.h>
 
-#define NX_ABI         1  /* raised with every change of a structure; native.py refuses another */
+#include "hash.h"
+
+#define NX_ABI         2  /* raised with every change of a structure; native.py refuses another */
 #define NX_PAGE_TOKENS 64 /* positions of one session in a page of keys and values */
 
 enum nx_result {
@@ -20,7 +22,8 @@ enum nx_result {
     NX_BOUNDS = 1,      /* a run met an activation that is not a number or beyond 2^40: see nx_run.status; the others are right */
     NX_CANCELLED = 2,   /* the flag was raised: nothing was put out, keys and values from `position` on are not valid */
     NX_WORKSPACE = 3,   /* workspace smaller than nx_workspace_bytes */
-    NX_BAD_ARGUMENT = 4 /* a size, a token id or a position that the model does not have */
+    NX_BAD_ARGUMENT = 4, /* a size, a token id or a position that the model does not have */
+    NX_WRONG = 5         /* a linear layer's sums are not those of its weights: nothing of the step may be used */
 };
 enum nx_activation { NX_SILU = 0, NX_GELU_TANH = 1, NX_GELU = 2 };
 enum nx_norm_kind { NX_RMS_NORM = 0, NX_LAYER_NORM = 1 };
@@ -30,6 +33,8 @@ typedef struct {
     const uint8_t *weights; /* packed by nx_pack; NULL: there is no such layer */
     const float *scale;     /* [n] */
     const float *bias;      /* [n] or NULL */
+    const int64_t *check;   /* [k] the sum over the rows of key times weights, mod 2^64, by nx_check_rows; NULL: nothing is checked.
+                               That of `up` is of gate and up together, and `gate` has none */
     int32_t n, k;           /* outputs, inputs */
     int32_t wide;           /* 1: activations of 16 bits */
     int32_t reserved;
@@ -75,6 +80,7 @@ typedef struct {
     nx_linear head;               /* weights NULL: the stage puts out hidden states; tied weights: the pointers of `embed` */
     nx_norm final_norm;           /* before the head */
     const nx_layer *layer;        /* [layers] */
+    const int32_t *key;           /* [most rows of any linear layer, gate and up as one] odd random numbers, see nx_linear.check */
 } nx_model;
 
 typedef struct {
@@ -83,7 +89,7 @@ typedef struct {
     int32_t count;         /* tokens, at least 1 */
     int32_t logits;        /* enum nx_logits */
     int32_t status;        /* out: NX_OK or NX_BOUNDS */
-    int32_t reserved;
+    int32_t commit;        /* 1: nx_batch.commit is for this run, among others */
 } nx_run;
 
 /* What the linear layers and the attention of one layer put out; any pointer may be NULL. Rows are those of the batch; with
@@ -92,6 +98,18 @@ typedef struct {
     int32_t *qkv, *o, *gate_up, *down; /* [rows, n] accumulators; gate_up: gate then up */
     float *attention;                  /* [rows, heads * head_dim] */
 } nx_trace;
+
+/* What a step commits to (nexus/proof/trace.py) of those runs that ask for it: `rows` are all rows of theirs, in order. Values of a
+ * layer lie one after the other, [5][rows][width], in the order of enum nx_value; its records [kv_heads][rows][record]. The widths are
+ * those of committed_layer in layout.h. Hashes are leaf hashes of rows and records. */
+typedef struct {
+    uint8_t *cells;   /* [layers][5][rows][32] */
+    uint8_t *records; /* [layers][kv_heads][rows][32]; decoders */
+    uint8_t *logits;  /* [rows of logits that those runs ask for][32] */
+    float *values;    /* [layers] values themselves; NULL: nobody asks */
+    uint8_t *logged;  /* [layers] records themselves; NULL as `values` is, and in encoders */
+} nx_commit;
+enum nx_value { NX_QKV = 0, NX_ATTENTION = 1, NX_O = 2, NX_GATE_UP = 3, NX_DOWN = 4, NX_VALUES = 5 };
 
 typedef struct {
     nx_run *runs;
@@ -102,6 +120,7 @@ typedef struct {
     float *states_out;              /* [rows, hidden]; NULL where the model has a head */
     float *logits_out;              /* [rows that ask for logits, in order, head.n] */
     const nx_trace *trace;          /* [layers] or NULL */
+    const nx_commit *commit;        /* not NULL: linear layers are checked as well, of all runs; or NULL */
     const volatile int32_t *cancel; /* looked at between layers; or NULL */
     void *workspace;                /* aligned to 64 bytes */
     uint64_t workspace_bytes;
@@ -129,12 +148,18 @@ int32_t nx_pack(uint8_t *packed, int64_t n, int64_t k, int64_t first, int64_t la
  */
 uint64_t nx_page_bytes(const nx_model *model);
 
-/* Bytes of workspace for at most `rows` tokens in `runs` runs, none of which ends beyond position `longest`. 0: sizes out of range.
- */
-uint64_t nx_workspace_bytes(const nx_model *model, int64_t rows, int64_t runs, int64_t longest, int32_t threads);
+/* Bytes of workspace for at most `rows` tokens in `runs` runs, none of which ends beyond position `longest`; `committed` of the rows
+ * are committed to. 0: sizes out of range. */
+uint64_t nx_workspace_bytes(const nx_model *model, int64_t rows, int64_t runs, int64_t longest, int32_t threads, int64_t committed);
 
 /* Checks sizes and pointers of a model once, after it was put together. */
 int32_t nx_check_model(const nx_model *model);
+
+/* Adds key[i] * row[i] mod 2^64 of `count` rows [k] to check [k]: what nx_linear.check is made of. */
+int32_t nx_check_rows(int32_t variant, int64_t count, int64_t k, const int32_t *key, const int8_t *rows, int64_t *check);
+
+/* Hashes of many inputs: `prefix` (NX_LEAF or NX_NODE) and the data (hash.h). */
+int32_t nx_hash(int32_t variant, const nx_leaf *leaves, int64_t count, int32_t prefix);
 
 /* One step with a variant of nx_variants (its index). Returns enum nx_result. */
 int32_t nx_step(int32_t variant, const nx_model *model, nx_batch *batch);

@@ -16,12 +16,16 @@
 #define JOIN_(a, b) a##b
 #define JOIN(a, b)  JOIN_(a, b)
 
+#define DECLARE_HASH(variant) NX_DECLARE_HASH(variant)
+DECLARE_HASH(NX_VARIANT)
+
 typedef struct {
     const nx_model *m;
     nx_batch *b;
     workspace ws;
     team team;
-    int rows, logit_rows;
+    int rows, logit_rows, committed_rows, committed_logits;
+    atomic_int wrong; /* a linear layer's sums were not those of its weights */
     int heads_together, head_blocks, query_blocks; /* how the queries of a step are cut into blocks */
 } step;
 
@@ -43,6 +47,61 @@ static void mark_out_of_bounds(step *s, int row) {
 }
 
 static float *x_row(const step *s, int row) { return s->ws.x + (size_t)row * (size_t)s->m->hidden; }
+
+/* ---- checks ---- */
+
+/* In a step that commits, every linear layer is checked as Freivalds (1977) did: with a random key r per row of the weights and
+ * v = r W, made as they were loaded, r.sums = v.x must hold for the sums and integers x of every token (mod 2^64). A wrong sum, from
+ * a flipped bit or a wrong kernel, is missed once in 2^32 times, and never if there is only one. */
+
+static uint64_t times_key(const int32_t *key, const int32_t *acc, int32_t correction, int count) {
+    uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < count; c++)
+        sum += (uint64_t)((int64_t)key[c] * (int64_t)(acc[c] - correction));
+    return sum;
+}
+
+static uint64_t times_check(const int64_t *check, const int8_t *x, int count) {
+    uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int k = 0; k < count; k++)
+        sum += (uint64_t)check[k] * (uint64_t)(int64_t)x[k];
+    return sum;
+}
+
+void JOIN(nx_check_rows_, NX_VARIANT)(int64_t count, int64_t k, const int32_t *key, const int8_t *rows, int64_t *check) {
+    uint64_t *to = (uint64_t *)check;
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4, rows += 4 * k) { /* four at a time: `check` is read and written less often */
+        const int64_t a = key[i], b = key[i + 1], c = key[i + 2], d = key[i + 3];
+#pragma omp simd
+        for (int64_t j = 0; j < k; j++) /* less than 4 * 2^31 * 2^7 */
+            to[j] += (uint64_t)((a * rows[j] + b * rows[k + j]) + (c * rows[2 * k + j] + d * rows[3 * k + j]));
+    }
+    for (; i < count; i++, rows += k)
+        for (int64_t j = 0; j < k; j++)
+            to[j] += (uint64_t)((int64_t)key[i] * rows[j]);
+}
+
+/* The sums of part `part` of a token are another `sum` times the key. */
+static void add_found(const step *s, int token, int part, uint64_t sum) {
+    uint64_t *found = &s->ws.found[part * s->rows + token];
+    if (s->team.threads == 1)
+        *found += sum;
+    else
+        __atomic_fetch_add(found, sum, __ATOMIC_RELAXED);
+}
+
+/* The linear layer that a token went through is over: were its sums right? */
+static void check_token(step *s, int token) {
+    for (int part = 0; part < 2; part++) {
+        uint64_t *expected = &s->ws.expected[part * s->rows + token], *found = &s->ws.found[part * s->rows + token];
+        if (*expected != *found)
+            atomic_store_explicit(&s->wrong, 1, memory_order_relaxed);
+        *expected = *found = 0;
+    }
+}
 
 /* ---- linear layers ---- */
 
@@ -69,7 +128,18 @@ static int8_t *operand_row(const step *s, const operand *o, int row) {
 static int quantise_token(const step *s, const nx_linear *w, const operand *o, int index, const float *values) {
     const int row = index * o->parts;
     const integers to = {operand_row(s, o, row), w->wide ? operand_row(s, o, row + 1) : NULL, o->tiles ? TILE_BYTES : 64, 1};
-    return quantise(values, w->k, w->wide, to, &s->ws.scale[index], &s->ws.sum[row]);
+    const int good = quantise(values, w->k, w->wide, to, &s->ws.scale[index], &s->ws.sum[row]);
+    for (int part = 0; s->b->commit && w->check && part < o->parts; part++) {
+        const int8_t *x = part ? to.low : to.high;
+        uint64_t sum = 0;
+        if (to.stride == 64)
+            sum = times_check(w->check, x, w->k);
+        else
+            for (int first = 0; first < w->k; first += 64, x += to.stride)
+                sum += times_check(w->check + first, x, min_int(64, w->k - first));
+        s->ws.expected[part * s->rows + index] = sum;
+    }
+    return good;
 }
 
 typedef struct {
@@ -101,9 +171,10 @@ typedef struct {
     size_t stride;
 } outputs;
 
-/* Tokens [first, first + tokens) times columns [column, column + 32) of w, of which those below w->n mean something. */
-static void linear_block(const step *s, const nx_linear *w, const operand *o, int first, int tokens, int column, trace_at trace,
-                         outputs out) {
+/* Tokens [first, first + tokens) times columns [column, column + 32) of w, of which those below w->n mean something. `key`: of the
+ * layer's first column; NULL: nothing is checked. */
+static void linear_block(const step *s, const nx_linear *w, const operand *o, int first, int tokens, int column, const int32_t *key,
+                         trace_at trace, outputs out) {
     _Alignas(64) int32_t acc[NX_BLOCK * NX_BLOCK];
     const size_t group = group_bytes(w->k);
     const uint8_t *weights = w->weights + (size_t)(column / NX_GROUP) * group;
@@ -130,6 +201,10 @@ static void linear_block(const step *s, const nx_linear *w, const operand *o, in
             scale_row(y, high, corrections[0], scale, w->scale + column, count);
         for (int c = 0; w->bias && c < count; c++)
             y[c] = y[c] + w->bias[column + c];
+        for (int part = 0; key && part < o->parts; part++)
+            add_found(s, first + t, part,
+                      count == NX_BLOCK ? times_key(key + column, part ? low : high, corrections[part], NX_BLOCK)
+                                        : times_key(key + column, part ? low : high, corrections[part], count));
         for (int part = 0; trace.sums && part < o->parts; part++)
             trace_sums(o, trace, first + t, part, column, count, part ? low : high, corrections[part]);
     }
@@ -154,6 +229,7 @@ static void linear(worker *me, const nx_linear *w, int tokens, target to, trace_
     const step *s = me->s;
     const operand o = operand_of(w, tokens);
     const int blocks = (w->n + NX_BLOCK - 1) / NX_BLOCK, chunk = column_chunk(s, blocks), together = NX_BLOCK / o.parts;
+    const int32_t *key = s->b->commit && w->check ? s->m->key : NULL;
     _Alignas(64) float y[NX_BLOCK][NX_BLOCK];
     if (o.tiles)
         begin_tiles();
@@ -163,7 +239,8 @@ static void linear(worker *me, const nx_linear *w, int tokens, target to, trace_
                 const int count = min_int(together, tokens - first), column = block * NX_BLOCK;
                 const int columns = min_int(NX_BLOCK, w->n - column);
                 float *out = to.y + (size_t)first * to.stride + column;
-                linear_block(s, w, &o, first, count, column, trace, to.add ? (outputs){y[0], NX_BLOCK} : (outputs){out, to.stride});
+                linear_block(s, w, &o, first, count, column, key, trace,
+                             to.add ? (outputs){y[0], NX_BLOCK} : (outputs){out, to.stride});
                 for (int t = 0; t < count; t++, out += to.stride) {
                     for (int c = 0; to.add && c < columns; c++)
                         out[c] = out[c] + y[t][c];
@@ -181,6 +258,7 @@ static void gated_linear(worker *me, const nx_layer *layer, int32_t *trace) {
     const nx_linear *gate = layer->gate.weights ? &layer->gate : NULL, *up = &layer->up;
     const operand o = operand_of(up, s->rows);
     const int blocks = (up->n + NX_BLOCK - 1) / NX_BLOCK, chunk = column_chunk(s, blocks), together = NX_BLOCK / o.parts;
+    const int32_t *key = s->b->commit && up->check ? s->m->key : NULL, *up_key = key && gate ? key + up->n : key;
     const trace_at gate_trace = {trace, gate ? 2 * up->n : 0, 0}, up_trace = {trace, gate ? 2 * up->n : up->n, gate ? up->n : 0};
     _Alignas(64) float g[NX_BLOCK][NX_BLOCK], u[NX_BLOCK][NX_BLOCK];
     if (o.tiles)
@@ -190,9 +268,9 @@ static void gated_linear(worker *me, const nx_layer *layer, int32_t *trace) {
             for (int first = 0; first < s->rows; first += together) {
                 const int count = min_int(together, s->rows - first), column = block * NX_BLOCK;
                 const int columns = min_int(NX_BLOCK, up->n - column);
-                linear_block(s, up, &o, first, count, column, up_trace, (outputs){u[0], NX_BLOCK});
+                linear_block(s, up, &o, first, count, column, up_key, up_trace, (outputs){u[0], NX_BLOCK});
                 if (gate)
-                    linear_block(s, gate, &o, first, count, column, gate_trace, (outputs){g[0], NX_BLOCK});
+                    linear_block(s, gate, &o, first, count, column, key, gate_trace, (outputs){g[0], NX_BLOCK});
                 for (int t = 0; t < count; t++) {
                     float *h = s->ws.h + (size_t)(first + t) * (size_t)up->n + column, *act = gate ? g[t] : u[t];
                     activate(s->m, act, columns);
@@ -214,48 +292,99 @@ static void normalise(step *s, const nx_norm *norm, int row, const float *x, int
 }
 
 static void quantise_row(step *s, const nx_linear *w, const operand *o, int row, const float *values) {
+    check_token(s, row);
     if (!quantise_token(s, w, o, row, values))
         mark_out_of_bounds(s, row);
 }
 
 static int is_there(const nx_norm *norm) { return norm && norm->weight; }
 
-/* x of a row as it enters the next block: what the last linear layer left in y is added after its own norm (`pending`), if it has
- * one. */
-static void add_pending(step *s, const nx_norm *pending, int row, float *scratch) {
-    if (!is_there(pending))
-        return;
-    const int n = s->m->hidden;
-    float *x = x_row(s, row);
-    normalise(s, pending, row, s->ws.y + (size_t)row * (size_t)n, n, scratch);
-    for (int i = 0; i < n; i++)
-        x[i] = x[i] + scratch[i];
+/* A value of a layer. */
+typedef struct {
+    int layer; /* -1: none */
+    enum nx_value op;
+} value_id;
+
+/* The linear layer that ends a block, `op`, and the norm after it. */
+typedef struct {
+    value_id value;
+    const nx_norm *norm;
+} block_end;
+
+/* Where a row of a value is kept until it is hashed, or for the caller; NULL: nobody commits to it. */
+static float *committed_value(const step *s, value_id id, int row) {
+    const int number = s->ws.committed_row[row];
+    if (id.layer < 0 || number < 0)
+        return NULL;
+    const committed_layer c = committed_layer_of(s->m, &s->m->layer[id.layer]);
+    const nx_commit *commit = s->b->commit;
+    float *layer = commit->values ? commit->values + (size_t)id.layer * s->ws.held_floats
+                                  : s->ws.held + (size_t)(id.layer % s->ws.held_layers) * s->ws.held_floats;
+    return layer + (size_t)c.before[id.op] * (size_t)s->committed_rows + (size_t)number * (size_t)c.width[id.op];
 }
 
-/* Phase: the rows become the activations of `next`. A decoder normalises on the way and keeps x; an encoder's x is what the norm
- * makes of it. */
-static void enter_block(worker *me, const nx_norm *pending, const nx_norm *norm, const nx_linear *next) {
+static uint8_t *committed_record(const step *s, int layer, int head, int row) {
+    const int number = s->ws.committed_row[row];
+    if (number < 0)
+        return NULL;
+    const nx_commit *commit = s->b->commit;
+    uint8_t *records = commit->values ? commit->logged + (size_t)layer * s->ws.held_record_bytes
+                                      : s->ws.held_records + (size_t)(layer % s->ws.held_layers) * s->ws.held_record_bytes;
+    return records + ((size_t)head * (size_t)s->committed_rows + (size_t)number) *
+                         (size_t)committed_layer_of(s->m, &s->m->layer[layer]).record;
+}
+
+/* x of a row after a block. Without a norm the linear layer has added to x itself; a decoder adds what the norm makes of y, an
+ * encoder's x is what the norm makes of the sum. */
+static void end_block(step *s, const block_end *end, int row, float *scratch) {
+    const int n = s->m->hidden;
+    float *x = x_row(s, row), *y = s->ws.y + (size_t)row * (size_t)n;
+    float *committed = committed_value(s, end->value, row);
+    if (is_there(end->norm)) {
+        if (committed) {
+            memcpy(committed, y, (size_t)n * sizeof *y);
+            committed += n;
+        }
+        if (s->m->encoder) {
+            for (int i = 0; i < n; i++)
+                x[i] = x[i] + y[i];
+            normalise(s, end->norm, row, x, n, x);
+        } else {
+            normalise(s, end->norm, row, y, n, scratch);
+            for (int i = 0; i < n; i++)
+                x[i] = x[i] + scratch[i];
+        }
+    }
+    if (committed)
+        memcpy(committed, x, (size_t)n * sizeof *x);
+}
+
+/* Phase: the rows leave a block and become the activations of `next`; a decoder normalises them on the way. */
+static void enter_block(worker *me, const block_end *end, const nx_norm *norm, const nx_linear *next) {
     step *s = me->s;
     float *scratch = me->space->row;
     const operand o = operand_of(next, s->rows);
-    const int n = s->m->hidden;
     for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
-        float *x = x_row(s, row), *entering = s->m->encoder ? x : scratch;
-        add_pending(s, pending, row, scratch);
-        if (is_there(norm))
-            normalise(s, norm, row, x, n, entering);
-        quantise_row(s, next, &o, row, entering);
+        float *x = x_row(s, row);
+        end_block(s, end, row, scratch);
+        if (!s->m->encoder)
+            normalise(s, norm, row, x, s->m->hidden, scratch);
+        quantise_row(s, next, &o, row, s->m->encoder ? x : scratch);
     }
 }
 
-/* Phase: rows of `values` [rows, k] become the activations of w, and a copy of them `trace`, if there is one. */
-static void quantise_rows(worker *me, const nx_linear *w, const float *values, float *trace) {
+/* Phase: rows of `values` [rows, k], which are value `id`, become the activations of w, and a copy of them `trace`, if there is one.
+ */
+static void quantise_rows(worker *me, const nx_linear *w, const float *values, value_id id, float *trace) {
     step *s = me->s;
     const operand o = operand_of(w, s->rows);
     const size_t k = (size_t)w->k;
     for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
         const float *x = values + (size_t)row * k;
+        float *committed = committed_value(s, id, row);
         quantise_row(s, w, &o, row, x);
+        if (committed)
+            memcpy(committed, x, k * sizeof *x);
         if (trace)
             memcpy(trace + (size_t)row * k, x, k * sizeof *x);
     }
@@ -318,8 +447,11 @@ static void put_query(step *s, const nx_layer *layer, int row, int head, const f
         mark_out_of_bounds(s, row);
 }
 
+/* Bytes of the keys in a record of the log. */
+static int record_keys(const step *s, const nx_layer *layer) { return s->m->head_dim * (1 + layer->wide_attention); }
+
 static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_t *page, int row, int head, int token,
-                    const float *x) {
+                    const float *x, uint8_t *record) {
     float turned[NX_HEAD_DIM_MAX];
     int8_t q[2][NX_HEAD_DIM_MAX] = {{0}};
     int32_t sums[2];
@@ -329,6 +461,12 @@ static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_
     x = turned_head(s, layer, &layer->k_norm, row, x, turned);
     if (!quantise(x, s->m->head_dim, layer->wide_attention, (integers){q[0], q[1], 64, 0}, &scales[token], sums))
         mark_out_of_bounds(s, row);
+    for (int k = 0, n = s->m->head_dim; record && k < n; k++) {
+        const int16_t key = layer->wide_attention ? (int16_t)(256 * q[0][k] + q[1][k]) : q[0][k];
+        memcpy(record + k * (1 + layer->wide_attention), &key, 1 + (size_t)layer->wide_attention); /* little-endian */
+    }
+    if (record)
+        memcpy(record + record_keys(s, layer) + s->m->head_dim, &scales[token], sizeof *scales);
     for (int part = 0; part <= layer->wide_attention; part++) {
         uint8_t *to = page + (size_t)head * at->key_head + (size_t)part * at->key_part + packed_offset(token, 0, group);
         for (int64_t k = 0; k < depth; k += 4, to += 64) {
@@ -338,12 +476,17 @@ static void put_key(step *s, const nx_layer *layer, const page_layer *at, uint8_
     }
 }
 
-static void put_value(step *s, const page_layer *at, uint8_t *page, int row, int head, int token, const float *x) {
+static void put_value(step *s, const nx_layer *layer, const page_layer *at, uint8_t *page, int row, int head, int token,
+                      const float *x, uint8_t *record) {
     int8_t q[NX_HEAD_DIM_MAX];
     int32_t sums[2];
     float *scales = (float *)(page + at->value_scales) + (size_t)head * NX_PAGE_TOKENS;
     if (!quantise(x, s->m->head_dim, 0, (integers){q, NULL, 64, 0}, &scales[token], sums))
         mark_out_of_bounds(s, row);
+    if (record) {
+        memcpy(record + record_keys(s, layer), q, (size_t)s->m->head_dim);
+        memcpy(record + record_keys(s, layer) + s->m->head_dim + sizeof *scales, &scales[token], sizeof *scales);
+    }
     uint8_t *to = page + at->values + (size_t)head * at->value_head + packed_offset(0, token, NX_PAGE_TOKENS * NX_GROUP);
     for (int first = 0, dim = s->m->head_dim; first < dim; first += NX_GROUP, to += NX_PAGE_TOKENS * NX_GROUP)
         for (int d = 0, count = min_int(NX_GROUP, dim - first); d < count; d++)
@@ -365,10 +508,14 @@ static void place_heads(worker *me, int layer_index) {
         const int64_t slot = slot_of(s, row);
         uint8_t *page = pages_of(s, s->ws.run_of[row])[slot / NX_PAGE_TOKENS] + part.offset;
         const int token = (int)(slot % NX_PAGE_TOKENS);
+        float *committed = head ? NULL : committed_value(s, (value_id){layer_index, NX_QKV}, row);
+        uint8_t *record = m->encoder ? NULL : committed_record(s, layer_index, head, row);
+        if (committed)
+            memcpy(committed, y, (size_t)layer->qkv.n * sizeof *y);
         for (int q = head * each; q < (head + 1) * each; q++)
             put_query(s, layer, row, q, y + (size_t)q * (size_t)dim);
-        put_key(s, layer, &part.at, page, row, head, token, keys + (size_t)head * (size_t)dim);
-        put_value(s, &part.at, page, row, head, token, values + (size_t)head * (size_t)dim);
+        put_key(s, layer, &part.at, page, row, head, token, keys + (size_t)head * (size_t)dim, record);
+        put_value(s, layer, &part.at, page, row, head, token, values + (size_t)head * (size_t)dim, record);
     }
 }
 
@@ -643,7 +790,70 @@ static void begin_rows(worker *me) {
     }
 }
 
-static void run_layer(worker *me, int index, const nx_norm *pending) {
+/* ---- hashes ---- */
+
+/* Leaves that a thread hashes at once. */
+#define LEAVES 256
+
+/* Leaf `index` of layers [first, first + count): those of one value of all layers follow one another, since they are equally long;
+ * records come last. */
+static nx_leaf held_leaf(const step *s, int first, int count, int index) {
+    const nx_model *m = s->m;
+    const nx_commit *commit = s->b->commit;
+    const int rows = s->committed_rows, each = count * rows;
+    const size_t hash = NX_HASH_BYTES;
+    if (index < NX_VALUES * each) {
+        const int op = index / each, number = index % each / rows, row = index % each % rows, layer = first + number;
+        const committed_layer c = committed_layer_of(m, &m->layer[layer]);
+        const float *values = commit->values ? commit->values + (size_t)layer * s->ws.held_floats
+                                             : s->ws.held + (size_t)number * s->ws.held_floats;
+        return (nx_leaf){(const uint8_t *)(values + c.before[op] * rows + c.width[op] * row), (uint64_t)c.width[op] * sizeof(float),
+                         commit->cells + (((size_t)layer * NX_VALUES + (size_t)op) * (size_t)rows + (size_t)row) * hash};
+    }
+    index -= NX_VALUES * each;
+    const int number = index / (m->kv_heads * rows), at = index % (m->kv_heads * rows), layer = first + number;
+    const size_t record = (size_t)committed_layer_of(m, &m->layer[layer]).record;
+    const uint8_t *records = commit->values ? commit->logged + (size_t)layer * s->ws.held_record_bytes
+                                            : s->ws.held_records + (size_t)number * s->ws.held_record_bytes;
+    return (nx_leaf){records + (size_t)at * record, record,
+                     commit->records + ((size_t)layer * (size_t)m->kv_heads * (size_t)rows + (size_t)at) * hash};
+}
+
+/* Phase: the hashes of what layers [first, first + count) have put down. `first` is a multiple of ws.held_layers. */
+static void hash_layers(worker *me, int first, int count) {
+    const step *s = me->s;
+    const int leaves = count * s->committed_rows * (NX_VALUES + (s->m->encoder ? 0 : s->m->kv_heads));
+    const int share = s->team.threads == 1 ? LEAVES : leaves / (4 * s->team.threads), chunk = max_int(16, min_int(share, LEAVES));
+    nx_leaf list[LEAVES];
+    for (int at; (at = next_item(me, chunk, leaves)) < leaves;) {
+        const int many = min_int(chunk, leaves - at);
+        for (int i = 0; i < many; i++)
+            list[i] = held_leaf(s, first, count, at + i);
+        JOIN(nx_hash_, NX_VARIANT)(list, many, NX_LEAF);
+    }
+}
+
+static nx_leaf logits_leaf(const step *s, int index) {
+    const size_t n = (size_t)s->m->head.n;
+    return (nx_leaf){(const uint8_t *)(s->b->logits_out + (size_t)s->ws.committed_logit[index] * n), n * sizeof(float),
+                     s->b->commit->logits + (size_t)index * NX_HASH_BYTES};
+}
+
+/* Phases: the hashes of logits, each by several threads. */
+static void hash_logits(worker *me) {
+    const step *s = me->s;
+    const int slices = (int)slices_of((uint64_t)s->m->head.n * sizeof(float)), items = s->committed_logits * slices;
+    for (int item; (item = next_item(me, 1, items)) < items;) {
+        const nx_leaf leaf = logits_leaf(s, item / slices);
+        JOIN(nx_hash_slice_, NX_VARIANT)(&leaf, (uint64_t)(item % slices), s->ws.slices + (size_t)item * NX_HASH_BYTES);
+    }
+    for (int index; (index = next_item(me, 1, s->committed_logits)) < s->committed_logits;) {
+        const nx_leaf leaf = logits_leaf(s, index);
+        JOIN(nx_hash_join_, NX_VARIANT)(&leaf, s->ws.slices + (size_t)index * (size_t)slices * NX_HASH_BYTES);
+    }
+}
+
+static void run_layer(worker *me, int index, const block_end *before) {
     const step *s = me->s;
     const nx_model *m = s->m;
     const nx_layer *layer = &m->layer[index];
@@ -651,31 +861,34 @@ static void run_layer(worker *me, int index, const nx_norm *pending) {
     const size_t hidden = (size_t)m->hidden;
     const target to_x = {s->ws.x, hidden, 1, 0}, to_y = {s->ws.y, hidden, 0, 0};
 
-    enter_block(me, m->encoder ? NULL : pending, m->encoder ? pending : &layer->attention_norm, &layer->qkv);
+    const nx_norm *attention_end = m->encoder ? &layer->attention_norm : &layer->post_attention_norm;
+    const nx_norm *mlp_end = m->encoder ? &layer->mlp_norm : &layer->post_mlp_norm;
+    const block_end attention_block = {{index, NX_O}, attention_end};
+
+    enter_block(me, before, &layer->attention_norm, &layer->qkv);
+    if (s->committed_rows && index && index % s->ws.held_layers == 0)
+        hash_layers(me, index - s->ws.held_layers, s->ws.held_layers);
     linear(me, &layer->qkv, s->rows, (target){s->ws.y, (size_t)layer->qkv.n, 0, 0}, (trace_at){trace.qkv, layer->qkv.n, 0});
     place_heads(me, index);
     attention(me, index);
-    quantise_rows(me, &layer->o, s->ws.attention, trace.attention);
-    linear(me, &layer->o, s->rows, is_there(&layer->post_attention_norm) ? to_y : to_x, (trace_at){trace.o, layer->o.n, 0});
+    quantise_rows(me, &layer->o, s->ws.attention, (value_id){index, NX_ATTENTION}, trace.attention);
+    linear(me, &layer->o, s->rows, is_there(attention_end) ? to_y : to_x, (trace_at){trace.o, layer->o.n, 0});
 
-    enter_block(me, m->encoder ? NULL : &layer->post_attention_norm, m->encoder ? &layer->attention_norm : &layer->mlp_norm,
-                &layer->up);
+    enter_block(me, &attention_block, &layer->mlp_norm, &layer->up);
     gated_linear(me, layer, trace.gate_up);
-    quantise_rows(me, &layer->down, s->ws.h, NULL);
-    linear(me, &layer->down, s->rows, is_there(&layer->post_mlp_norm) ? to_y : to_x, (trace_at){trace.down, layer->down.n, 0});
+    quantise_rows(me, &layer->down, s->ws.h, (value_id){index, NX_GATE_UP}, NULL);
+    linear(me, &layer->down, s->rows, is_there(mlp_end) ? to_y : to_x, (trace_at){trace.down, layer->down.n, 0});
 }
 
 /* Phase: the last norm that is still to come, the check of what leaves, and the rows themselves where the stage puts them out. */
-static void end_rows(worker *me, const nx_norm *pending) {
+static void end_rows(worker *me, const block_end *last) {
     step *s = me->s;
     const nx_model *m = s->m;
     const size_t n = (size_t)m->hidden;
     for (int row; (row = next_item(me, 1, s->rows)) < s->rows;) {
         float *x = x_row(s, row), a;
-        if (m->encoder && is_there(pending))
-            normalise(s, pending, row, x, m->hidden, x);
-        else
-            add_pending(s, pending, row, me->space->row);
+        check_token(s, row);
+        end_block(s, last, row, me->space->row);
         if (!largest(x, m->hidden, &a))
             mark_out_of_bounds(s, row);
         if (s->b->states_out)
@@ -702,26 +915,32 @@ static void run_head(worker *me) {
 static void run_step(step *s, int thread) {
     const nx_model *m = s->m;
     worker me = {s, &s->ws.thread[thread], {0, 0, 0}};
-    const nx_norm *pending = NULL;
+    block_end before = {{-1, NX_DOWN}, NULL};
     begin_rows(&me);
     for (int layer = 0; layer < m->layers; layer++) {
         if (is_cancelled(&s->team))
             return;
-        run_layer(&me, layer, pending);
-        pending = m->encoder ? &m->layer[layer].mlp_norm : &m->layer[layer].post_mlp_norm;
+        run_layer(&me, layer, &before);
+        before = (block_end){{layer, NX_DOWN}, m->encoder ? &m->layer[layer].mlp_norm : &m->layer[layer].post_mlp_norm};
     }
     if (is_cancelled(&s->team))
         return;
-    end_rows(&me, pending);
+    end_rows(&me, &before);
+    if (s->committed_rows && m->layers) {
+        const int first = (m->layers - 1) / s->ws.held_layers * s->ws.held_layers;
+        hash_layers(&me, first, m->layers - first);
+    }
     if (m->head.weights && s->logit_rows)
         run_head(&me);
+    if (s->committed_logits)
+        hash_logits(&me);
 }
 
 /* ---- entry ---- */
 
 /* Counts rows and checks everything of a batch that could lead out of an array. */
-static int32_t check_batch(const nx_model *m, const nx_batch *b, int64_t *rows, int64_t *longest) {
-    *rows = *longest = 0;
+static int32_t check_batch(const nx_model *m, const nx_batch *b, int64_t *rows, int64_t *longest, int64_t *committed) {
+    *rows = *longest = *committed = 0;
     const int takes_ids = m->embed.weights && b->ids;
     if (!b->runs || b->run_count < 1 || b->run_count > NX_ROWS_MAX || b->threads < 1 || b->threads > NX_THREADS_MAX ||
         !b->workspace)
@@ -741,9 +960,13 @@ static int32_t check_batch(const nx_model *m, const nx_batch *b, int64_t *rows, 
             if (m->rotated && m->rope[rope].coarse && end > m->rope[rope].coarse_rows * 256)
                 return NX_BAD_ARGUMENT;
         *rows += run->count;
+        *committed += b->commit && run->commit ? run->count : 0;
         *longest = larger(*longest, m->encoder ? run->count : end);
     }
-    if (*rows > NX_ROWS_MAX)
+    if (*rows > NX_ROWS_MAX || (b->commit && !m->key))
+        return NX_BAD_ARGUMENT;
+    if (*committed && (!b->commit->cells || (!m->encoder && !b->commit->records) || (m->head.weights && !b->commit->logits) ||
+                       (b->commit->values && !m->encoder && !b->commit->logged)))
         return NX_BAD_ARGUMENT;
     for (int64_t i = 0; takes_ids && i < *rows; i++)
         if (b->ids[i] >= (uint32_t)m->embed.n)
@@ -772,11 +995,17 @@ static void plan_batch(step *s) {
         }
         for (int t = 0; t < run->count; t++, s->rows++) {
             s->ws.run_of[s->rows] = i;
+            s->ws.committed_row[s->rows] = s->b->commit && run->commit ? s->committed_rows++ : -1;
             s->ws.position[s->rows] = run->position + t;
-            if (run->logits == NX_ALL_LOGITS || (run->logits == NX_LAST_LOGITS && t == run->count - 1))
+            if (run->logits == NX_ALL_LOGITS || (run->logits == NX_LAST_LOGITS && t == run->count - 1)) {
+                if (s->b->commit && run->commit)
+                    s->ws.committed_logit[s->committed_logits++] = s->logit_rows;
                 s->ws.logit_row[s->logit_rows++] = s->rows;
+            }
         }
     }
+    memset(s->ws.expected, 0, 2 * (size_t)s->rows * sizeof *s->ws.expected);
+    memset(s->ws.found, 0, 2 * (size_t)s->rows * sizeof *s->ws.found);
 }
 
 /* A team costs some microseconds: less than this many multiplications are done before it has come together. */
@@ -795,13 +1024,13 @@ static int useful_threads(const nx_model *m, const nx_batch *b, int64_t rows) {
 
 int32_t JOIN(nx_step_, NX_VARIANT)(const nx_model *m, nx_batch *b) {
     step s = {.m = m, .b = b};
-    int64_t rows, longest;
-    const int32_t checked = check_batch(m, b, &rows, &longest);
+    int64_t rows, longest, committed;
+    const int32_t checked = check_batch(m, b, &rows, &longest, &committed);
     if (checked != NX_OK)
         return checked;
-    if (lay_out_workspace(m, rows, b->run_count, longest, b->threads, NULL, &s.ws) > b->workspace_bytes)
+    if (lay_out_workspace(m, rows, b->run_count, longest, b->threads, committed, NULL, &s.ws) > b->workspace_bytes)
         return NX_WORKSPACE;
-    lay_out_workspace(m, rows, b->run_count, longest, b->threads, b->workspace, &s.ws);
+    lay_out_workspace(m, rows, b->run_count, longest, b->threads, committed, b->workspace, &s.ws);
     plan_batch(&s);
     s.team.cancel = b->cancel;
     s.team.threads = 1;
@@ -822,6 +1051,10 @@ int32_t JOIN(nx_step_, NX_VARIANT)(const nx_model *m, nx_batch *b) {
 #endif
     if (is_cancelled(&s.team))
         return NX_CANCELLED;
+    for (int i = 0; i < s.logit_rows; i++) /* the head's */
+        check_token(&s, i);
+    if (s.wrong)
+        return NX_WRONG;
     for (int32_t i = 0; i < b->run_count; i++)
         if (b->runs[i].status != NX_OK)
             return NX_BOUNDS;
