@@ -143,9 +143,8 @@ def _stored(shared: Shared) -> tuple[Catalog, BlobStore] | None:
 def depths_in_use(shared: Shared) -> dict[int, list[str]]:
     """The depths of all products in the exact models that are here, with the models' names."""
     from nexus.core.errors import NexusError
-    from nexus.core.manifest import EXACT
-    from nexus.engine.architecture import read_config
-    from nexus.engine.exact.plan import plan_of
+    from nexus.core.manifest import EXACT_PLAN
+    from nexus.proof.arithmetic.plan import plan_from_json
 
     stored = _stored(shared)
     used: dict[int, list[str]] = {}
@@ -155,10 +154,10 @@ def depths_in_use(shared: Shared) -> dict[int, list[str]]:
     for root in catalog.roots():
         try:
             manifest = catalog.manifest(root)
-            config = manifest.file("config.json")
-            if manifest.profile != EXACT or config is None or not blobs.has(config.root):
+            stored_plan = manifest.file(EXACT_PLAN)
+            if stored_plan is None or not blobs.has(stored_plan.root):
                 continue
-            plan = plan_of(read_config(blobs.path(config.root)))
+            plan = plan_from_json(blobs.path(stored_plan.root).read_bytes())
         except NexusError as error:
             click.echo(show.printable(f"left out {catalog.name_of(root)}: {error.cause}"), err=True)
             continue

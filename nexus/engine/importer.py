@@ -44,7 +44,7 @@ from nexus.engine.safetensors_check import check_safetensors, encode_header, enc
 from nexus.engine.source import TensorSource, file_chunks
 from nexus.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from nexus.proof.arithmetic.bounds import check_bounds
-from nexus.proof.arithmetic.plan import SPEC, ExactPlan
+from nexus.proof.arithmetic.plan import ExactPlan, plan_to_json
 
 CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -157,7 +157,7 @@ def import_model(
     exact: tuple[ExactPlan, list[PieceSources]] | None = None
     if profile != FLOAT:
         try:
-            plan = plan_of(model.config)
+            plan = plan_of(model.config, model.pooling)
             check_bounds(plan)
             exact = plan, piece_sources(model.config, plan, model.layout)
         except ModelFormatError as error:
@@ -294,7 +294,6 @@ def _finish_exact(
         model.pooling,
         lambda done: progress("known answers", sum(sizes[:done]), sum(sizes)),
     )
-    stored = {"spec": SPEC, "wide": found.plan.wide_ops(), "bounds": check_bounds(found.plan)}
     answers = found.answers
     vectors: dict[str, NDArray[np.generic]] = {
         "tokens": answers.tokens,
@@ -302,7 +301,7 @@ def _finish_exact(
         "logits" if plan.causal else "vector": answers.answer,
     }
     contents = {
-        EXACT_PLAN: json.dumps(stored, sort_keys=True, separators=(",", ":")).encode("ascii"),
+        EXACT_PLAN: plan_to_json(found.plan),
         EXACT_TABLES: encode_safetensors(tables),
         EXACT_VECTORS: encode_safetensors(vectors),
     }

@@ -23,17 +23,18 @@ from numpy.typing import NDArray
 
 from nexus.core.errors import ModelFormatError, UsageError
 from nexus.core.fidelity import Fidelity, LayerFidelity
-from nexus.core.manifest import EMBEDDING, EXACT, EXACT_PLAN, EXACT_TABLES, HEAD, Manifest, layer_name
+from nexus.core.manifest import CAUSAL, EMBEDDING, EXACT, EXACT_PLAN, EXACT_TABLES, HEAD, Manifest, layer_name
 from nexus.engine.architecture import Config, read_config
 from nexus.engine.exact import gemm, torch_step
+from nexus.engine.exact.commit import Kernel
 from nexus.engine.exact.convert import float_rows, piece_sources
 from nexus.engine.exact.pieces import Piece, read_tables
 from nexus.engine.exact.plan import plan_of
-from nexus.engine.exact.stage import Kernel, Tables, build_model, pooled, read_plan, table_shapes
+from nexus.engine.exact.stage import Tables, build_model, pooled, read_plan, table_shapes
 from nexus.engine.float_stage import SMALL_STAGE_BYTES, use_threads
 from nexus.engine.fragment import Fragment
 from nexus.engine.importer import CONFIG_FILE, SourceModel, read_source
-from nexus.engine.pooling import read_pooling
+from nexus.engine.pooling import Pooling, read_pooling
 from nexus.engine.safetensors_check import TensorSpec
 from nexus.engine.source import TensorSource
 from nexus.engine.stage import path_of
@@ -93,7 +94,9 @@ def measure(
             "Add the model with --profile exact, then ask again",
         )
     config = read_config(path_of(files, CONFIG_FILE))
-    plan = read_plan(config, path_of(files, EXACT_PLAN))
+    causal = config.kind == CAUSAL
+    pooling = Pooling() if causal else read_pooling({name: path for name, path in files.items() if manifest.file(name)})
+    plan = read_plan(config, pooling, path_of(files, EXACT_PLAN))
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
     model = _source_of(plan, source)
     tokenizer = Tokenizer.load(files, 0 if plan.causal else min(WINDOW_TOKENS, manifest.context))
@@ -106,7 +109,6 @@ def measure(
     )
     if plan.causal:
         return comparison.with_head(common, exact, true)
-    pooling = read_pooling({name: path for name, path in files.items() if manifest.file(name)})
     vectors = [torch.stack([pooled(exact[window], pooling) for window in windows]).numpy().astype(np.float64)]
     vectors.append(torch.stack([pooling(true[window][None]) for window in windows]).numpy().astype(np.float64))
     return _with_vectors(common, *vectors)
@@ -115,7 +117,7 @@ def measure(
 def _source_of(plan: ExactPlan, source: Path) -> SourceModel:
     """The directory, if it is of a model of the same shape."""
     model = read_source(source)
-    if plan_of(model.config) != plan.widened({}):
+    if plan_of(model.config, model.pooling) != plan.widened({}):
         raise ModelFormatError(
             f"{source} holds another model: its config.json asks for other layers than this one has",
             "Give the directory that the model was added from with --against DIRECTORY",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,21 +11,23 @@ import numpy as np
 from nexus.core.errors import ModelFormatError
 from nexus.core.manifest import CAUSAL
 from nexus.proof.arithmetic.bounds import FLOAT_FIX
-from nexus.proof.arithmetic.plan import ROPE_NUMBER_MAX, ROPES_MAX, ExactPlan, LayerPlan, Rope, check_plan
+from nexus.proof.arithmetic.plan import ROPE_NUMBERS, ROPE_TRUNCATE, ROPE_TYPE, ExactPlan, LayerPlan, Rope, check_plan
 
 if TYPE_CHECKING:
     from nexus.engine.architecture import Config
+    from nexus.engine.pooling import Pooling
 
 # transformers' model_type: the architectures whose every option was tested against float.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "bert")
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
 
 
-def plan_of(config: Config) -> ExactPlan:
-    """The plan of a model, all operations 8 bits wide. Raises ModelFormatError for what the exact profile does not cover."""
+def plan_of(config: Config, pooling: Pooling) -> ExactPlan:
+    """The plan of a model, all operations 8 bits wide. `pooling`: of an encoder, no matter what for others. Raises
+    ModelFormatError for what the exact profile does not cover."""
     try:
         with np.errstate(over="ignore"):  # infinities are refused
-            return _plan_of(config)
+            return _plan_of(config, pooling)
     except ModelFormatError:
         raise
     # The config is the model author's, and transformers checks few of its values: whatever they break here is a bad model.
@@ -34,7 +37,7 @@ def plan_of(config: Config) -> ExactPlan:
         ) from error
 
 
-def _plan_of(config: Config) -> ExactPlan:
+def _plan_of(config: Config, pooling: Pooling) -> ExactPlan:
     settings = config.settings
     kind = str(settings.model_type)
     if kind not in SUPPORTED:
@@ -42,14 +45,14 @@ def _plan_of(config: Config) -> ExactPlan:
     heads = int(settings.num_attention_heads)
     head_dim = int(getattr(settings, "head_dim", None) or config.hidden_size // heads)
     activation = getattr(settings, "hidden_activation", None) or settings.hidden_act
-    if activation not in ACTIVATIONS:
+    if activation not in _ACTIVATIONS:
         raise ModelFormatError(f"the exact profile does not cover the activation {activation!r}", FLOAT_FIX)
-    gemma = kind.startswith("gemma")
+    gemma, causal = kind.startswith("gemma"), config.kind == CAUSAL
     attention_bias = bool(getattr(settings, "attention_bias", False))
-    ropes, rope_of_type = _ropes(settings) if config.kind == CAUSAL else ((), {})
+    ropes, rope_of_type = _ropes(settings) if causal else ((), {})
     types = list(getattr(settings, "layer_types", None) or ["full_attention"] * config.layers)
     plan = ExactPlan(
-        causal=config.kind == CAUSAL,
+        causal=causal,
         layers=tuple(
             LayerPlan(window=_window(window, config.context), rope=rope_of_type.get(kind_of_layer, 0))
             for window, kind_of_layer in zip(_windows(config), types, strict=True)
@@ -63,7 +66,7 @@ def _plan_of(config: Config) -> ExactPlan:
         vocab=config.vocab_size,
         context=config.context,
         eps=float(settings.layer_norm_eps if kind == "bert" else settings.rms_norm_eps),
-        activation=ACTIVATIONS[activation],
+        activation=_ACTIVATIONS[activation],
         gated=kind != "bert",
         tied=config.tied,
         qkv_bias=kind in ("qwen2", "bert") or attention_bias,
@@ -77,6 +80,8 @@ def _plan_of(config: Config) -> ExactPlan:
         logit_cap=float(np.float32(getattr(settings, "final_logit_softcapping", None) or 0)),
         embed_scale=float(np.float32(math.sqrt(config.hidden_size))) if gemma else 0.0,
         ropes=ropes,
+        pooling="" if causal else pooling.mode,
+        normalized=pooling.normalize and not causal,
     )
     check_plan(plan)
     _check_settings(settings)
@@ -107,22 +112,12 @@ def _ropes(settings: Any) -> tuple[tuple[Rope, ...], dict[str, int]]:
     """The kinds of rotary embedding, and which of them a type of layer has."""
     parameters = dict(getattr(settings, "rope_parameters", None) or {})
     per_type = {name: entry for name, entry in parameters.items() if isinstance(entry, dict)}
-    found = []
-    for entry in per_type.values() or [parameters]:
-        kind = entry.get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3", "yarn"):
-            raise ModelFormatError(f"the exact profile does not cover rotary embeddings of type {kind!r}", FLOAT_FIX)
-        found.append(Rope(tuple(sorted((name, _rope_value(name, value)) for name, value in entry.items() if value is not None))))
-    if len(found) > ROPES_MAX:
-        raise ModelFormatError(f"the exact profile does not cover {len(found)} kinds of rotary embedding", FLOAT_FIX)
-    return tuple(found), {name: index for index, name in enumerate(per_type)}
+    return tuple(_rope(entry) for entry in per_type.values() or [parameters]), {name: n for n, name in enumerate(per_type)}
 
 
-def _rope_value(name: str, value: Any) -> Any:
-    if isinstance(value, bool | str) and name in ("rope_type", "type", "truncate"):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (name == "rope_theta") < value <= ROPE_NUMBER_MAX:
-        raise ModelFormatError(
-            f"rotary embeddings have {name} = {value!r}, which is no number that makes angles", "Check config.json"
-        )
-    return value
+def _rope(entry: Mapping[str, Any]) -> Rope:
+    """Older configs have the type twice, as "type" too. `check_plan` looks at the values."""
+    given = {name: value for name, value in entry.items() if name != "type" and value is not None}
+    if unknown := sorted(given.keys() - {ROPE_TYPE, ROPE_TRUNCATE, *ROPE_NUMBERS}):
+        raise ModelFormatError(f"the exact profile does not cover rotary embeddings with {unknown[0]!r}", FLOAT_FIX)
+    return Rope(tuple(sorted(given.items())))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, UsageError
+from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, NotFoundError, UsageError
 from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, HEAD, Manifest, layer_name
-from nexus.engine.architecture import Config, read_json
+from nexus.engine.architecture import Config
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.commit import Commitments, Kernel, committed_step
 from nexus.engine.exact.pieces import STATE_MAX, Piece, read_tables
@@ -29,8 +28,7 @@ from nexus.engine.float_stage import use_threads
 from nexus.engine.pooling import Pooling
 from nexus.engine.safetensors_check import check_safetensors
 from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
-from nexus.proof.arithmetic.bounds import check_bounds
-from nexus.proof.arithmetic.plan import HEAD_OP, SPEC, WIDE_OPS, ExactPlan, Shapes, trace_shape
+from nexus.proof.arithmetic.plan import PLAN_BYTES_MAX, ExactPlan, Shapes, plan_from_json, trace_shape
 from nexus.proof.arithmetic.sampler import GREEDY, sample_exact
 from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 
@@ -54,9 +52,12 @@ class ExactStage(Stage):
         tables: Tables,
         answers: StageAnswers,
         pooling: Pooling,
+        embedding: Piece | None = None,
     ) -> None:
+        """`embedding`: its piece, for `embedded`; a stage that nobody audits with needs none."""
         super().__init__(manifest, start, end, pooling)
         self.plan = plan
+        self._embedding = embedding
         self.model = model
         self.chunked = plan.causal
         self._exp_tables = tables["exp_hi"], tables["exp_lo"]
@@ -75,6 +76,23 @@ class ExactStage(Stage):
         """Compute the model's known answers once more. Raises LocalError where a single bit differs."""
         self._answers.check(self)
         self._checked_s = monotonic()
+
+    def embedded(self, ids: NDArray[np.int64], position: int) -> NDArray[np.float32]:
+        """Hidden states before the first layer, [n, hidden], of tokens [n] from `position` on; read from the piece on disk."""
+        piece = self._embedding
+        if piece is None:
+            raise UsageError("the stage has no embedding", "Only the first stage of a model has it")
+        try:
+            weight = np.concatenate([piece.rows("embed.weight", int(token), 1) for token in ids])
+            scale = piece.tensor("embed.scale")[ids]
+            names = () if self.causal else ("type.weight", "embed_norm.weight", "embed_norm.bias")
+            extras = {name: torch.from_numpy(piece.tensor(name)) for name in names}
+            places = None if self.causal else torch.from_numpy(piece.rows("position.weight", position, len(ids)))
+        except FileNotFoundError:
+            raise NotFoundError("the embedding is not on this node any more", "Fetch the model's fragment again") from None
+        x = torch_step.embed(self.plan, torch.from_numpy(weight), torch.from_numpy(scale), extras, places)
+        values: NDArray[np.float32] = x.numpy()
+        return values
 
     def _new_cache(self) -> Cache | None:
         cache: Cache | None = self.model.new_cache()
@@ -227,31 +245,13 @@ def table_shapes(plan: ExactPlan) -> Shapes:
     return shapes
 
 
-def read_plan(config: Config, path: Path) -> ExactPlan:
-    """The plan of a model from its config.json and exact.json. Raises ModelFormatError."""
-    plan = plan_of(config)
-    check_bounds(plan)
-    stored = read_json(path)
-    wide = stored.get("wide")
-    valid = (
-        stored.get("spec") == SPEC
-        and isinstance(wide, dict)
-        and set(wide) == set(WIDE_OPS)
-        and all(_are_layers(indices, 1 if op == HEAD_OP else len(plan.layers)) for op, indices in wide.items())
-    )
-    if not valid:
-        raise ModelFormatError(
-            f"{path.name} is not a plan that this version of Nexus knows", "Update Nexus, or add the model again"
-        )
-    assert isinstance(wide, dict)
-    return plan.widened(wide)
-
-
-def _are_layers(value: object, count: int) -> bool:
-    """Indices in rising order, each once: any number of them would be looked through for every layer."""
-    if not isinstance(value, list) or len(value) > count or not all(type(index) is int and 0 <= index < count for index in value):
-        return False
-    return all(one < other for one, other in pairwise(value))
+def read_plan(config: Config, pooling: Pooling, path: Path) -> ExactPlan:
+    """The plan of a model from its exact.json, which must be what its config.json asks for. Raises ModelFormatError."""
+    with path.open("rb") as file:
+        plan = plan_from_json(file.read(PLAN_BYTES_MAX + 1))
+    if plan.widened({}) != plan_of(config, pooling):
+        raise ModelFormatError(f"{path.name} and config.json describe different models", "Add the model again")
+    return plan
 
 
 def load_exact_stage(
@@ -260,14 +260,14 @@ def load_exact_stage(
     """See `nexus.engine.stage.load_stage`. `kernel`: "torch" for stock torch operations, "torch:NAME" for one of
     `gemm.KERNELS`, or a variant of the compiled one ("amx", "avx512", ...); None takes the fastest that is right here.
     """
-    plan = read_plan(config, path_of(files, EXACT_PLAN))
+    plan = read_plan(config, pooling, path_of(files, EXACT_PLAN))
     check_config(manifest, config, plan.kv_bytes)
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
     answers = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan).of(start, end)
     pieces = open_pieces(plan, start, end, files)
     check_rows(manifest, plan, pieces, tables)
     model = build_model(plan, start, end, pieces, tables, kernel)
-    stage = ExactStage(manifest, start, end, plan, model, tables, answers, pooling)
+    stage = ExactStage(manifest, start, end, plan, model, tables, answers, pooling, pieces.get(EMBEDDING) if start == 0 else None)
     stage.check()
     return stage
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from nexus.core.errors import ModelFormatError
-from nexus.core.manifest import EMBEDDING, HEAD
+from nexus.core.manifest import EMBEDDING, HEAD, LAYERS_MAX
 from nexus.proof import trace
-from nexus.proof.arithmetic.bounds import FLOAT_FIX
+from nexus.proof.arithmetic.bounds import FLOAT_FIX, check_bounds
+from nexus.proof.arithmetic.sampler import VOCAB_MAX
 from nexus.proof.trace import TraceShape
 
-SPEC = 1
+# Of exact.json.
+SPEC = 2
+# The deepest model takes half of it.
+PLAN_BYTES_MAX = 1 << 17
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+# How an encoder makes one vector of a text: the mean of all tokens, or the first.
+MEAN, CLS = "mean", "cls"
 HEAD_DIM_MAX = 256
 # A text goes through an encoder as one batch of so many rows; the longest known read 8,192 tokens.
 ENCODER_CONTEXT_MAX = 8192
@@ -21,6 +31,16 @@ FACTOR_MAX = 2.0**20
 ROPES_MAX = 2
 # Bases of rotary embeddings go up to some hundred millions, their factors to some dozen.
 ROPE_NUMBER_MAX = 2.0**40
+# What a kind of rotary embedding needs, beside `rope_theta`, and what else there is that decides angles.
+ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+}
+_YARN_OPTIONS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor")
+ROPE_NUMBERS = frozenset({"rope_theta", *_YARN_OPTIONS, *(name for names in ROPE_NEEDS.values() for name in names)})
+ROPE_TYPE, ROPE_TRUNCATE = "rope_type", "truncate"
 # Operations; of one whose result is committed to, that has the same name.
 LINEARS = (trace.QKV, trace.ATTENTION_OUT, trace.GATE_UP, trace.DOWN)
 ATTENTION, HEAD_OP = trace.ATTENTION, "head"
@@ -31,7 +51,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """One kind of rotary embedding. `parameters`: transformers' `rope_parameters` of it, numbers and names only."""
+    """One kind of rotary embedding. `parameters`: those of transformers' `rope_parameters` that decide angles, by name."""
 
     parameters: tuple[tuple[str, Any], ...]
 
@@ -51,7 +71,8 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class ExactPlan:
-    """Shape and options of a model. Scales are float32 values; 0 stands for "none" in caps and `embed_scale`."""
+    """Shape and options of a model. Scales are float32 values; 0 stands for "none" in caps and `embed_scale`. `pooling`: of an
+    encoder, `MEAN` or `CLS`, and whether the vector is `normalized`."""
 
     causal: bool
     layers: tuple[LayerPlan, ...]
@@ -78,6 +99,8 @@ class ExactPlan:
     logit_cap: float
     embed_scale: float
     ropes: tuple[Rope, ...]
+    pooling: str = ""
+    normalized: bool = False
     wide_head: bool = False
 
     @property
@@ -200,12 +223,156 @@ def check_plan(plan: ExactPlan) -> None:
         ("epsilon of norms", plan.eps, EPS_MIN, 1.0),
         ("scale of attention", plan.attention_scale, 1 / FACTOR_MAX, FACTOR_MAX),
         *(("cap", cap, 1 / FACTOR_MAX, FACTOR_MAX) for cap in (plan.attention_cap, plan.logit_cap) if cap != 0),
+        *(("scale of embeddings", scale, 1 / FACTOR_MAX, FACTOR_MAX) for scale in (plan.embed_scale,) if scale != 0),
     ):
         if not least <= value <= most:
             raise ModelFormatError(f"the exact profile does not cover a {name} of {value}", FLOAT_FIX)
+    if any(float(np.float32(value)) != value for value in _float32_values(plan)):
+        raise ModelFormatError("a scale or cap of the model is no float32 value", FLOAT_FIX)
     if plan.heads % plan.kv_heads:
         raise ModelFormatError(f"{plan.heads} heads do not share {plan.kv_heads} key-value heads evenly", "Check config.json")
     if plan.rotated % 2 or not (2 if plan.causal else 0) <= plan.rotated <= plan.head_dim or plan.head_dim > HEAD_DIM_MAX:
         raise ModelFormatError(f"the exact profile does not cover heads of {plan.head_dim}, {plan.rotated} rotated", FLOAT_FIX)
+    if plan.causal and plan.vocab > VOCAB_MAX:
+        raise ModelFormatError(f"the exact profile does not cover a vocabulary of {plan.vocab} tokens", FLOAT_FIX)
     if not plan.causal and plan.context > ENCODER_CONTEXT_MAX:
         raise ModelFormatError(f"the exact profile does not cover encoders of {plan.context} tokens", FLOAT_FIX)
+    if plan.activation not in ACTIVATIONS:
+        raise ModelFormatError(f"the exact profile does not cover the activation {plan.activation!r}", FLOAT_FIX)
+    _check_kind(plan)
+    _check_layers(plan)
+
+
+def _float32_values(plan: ExactPlan) -> tuple[float, ...]:
+    return plan.attention_scale, plan.attention_cap, plan.logit_cap, plan.embed_scale
+
+
+def _check_kind(plan: ExactPlan) -> None:
+    """A decoder has gates, rotary embeddings and no pooling; an encoder pools, and has nothing that only decoders have."""
+    sound = (
+        plan.gated and plan.ropes and not plan.pooling and not plan.normalized
+        if plan.causal
+        else plan.pooling in (MEAN, CLS)
+        and not (plan.gated or plan.ropes or plan.rotated or plan.qk_norm or plan.post_norms or plan.wide_head)
+        and not (plan.logit_cap or plan.embed_scale)
+    )
+    if not sound:
+        raise ModelFormatError("the exact profile does not cover a model with these parts", FLOAT_FIX)
+
+
+def _check_layers(plan: ExactPlan) -> None:
+    if not 0 < len(plan.layers) <= LAYERS_MAX:
+        raise ModelFormatError(f"a model of {len(plan.layers)} layers", f"A model has 1 to {LAYERS_MAX}")
+    if len(plan.ropes) > ROPES_MAX:
+        raise ModelFormatError(f"the exact profile does not cover {len(plan.ropes)} kinds of rotary embedding", FLOAT_FIX)
+    for rope in plan.ropes:
+        _check_rope(rope)
+    for layer in plan.layers:
+        if not 0 <= layer.window < (plan.context if plan.causal else 1) or not 0 <= layer.rope < max(1, len(plan.ropes)):
+            raise ModelFormatError("a layer's window or rotary embedding is none of the model's", "Add the model again")
+        if not layer.wide <= {*LINEARS, ATTENTION}:
+            raise ModelFormatError("a layer's wide operations are none that a layer has", "Add the model again")
+
+
+def _check_rope(rope: Rope) -> None:
+    kind = rope.get(ROPE_TYPE, "default")
+    if kind not in ROPE_NEEDS:
+        raise ModelFormatError(f"the exact profile does not cover rotary embeddings of type {kind!r}", FLOAT_FIX)
+    names = [name for name, _ in rope.parameters]
+    if names != sorted(set(names)) or not {"rope_theta", *ROPE_NEEDS[kind]}.issubset(names):
+        raise ModelFormatError(f"rotary embeddings of type {kind!r} lack what makes their angles", "Check config.json")
+    for name, value in rope.parameters:
+        if name == ROPE_TYPE or (name == ROPE_TRUNCATE and type(value) is bool):
+            continue
+        if name not in ROPE_NUMBERS or type(value) not in (int, float) or not (name == "rope_theta") < value <= ROPE_NUMBER_MAX:
+            raise ModelFormatError(
+                f"rotary embeddings have {name} = {value!r}, which is no number that makes angles", "Check config.json"
+            )
+
+
+_SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
+# Of the plan's fields those of one value, with their types; the others are `layers` and `ropes`.
+_PLAIN = {field.name: _SCALARS[str(field.type)] for field in fields(ExactPlan) if field.type in _SCALARS}
+_COUNT_MAX = 1 << 32
+
+
+def plan_to_json(plan: ExactPlan) -> bytes:
+    """exact.json: the one byte form of a plan."""
+    layers = [{"rope": layer.rope, "wide": sorted(layer.wide), "window": layer.window} for layer in plan.layers]
+    value = {name: getattr(plan, name) for name in _PLAIN} | {"spec": SPEC, "layers": layers}
+    value["ropes"] = [dict(rope.parameters) for rope in plan.ropes]
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def plan_from_json(raw: bytes) -> ExactPlan:
+    """The plan that exact.json holds, checked by `check_plan` and `check_bounds`. Raises ModelFormatError for all else than the one
+    byte form of a plan."""
+    if len(raw) > PLAN_BYTES_MAX:
+        raise _no_plan(f"it has {len(raw)} bytes")
+    try:
+        value = json.loads(raw.decode("ascii"))
+    except (ValueError, RecursionError):
+        raise _no_plan("it is no JSON") from None
+    plan = _plan_of_value(value)
+    check_plan(plan)
+    check_bounds(plan)
+    if plan_to_json(plan) != raw:
+        raise _no_plan("it is not in the one form that a plan has")
+    return plan
+
+
+def _plan_of_value(value: object) -> ExactPlan:
+    entries = _object(value, {"spec", "layers", "ropes", *_PLAIN})
+    if entries["spec"] != SPEC or type(entries["spec"]) is not int:
+        raise _no_plan(f"it is of version {entries['spec']!r}")
+    plain: dict[str, Any] = {name: _plain(name, entries[name]) for name in _PLAIN}
+    layers = tuple(_layer(entry) for entry in _list(entries["layers"], LAYERS_MAX))
+    return ExactPlan(**plain, layers=layers, ropes=tuple(_rope(entry) for entry in _list(entries["ropes"], ROPES_MAX)))
+
+
+def _layer(value: object) -> LayerPlan:
+    entries = _object(value, {"rope", "wide", "window"})
+    wide = _list(entries["wide"], len(LINEARS) + 1)
+    if not all(type(op) is str for op in wide):
+        raise _no_plan("an operation has no name")
+    return LayerPlan(_count("window", entries["window"]), _count("rope", entries["rope"]), frozenset(map(str, wide)))
+
+
+def _rope(value: object) -> Rope:
+    known = {ROPE_TYPE, ROPE_TRUNCATE, *ROPE_NUMBERS}
+    if not isinstance(value, dict) or not value.keys() <= known or not all(type(v) in _SCALARS.values() for v in value.values()):
+        raise _no_plan("a rotary embedding is none")
+    return Rope(tuple(sorted(value.items())))
+
+
+def _object(value: object, names: set[str]) -> dict[str, object]:
+    if not isinstance(value, dict) or value.keys() != names:
+        raise _no_plan("its entries are not those of a plan")
+    return value
+
+
+def _list(value: object, most: int) -> list[object]:
+    if not isinstance(value, list) or len(value) > most:
+        raise _no_plan(f"a list of it is none of at most {most}")
+    return value
+
+
+def _plain(name: str, value: object) -> Any:
+    kind = _PLAIN[name]
+    if kind is int:
+        return _count(name, value)
+    if type(value) is not kind:
+        raise _no_plan(f"{name} is no {kind.__name__}")
+    return value
+
+
+def _count(name: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value < _COUNT_MAX:
+        raise _no_plan(f"{name} is no count")
+    return value
+
+
+def _no_plan(why: str) -> ModelFormatError:
+    return ModelFormatError(
+        f"exact.json is not a plan that this version of Nexus knows: {why}", "Update Nexus, or add the model again"
+    )

@@ -25,15 +25,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from nexus.core.errors import LocalError, ModelFormatError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Blob, Manifest
-from nexus.engine.architecture import read_config
 from nexus.engine.exact import calibrate, convert
 from nexus.engine.exact.calibrate import ERROR_MAX, relative_error
 from nexus.engine.exact.convert import quantise
-from nexus.engine.exact.plan import plan_of
 from nexus.engine.exact.stage import VECTOR_TOKENS
 from nexus.engine.importer import import_model
 from nexus.engine.stage import load_stage
-from nexus.proof.arithmetic.plan import ExactPlan
+from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json
 from nexus.storage.blobs import BlobStore
 from nexus.storage.journal import JOURNALS_MAX, ImportJournal
 from tests.engine.conftest import Folder
@@ -199,7 +197,7 @@ def expected_pieces(plan: ExactPlan, model: torch.nn.Module) -> dict[str, dict[s
 
 
 def check_pieces(manifest: Manifest, folder: Folder, model: torch.nn.Module) -> None:
-    plan = plan_of(read_config(folder.paths["config.json"]))
+    plan = plan_from_json(folder.paths[EXACT_PLAN].read_bytes())
     expected = expected_pieces(plan, model)
     assert [piece.name for piece in manifest.pieces] == list({"embedding": 0, **expected, "head": 0})
     for piece in manifest.pieces:
@@ -228,7 +226,7 @@ def test_every_tensor_of_an_encoder_is_where_it_belongs(minilm: Path, tmp_path: 
     manifest, folder = take_in(minilm, tmp_path / "blobs")
     check_pieces(manifest, folder, AutoModel.from_pretrained(minilm, add_pooling_layer=False))
     assert (manifest.profile, manifest.dtype, manifest.kv_bytes, manifest.context) == ("exact", "int8", 0, 256)
-    wide = json.loads(folder.paths[EXACT_PLAN].read_text())["wide"]
+    wide = plan_from_json(folder.paths[EXACT_PLAN].read_bytes()).wide_ops()
     assert wide == {op: list(range(6)) for op in ("qkv", "o", "gate_up", "down", "attention")} | {"head": []}
     load_stage(manifest, 0, 6, folder.paths, kernel="torch")
 
@@ -245,10 +243,8 @@ def test_an_exact_model_is_whole(exact_model: Models) -> None:
     assert Manifest.from_bytes(manifest.to_bytes()).check() == manifest
     assert (manifest.profile, manifest.dtype, manifest.architecture) == ("exact", "int8", "LlamaForCausalLM")
     assert manifest.kv_bytes == 2 * 2 * 12 + 8 * 2  # two int8 per key-value head and dimension, two float32 scales per head
-    stored = json.loads(folder.paths[EXACT_PLAN].read_text())
-    assert folder.paths[EXACT_PLAN].read_text() == json.dumps(stored, sort_keys=True, separators=(",", ":"))
-    assert stored["spec"] == 1
-    assert stored["bounds"]["down"] == 80 * 127 * 128
+    plan = plan_from_json(folder.paths[EXACT_PLAN].read_bytes())
+    assert (plan.hidden, plan.ffn, plan.vocab, len(plan.layers), plan.causal) == (48, 80, 131, LAYERS, True)
     vectors = load_numpy(folder.paths[EXACT_VECTORS])
     assert {name: value.shape for name, value in vectors.items()} == {
         "tokens": (VECTOR_TOKENS,),
@@ -408,7 +404,7 @@ def amplified(tensors: dict[str, torch.Tensor]) -> None:
 
 def test_an_outlier_makes_its_operation_wide(copy: Take, tmp_path: Path) -> None:
     manifest, folder = take_in(copy("llama", amplified), tmp_path / "blobs")
-    wide = json.loads(folder.paths[EXACT_PLAN].read_text())["wide"]
+    wide = plan_from_json(folder.paths[EXACT_PLAN].read_bytes()).wide_ops()
     assert wide["down"] == [1]
     assert all(not layers for op, layers in wide.items() if op != "down")
     load_stage(manifest, 0, LAYERS, folder.paths, kernel="torch")
@@ -417,7 +413,7 @@ def test_an_outlier_makes_its_operation_wide(copy: Take, tmp_path: Path) -> None
 def test_wide_attention_counts_in_the_cache(copy: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "ERROR_MAX", 0.0)
     manifest, folder = take_in(copy("llama"), tmp_path / "blobs")
-    wide = json.loads(folder.paths[EXACT_PLAN].read_text())["wide"]
+    wide = plan_from_json(folder.paths[EXACT_PLAN].read_bytes()).wide_ops()
     assert wide == {op: list(range(LAYERS)) for op in ("qkv", "o", "gate_up", "down", "attention")} | {"head": [0]}
     assert manifest.kv_bytes == 3 * 2 * 12 + 8 * 2
     load_stage(manifest, 0, LAYERS, folder.paths, kernel="torch")

@@ -15,12 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, UsageError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
-from nexus.engine.architecture import read_config
 from nexus.engine.exact import stage as exact_stage
 from nexus.engine.exact.pieces import read_tables
 from nexus.engine.exact.row_roots import model_rows
-from nexus.engine.exact.stage import ExactStage, read_plan, table_shapes
+from nexus.engine.exact.stage import ExactStage, table_shapes
 from nexus.engine.stage import Stage, load_stage
+from nexus.proof.arithmetic.plan import LayerPlan, plan_from_json, plan_to_json
 from nexus.proof.receipts import tokens_to_bytes
 from tests.engine.conftest import Folder
 from tests.engine.exact.conftest import Models, chain, kernels
@@ -50,7 +50,7 @@ def damage(folder: Folder, name: str, change: Callable[[Tensors], None]) -> None
 
 def signed_for(manifest: Manifest, folder: Folder) -> Manifest:
     """The manifest that the author of a damaged model would sign: with the roots over its rows as they are."""
-    plan = read_plan(read_config(folder.paths["config.json"]), folder.paths[EXACT_PLAN])
+    plan = plan_from_json(folder.paths[EXACT_PLAN].read_bytes())
     tables = read_tables(folder.paths[EXACT_TABLES], table_shapes(plan))
     return replace(manifest, rows=model_rows(plan, folder.paths.__getitem__, tables))
 
@@ -210,23 +210,32 @@ def test_tensors_of_other_shapes_are_refused(name: str, model: tuple[Manifest, F
 
 
 @pytest.mark.parametrize(
-    "plan",
+    "change",
     [
-        {},
-        {"spec": 2, "wide": {}},
-        {"spec": 1, "wide": {"qkv": [0]}},
-        {"spec": 1, "wide": {"qkv": [0, 0], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
-        {"spec": 1, "wide": {"qkv": [1, 0], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
-        {"spec": 1, "wide": {"qkv": [99], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
-        {"spec": 1, "wide": {"qkv": "0", "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
-        {"spec": 1, "wide": {"qkv": [True], "o": [], "gate_up": [], "down": [], "attention": [], "head": []}},
-        [1],
+        {"hidden": 64},
+        {"eps": 1e-5},
+        {"qk_norm": False},
+        {"ropes": ()},
+        {"layers": (LayerPlan(),)},
+        {"attention_scale": 0.25},
     ],
+    ids=str,
 )
-def test_a_plan_that_is_none_is_refused(plan: object, model: tuple[Manifest, Folder]) -> None:
-    model[1].paths[EXACT_PLAN].write_text(json.dumps(plan))
+def test_a_plan_that_is_not_the_configs_is_refused(change: dict[str, object], model: tuple[Manifest, Folder]) -> None:
+    """A verifier goes by exact.json alone."""
+    path = model[1].paths[EXACT_PLAN]
+    plan = plan_from_json(path.read_bytes())
+    path.write_bytes(plan_to_json(replace(plan, **change)))  # type: ignore[arg-type]
     with pytest.raises(ModelFormatError):
         load(*model)
+
+
+def test_a_plan_that_is_none_is_refused(model: tuple[Manifest, Folder]) -> None:
+    path = model[1].paths[EXACT_PLAN]
+    for raw in (b"", b"{}", path.read_bytes() + b"\n", b" " * (1 << 20)):
+        path.write_bytes(raw)
+        with pytest.raises(ModelFormatError, match="is not a plan"):
+            load(*model)
 
 
 def test_known_answers_of_tokens_beyond_the_vocabulary_are_refused(model: tuple[Manifest, Folder]) -> None:

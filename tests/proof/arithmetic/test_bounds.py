@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nexus.core.errors import ModelFormatError
 from nexus.engine.architecture import read_config
 from nexus.engine.exact.plan import plan_of
+from nexus.engine.pooling import Pooling
 from nexus.models import builtin_path
 from nexus.proof.arithmetic.bounds import CONTEXT_MAX, FLOAT64_LIMIT, INT32_LIMIT, bounds_of, check_bounds
 from nexus.proof.arithmetic.plan import ExactPlan
@@ -19,7 +20,7 @@ from nexus.proof.arithmetic.plan import ExactPlan
 
 @cache
 def plan(name: str = "nano") -> ExactPlan:
-    return plan_of(read_config(builtin_path(name) / "config.json"))
+    return plan_of(read_config(builtin_path(name) / "config.json"), Pooling())
 
 
 def extreme(depth: int, *pairs: tuple[range, range]) -> int:
@@ -110,7 +111,7 @@ def test_encoders_of_endless_texts_are_refused() -> None:
     """All of a text is in memory at once: rows times the widest layer."""
     config = read_config(builtin_path("minilm") / "config.json")
     config.settings.max_position_embeddings = 8192
-    assert plan_of(config).context == 8192
+    assert plan_of(config, Pooling()).context == 8192
     config.settings.max_position_embeddings = 8193
     with pytest.raises(ModelFormatError, match="encoders"):
-        plan_of(config)
+        plan_of(config, Pooling())
