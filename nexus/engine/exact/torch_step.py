@@ -306,14 +306,9 @@ class TorchModel:
         """Token ids [rows] to the hidden states before the first layer."""
         assert self.embed is not None
         weight, scale = self.embed
-        x = weight[ids].float() * scale[ids, None]
-        if self.plan.embed_scale:
-            x = x * self.plan.embed_scale
-        if self.plan.causal:
-            return x
         positions = torch.cat([torch.arange(run.position, run.position + run.count) for run in runs])
-        x = (x + self.extras["type.weight"]) + self.extras["position.weight"][positions]
-        return layer_norm(x, self.extras["embed_norm.weight"], self.extras["embed_norm.bias"], self.plan.eps)
+        places = None if self.plan.causal else self.extras["position.weight"][positions]
+        return embed(self.plan, weight[ids], scale[ids], self.extras, places)
 
     def _norm(self, layer: _Layer, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = layer.norms[name]
@@ -458,6 +453,17 @@ class TorchModel:
         row, position = torch.arange(run.position, run.position + run.count)[:, None], torch.arange(first, first + seen)
         hidden = position > row
         return hidden | (position <= row - layer.window) if layer.window else hidden
+
+
+def embed(plan: ExactPlan, rows: torch.Tensor, scale: torch.Tensor, extras: Tensors, places: torch.Tensor | None) -> torch.Tensor:
+    """Rows of the embedding, int8 [n, hidden], with their scales [n], to hidden states. `places`: of an encoder, the rows
+    [n, hidden] of its embedding of positions; `extras`: its other tensors."""
+    x = rows.float() * scale[:, None]
+    if plan.embed_scale:
+        x = x * plan.embed_scale
+    if places is None:
+        return x
+    return layer_norm((x + extras["type.weight"]) + places, extras["embed_norm.weight"], extras["embed_norm.bias"], plan.eps)
 
 
 def build(
