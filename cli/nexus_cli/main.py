@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from nexus.core.errors import LocalError, NexusError, UsageError
-from nexus_cli import demo, doctor, engine, judge, lifecycle, model, node, peers, receipts, run, settings, show, testnet
+from nexus_cli import audit, demo, doctor, engine, judge, lifecycle, model, node, peers, receipts, run, settings, show, testnet
 from nexus_cli.options import NexusGroup, Shared
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -41,6 +41,7 @@ for command in (
     run.run,
     receipts.receipts,
     run.embed,
+    audit.audit,
     judge.judge,
     engine.engine,
     engine.bench,

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nexus.core.audits import MODES, OFF
 from nexus_cli import show
+from nexus_cli.audit import check_audit, report_audit
 from nexus_cli.options import NexusCommand, Shared, pass_shared
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ INPUT_BYTES_MAX = 4 * 1024 * 1024
 @click.option("--stages", type=int, help="Split over this many nodes. [default: the node decides]")
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
 @click.option("--no-receipts", is_flag=True, help="Ask the nodes to sign nothing: the answer cannot be verified.")
+@click.option("--verify", type=click.Choice(MODES), help="How the answer is audited. [default: audit.policy of the settings]")
 @pass_shared
 def run(
     shared: Shared,
@@ -51,6 +54,7 @@ def run(
     stages: int | None,
     receipts: Path | None,
     no_receipts: bool,
+    verify: str | None,
 ) -> None:
     """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input."""
     from nexus.gateway.wire import Json, to_json
@@ -60,6 +64,8 @@ def run(
 
     if receipts is not None and no_receipts:
         raise click.UsageError("--receipts and --no-receipts exclude each other")
+    if no_receipts and verify not in (None, OFF):
+        raise click.UsageError(f"--verify {verify} needs the receipts that --no-receipts leaves out")
     text = read_input() if prompt == "-" else check_text(prompt, "the prompt")
     if receipts is not None:
         check_writable(receipts)
@@ -72,7 +78,7 @@ def run(
         "min_p": check_finite(min_p, "--min-p"),
         "repetition_penalty": check_finite(repetition_penalty, "--repetition-penalty"),
     }
-    body |= {"seed": seed, "stages": stages, "receipts": not no_receipts}
+    body |= {"seed": seed, "stages": stages, "receipts": not no_receipts, "verify": verify}
     tokens: list[Token] = []
     writer = Writer()
     planned: Planned | None = None
@@ -106,8 +112,10 @@ def run(
         )
     else:
         click.echo(closing_line(done, asked_for_receipts=not no_receipts), err=True)
+        report_audit(done)
     if not no_receipts:
         check_verified(done)
+    check_audit(done, verify)
 
 
 @click.command(cls=NexusCommand)
@@ -115,8 +123,11 @@ def run(
 @click.option("--model", help="The encoder. [default: minilm]")
 @click.option("--stages", type=int, help="Split over this many nodes. [default: the node decides]")
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
+@click.option("--verify", type=click.Choice(MODES), help="How the vectors are audited. [default: audit.policy of the settings]")
 @pass_shared
-def embed(shared: Shared, texts: tuple[str, ...], model: str | None, stages: int | None, receipts: Path | None) -> None:
+def embed(
+    shared: Shared, texts: tuple[str, ...], model: str | None, stages: int | None, receipts: Path | None, verify: str | None
+) -> None:
     """Turn each TEXT into a vector. One JSON array per line; a text of - is read from standard input."""
     import json
 
@@ -128,7 +139,7 @@ def embed(shared: Shared, texts: tuple[str, ...], model: str | None, stages: int
     given = [read_input() if text == "-" else check_text(text, "the text") for text in texts]
     if receipts is not None:
         check_writable(receipts)
-    body: dict[str, Json] = {"texts": given, "model": model, "stages": stages}
+    body: dict[str, Json] = {"texts": given, "model": model, "stages": stages, "verify": verify}
     vectors: dict[int, tuple[float, ...]] = {}
     finished: Finished | None = None
     with connected(shared, None) as daemon, waiting(shared) as progress:
@@ -153,7 +164,9 @@ def embed(shared: Shared, texts: tuple[str, ...], model: str | None, stages: int
         for vector in ordered:
             click.echo(json.dumps(vector))
         click.echo(f"{show.count(len(ordered), 'vector')} in {show.duration(done.total_s)}; {verified_line(done)}", err=True)
+        report_audit(done)
     check_verified(done)
+    check_audit(done, verify)
 
 
 def read_input() -> str:

@@ -17,9 +17,11 @@ from typing import Any
 
 import platformdirs
 
+from nexus.core.audits import MODES
 from nexus.core.errors import LocalError, NexusError, UsageError
 from nexus.core.keys import parse_peer_id
-from nexus.node.options import NodeOptions
+from nexus.node.options import AuditOptions, NodeOptions
+from nexus.proof.audit import CELLS_MAX
 
 ENVIRONMENT_PREFIX = "NEXUS_"
 CONFIG_BYTES_MAX = 1 << 20
@@ -92,6 +94,16 @@ def _seconds(most: float) -> Parse:
         return number
 
     return parse
+
+
+def _share(raw: Raw) -> float:
+    try:
+        number = float(raw) if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise ValueError("expected a share from 0 to 1")
+    return number
 
 
 _UNITS = {"": 1, "b": 1} | {
@@ -201,6 +213,18 @@ class ServeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditSettings:
+    policy: str = _setting(_choice(*MODES))
+    rate: float = _setting(_share)
+    probation_sessions: int = _setting(_integer(0, 1_000_000))
+    cells: int = _setting(_integer(1, CELLS_MAX))
+    canary_every_s: float = _setting(_seconds(30 * 86400))
+    timeout_s: float = _setting(_seconds(3600))
+    keep_max_bytes: int = _setting(parse_size)
+    keep_s: float = _setting(_seconds(365 * 86400))
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """`threads` None: as many as this process has cores."""
 
@@ -221,6 +245,7 @@ class Settings:
     network: NetworkSettings
     control: ControlSettings
     serve: ServeSettings
+    audit: AuditSettings
     engine: EngineSettings
     log: LogSettings
 
@@ -230,6 +255,7 @@ _SECTIONS: dict[str, type] = {
     "network": NetworkSettings,
     "control": ControlSettings,
     "serve": ServeSettings,
+    "audit": AuditSettings,
     "engine": EngineSettings,
     "log": LogSettings,
 }
@@ -372,6 +398,7 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         disk_max_bytes=settings.serve.disk_max_bytes,
         sessions_max=settings.serve.sessions_max,
         auto_fetch=settings.serve.auto_fetch,
+        audit=AuditOptions(**dataclasses.asdict(settings.audit)),
         threads=settings.engine.threads or core_count(),
     )
 

@@ -252,6 +252,17 @@ class Control:
         self._check_accepting()
         return EventStream(self.node.embed(wanted))
 
+    async def sessions(self, request: Request) -> Response:
+        return JsonResponse({"sessions": to_json(await self.node.sessions())})
+
+    async def session(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.session(request.path_params["session"])))
+
+    async def audit(self, request: Request) -> Response:
+        mode = requests.parse_audit(await _body(request))
+        self._check_accepting()
+        return EventStream(self.node.audit(request.path_params["session"], mode))
+
     async def stop(self, request: Request) -> Response:
         self.request_stop()
         return JsonResponse({"stopping": True}, status_code=202)
@@ -284,6 +295,9 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("POST", "/v0/models/{name}/fidelity", Control.fidelity),
     ("POST", "/v0/run", Control.run),
     ("POST", "/v0/embed", Control.embed),
+    ("GET", "/v0/audits", Control.sessions),
+    ("GET", "/v0/audits/{session}", Control.session),
+    ("POST", "/v0/audits/{session}", Control.audit),
     ("POST", "/v0/stop", Control.stop),
     ("GET", "/livez", Control.livez),
     ("GET", "/readyz", Control.readyz),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from nexus.core.audits import MODES, SESSION_MODES
 from nexus.core.errors import UsageError
 from nexus.core.manifest import DEFAULT_PROFILE, PROFILES_ASKED
 from nexus.gateway.wire import Json
@@ -72,17 +73,19 @@ def parse_generate(body: bytes) -> GenerateRequest:
         stop=_texts(given, "stop", STOPS_MAX, STOP_CHARS_MAX) if "stop" in given else default.stop,
         stages=_optional_integer(given, "stages", 1, STAGES_MAX),
         receipts=_boolean(given, "receipts", default.receipts),
+        verify=_mode(given, "verify"),
     )
 
 
 def parse_embed(body: bytes) -> EmbedRequest:
-    value = parse_object(body, "texts", "model", "stages")
+    value = parse_object(body, "texts", "model", "stages", "verify")
     given = {key: entry for key, entry in value.items() if entry is not None}
     texts = _texts(given, "texts", TEXTS_MAX, BODY_BYTES_MAX)
     if not texts:
         raise UsageError("there is no text to embed", 'Send {"texts": ["..."]}')
     stages = _optional_integer(given, "stages", 1, STAGES_MAX)
-    return EmbedRequest(texts, _name(given, "model"), stages) if "model" in given else EmbedRequest(texts, stages=stages)
+    model = _name(given, "model") if "model" in given else EmbedRequest(texts).model
+    return EmbedRequest(texts, model, stages, _mode(given, "verify"))
 
 
 def parse_add_model(body: bytes) -> AddModelRequest:
@@ -116,6 +119,14 @@ def parse_fidelity(model: str, body: bytes) -> FidelityRequest:
     if against is not None and (not Path(against).is_absolute() or "\0" in against):
         raise UsageError(f"against is {_shown(against)}", "Give the absolute path of a directory")
     return FidelityRequest(model, text, text_name, against)
+
+
+def parse_audit(body: bytes) -> str:
+    """How to audit a kept session."""
+    mode = _mode(parse_object(body, "mode"), "mode")
+    if mode not in SESSION_MODES:
+        raise UsageError(f"mode is {_shown(mode)}", f"Give one of {', '.join(SESSION_MODES)}")
+    return mode
 
 
 def parse_address(body: bytes) -> str:
@@ -163,6 +174,13 @@ def _texts(value: Mapping[str, Json], key: str, count_max: int, chars_max: int) 
     if any(len(text) > chars_max for text in texts):
         raise UsageError(f"one of {key} has more than {chars_max} characters", "Give a shorter one")
     return texts
+
+
+def _mode(value: Mapping[str, Json], key: str) -> str | None:
+    mode = value.get(key)
+    if mode is None or mode in MODES:
+        return mode if isinstance(mode, str) else None
+    raise UsageError(f"{key} is {_shown(mode)}", f"Give one of {', '.join(MODES)}")
 
 
 def _boolean(value: Mapping[str, Json], key: str, default: bool) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 from nexus.core.errors import MalformedError
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
-from nexus.node.api import Embedding, Finished, ModelView, Notice, Planned, Progress, StreamItem, Token
+from nexus.node.api import AuditView, Embedding, Finished, ModelView, Notice, Planned, Progress, StreamItem, Token
 from nexus.proof.bundle import Bundle
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -35,6 +35,7 @@ EVENTS: dict[str, type] = {
     "finished": Finished,
     "model": ModelView,
     "fidelity": Fidelity,
+    "audit": AuditView,
 }
 _EVENT_NAMES = {kind: name for name, kind in EVENTS.items()}
 

@@ -98,7 +98,8 @@ class JudgementView:
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """Sampling options as `nexus.proof.arithmetic.sampler.Sampling` has them. `seed` None: a fresh one is drawn.
-    `stages` None: the node decides. `receipts` False: the stages sign nothing, and nothing of the answer can be verified."""
+    `stages` None: the node decides. `receipts` False: the stages sign nothing, and nothing of the answer can be verified.
+    `verify`: how the answer is audited, one of `nexus.core.audits.MODES`; None: as the settings say."""
 
     model: str
     prompt: str
@@ -112,13 +113,17 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     stages: int | None = None
     receipts: bool = True
+    verify: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
+    """`verify`: how the answer is audited, one of `nexus.core.audits.MODES`; None: as the settings say."""
+
     texts: tuple[str, ...]
     model: str = "minilm"
     stages: int | None = None
+    verify: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +191,48 @@ class StageSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StageAuditView:
+    """What came of the audit of one stage. `mode`, `verdict`: of `nexus.core.audits`. `steps`, `cells`: how much was checked.
+    `detail`: why it is not "ok", in a sentence. `evidence`: the id of the proof, empty where there is none."""
+
+    stage: int
+    peer_id: str
+    name: str
+    mode: str
+    verdict: str
+    steps: int
+    cells: int
+    cost_s: float
+    evidence: bytes
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditView:
+    """One audit of a session. `at_ms`: when it ended."""
+
+    session: bytes
+    at_ms: int
+    stages: tuple[StageAuditView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session of this node's users that is kept, and what came of its audits, the latest last. `ended_ms`: when it ended."""
+
+    session: bytes
+    model: str
+    model_root: bytes
+    ended_ms: int
+    steps: int
+    stages: int
+    audits: tuple[AuditView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """`reason`: "stop" (end token or stop text), "length" (max_tokens or context). `receipts_verified` of `receipts` hold."""
+    """`reason`: "stop" (end token or stop text), "length" (max_tokens or context). `receipts_verified` of `receipts` hold. `audit`:
+    None where nothing can be audited: no receipts, or the float profile."""
 
     reason: str
     prompt_tokens: int
@@ -198,11 +243,12 @@ class Finished:
     receipts_verified: int
     stages: tuple[StageSummary, ...]
     bundle: Bundle
+    audit: AuditView | None = None
 
 
 Event = Planned | Progress | Notice | Token | Embedding | Finished
 # What any stream may bring.
-StreamItem = Event | ModelView | Fidelity
+StreamItem = Event | ModelView | Fidelity | AuditView
 
 
 class NodeApi(Protocol):
@@ -242,7 +288,8 @@ class NodeApi(Protocol):
     async def plan(self, model: str, stages: int | None) -> PlanView: ...
 
     async def judge(self, model: str, nodes: int | None) -> JudgementView:
-        """Prove the plan that would run now, or with `nodes` nodes like this one. Raises VerificationError where it does not hold."""
+        """Prove the plan that would run now, or with `nodes` nodes like this one. Raises VerificationError where it does not
+        hold."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
@@ -250,6 +297,18 @@ class NodeApi(Protocol):
         ...
 
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]: ...
+
+    async def sessions(self) -> list[SessionView]:
+        """Sessions of this node's users that are kept, the latest first."""
+        ...
+
+    async def session(self, session: str) -> SessionView:
+        """By a unique prefix of its id in hex. Raises NotFoundError, UsageError."""
+        ...
+
+    def audit(self, session: str, mode: str) -> AsyncIterator[Progress | AuditView]:
+        """Audit a kept session; progress, then what came of it as the last item."""
+        ...
 
     async def drain(self) -> None:
         """Take no new session, from here or from a peer; return when the running ones are over. The caller sets the deadline."""

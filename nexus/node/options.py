@@ -7,6 +7,20 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """How answers are checked: see `[audit]` in `default.toml`, which says what each means."""
+
+    policy: str
+    rate: float
+    probation_sessions: int
+    cells: int
+    canary_every_s: float
+    timeout_s: float
+    keep_max_bytes: int
+    keep_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeOptions:
     """Everything that `open_node` needs to know.
 
@@ -29,4 +43,5 @@ class NodeOptions:
     disk_max_bytes: int
     sessions_max: int
     auto_fetch: bool
+    audit: AuditOptions
     threads: int

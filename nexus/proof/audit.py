@@ -33,12 +33,6 @@ CONTEXT_ROWS_MAX = 8192
 LOG_RECORDS_MAX = 1 << 20
 SIBLINGS_MAX = 32
 
-LIGHT, REPLICA, DUAL, OFF = "light", "replica", "dual", "off"
-MODES = (LIGHT, REPLICA, DUAL, OFF)
-# What an audit of a stage came to. "mismatch": something differs, and there is no proof of who is at fault (yet).
-OK, CONVICTED, UNANSWERED, MISMATCH, UNAUDITED = "ok", "convicted", "unanswered", "mismatch", "unaudited"
-VERDICTS = (OK, CONVICTED, UNANSWERED, MISMATCH, UNAUDITED)
-
 
 def _next(element: bytes) -> bytes:
     return tagged_hash("challenge-chain", element)

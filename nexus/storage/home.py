@@ -5,6 +5,7 @@
   config.toml           settings that differ from the defaults
   models/               pieces and files of models, content-addressed
   peers.json            address book
+  audit-keys/           0600, secret keys with which layers of others are audited
   nexusd.lock           held while a daemon runs, with its pid inside
   control.sock          0600, the daemon's control API
   nexusd.log            of a detached daemon
@@ -49,6 +50,10 @@ class Home:
     @property
     def peers_file(self) -> Path:
         return self.path / "peers.json"
+
+    @property
+    def audit_keys(self) -> Path:
+        return self.path / "audit-keys"
 
     @property
     def lock_file(self) -> Path:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nexus.core.audits import DUAL, LIGHT, OFF, REPLICA
 from nexus.core.hashing import tagged_hash
 from nexus.core.manifest import EXACT
 from nexus.core.plan import Plan
-from nexus.proof.audit import DUAL, LIGHT, OFF, REPLICA
 
 
 @dataclass(frozen=True, slots=True)
 class AuditPolicy:
-    """`mode`: one of `nexus.proof.audit.MODES`. `rate`: share of executions that are audited after probation, 0 to 1.
+    """`mode`: one of `nexus.core.audits.MODES`. `rate`: share of executions that are audited after probation, 0 to 1.
     `probation_sessions`: a node's first so many executions are all audited. `cells`: of each stage that a light audit checks."""
 
     mode: str

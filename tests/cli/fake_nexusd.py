@@ -34,7 +34,7 @@ async def open_node(options: NodeOptions) -> AsyncIterator[FakeNode]:
     node = FakeNode()
     node.name = options.name
     if os.environ.get("FAKE_NODE") == "stuck":
-        node.sessions = 1
+        node.running = 1
     try:
         yield node
     finally:

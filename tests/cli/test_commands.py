@@ -72,6 +72,8 @@ def test_a_bad_setting_names_file_key_and_fix(cli: Cli, home: Home) -> None:
         ("model", "fidelity", "x"),
         ("run", "nano", "x"),
         ("embed", "x"),
+        ("audit", "list"),
+        ("audit", "run", "ab"),
     ],
 )
 def test_without_a_daemon_the_exit_code_is_3(cli: Cli, home: Home, arguments: tuple[str, ...]) -> None:
@@ -169,6 +171,47 @@ def test_run_streams_to_stdout_and_reports_on_stderr(cli: Cli, node: FakeNode, t
     value = cli("run", "nano", "Tell me", "--json").json
     assert (value["text"], value["receipts_verified"], value["reason"]) == ("".join(ANSWER), 2, "stop")
     assert "bundle" not in value
+
+
+def test_run_says_what_was_audited(cli: Cli, node: FakeNode) -> None:
+    result = cli("run", "nano", "x", "--verify", "light")
+    assert result.code == 0
+    assert isinstance(node.requests[-1], GenerateRequest)
+    assert node.requests[-1].verify == "light"
+    assert "audited: 2 of 2 stages by light audit (2 cells each), 4.5 ms (0.9 % of the answer)" in result.err
+    shown = cli("run", "nano", "x", "--verify", "light", "--json").json["audit"]["stages"]
+    assert [(stage["verdict"], stage["cells"], stage["cost_s"]) for stage in shown] == [("ok", 2, 0.001), ("ok", 2, 0.0035)]
+    assert "audited" not in cli("run", "nano", "x").err
+
+
+def test_a_cheated_answer_is_marked_and_the_exit_code_is_7(cli: Cli, node: FakeNode) -> None:
+    result = cli("run", "nano", "cheated", "--verify", "replica")
+    assert result.code == 7
+    assert "WRONG" in result.err
+    assert "operation down of layer 1 is wrong in step 2" in result.err
+    assert f"nexus evidence show {bytes(range(8)).hex()}" in result.err
+    assert "node-1" in result.err
+
+
+def test_an_audit_that_was_asked_for_and_did_not_take_place_is_no_success(cli: Cli, node: FakeNode) -> None:
+    assert cli("run", "nano", "x", "--no-receipts", "--verify", "light").code == 2
+    assert cli("embed", "x", "--verify", "light").code == 7
+    assert cli("embed", "x", "--verify", "off").code == 0
+
+
+def test_sessions_are_audited_after_the_fact(cli: Cli, node: FakeNode) -> None:
+    session = bundle().terms.session.hex()
+    listed = cli("audit", "list")
+    assert session[:16] in listed.out
+    assert "2 of 2 stages by light audit" in listed.out
+    assert cli("audit", "list", "--json").json["sessions"][0]["session"] == session
+    assert "node-1" in cli("audit", "show", session[:8]).out
+    ran = cli("audit", "run", session[:8], "--mode", "replica")
+    assert ran.code == 0
+    assert "replica" in ran.out
+    assert cli("audit", "show", "ffff").code == 5
+    assert cli("audit", "show", "../../etc").code == 5
+    assert cli("audit", "run", session[:8], "--mode", "dual").code == 2
 
 
 def test_run_reads_its_prompt_from_stdin(cli: Cli, node: FakeNode) -> None:

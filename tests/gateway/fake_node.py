@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event as ThreadEvent
 from threading import Thread
@@ -155,12 +156,13 @@ def session_view() -> SessionView:
 
 
 class FakeNode:
-    """`prompt` steers it: "fail at once", "fail half way", "crash", "wait" (for ever), "unverified", "cheated"; anything else is answered."""
+    """`prompt` steers it: "fail at once", "fail half way", "crash", "wait" (for ever), "unverified",
+    "cheated"; anything else is answered."""
 
     def __init__(self) -> None:
         self.ready = True
         self.name = "fake"
-        self.sessions = 0
+        self.running = 0
         self.cancelled = 0
         self.drained = False
         self.idle = trio.Event()
@@ -170,7 +172,7 @@ class FakeNode:
         reason = "" if self.ready else "no speed measured yet"
         addresses = (f"/ip4/127.0.0.1/tcp/4510/p2p/{COORDINATOR.peer_id}",)
         return NodeStatus(
-            COORDINATOR.peer_id, self.name, "0.1.0", addresses, 12.5, self.ready, reason, 1, 1, self.sessions, 3, 40, 5, 1000, 2**30
+            COORDINATOR.peer_id, self.name, "0.1.0", addresses, 12.5, self.ready, reason, 1, 1, self.running, 3, 40, 5, 1000, 2**30
         )
 
     async def peers(self) -> list[PeerView]:
@@ -230,7 +232,7 @@ class FakeNode:
         self.requests.append(request)
         if request.prompt == "fail at once":
             raise NotFoundError("there is no model 'x'", "See: nexus model list")
-        self.sessions += 1
+        self.running += 1
         try:
             yield Planned(plan_view(), bundle().terms.session)
             yield Progress(SECOND.peer_id, "fetch layer.1", 10, 1000)
@@ -248,7 +250,7 @@ class FakeNode:
             self.cancelled += 1
             raise
         finally:
-            self.sessions -= 1
+            self.running -= 1
             self.idle.set()
 
     async def embed(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
@@ -273,7 +275,7 @@ class FakeNode:
 
     async def drain(self) -> None:
         self.drained = True
-        if self.sessions:
+        if self.running:
             await self.idle.wait()
 
 

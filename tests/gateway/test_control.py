@@ -147,7 +147,7 @@ async def test_a_client_that_goes_away_cancels_its_work(path: Path, node: FakeNo
             lines = answer.aiter_lines()
             while json.loads(await anext(lines))["event"] != "token":
                 pass
-            assert node.sessions == 1
+            assert node.running == 1
         await node.idle.wait()
         assert node.cancelled == 1
 

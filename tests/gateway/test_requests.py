@@ -55,6 +55,8 @@ def test_everything_given_arrives() -> None:
         ({"stop": ["x"] * 17}, "stop"),
         ({"stages": 0}, "stages"),
         ({"receipts": 1}, "receipts is 1. Give true or false"),
+        ({"verify": "all"}, "verify is 'all'. Give one of light, replica, dual, off"),
+        ({"verify": 1}, "verify is 1. Give one of"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": "\ud800"}, "not valid UTF-8"),

@@ -1,0 +1,222 @@
+"""nexus audit: check again what others computed, and say what came of it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus.core.audits import CONVICTED, LIGHT, MISMATCH, OFF, OK, SESSION_MODES, UNANSWERED, UNAUDITED
+from nexus_cli import show
+from nexus_cli.options import NexusGroup, Shared, pass_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nexus.node.api import AuditView, Finished, SessionView, StageAuditView
+
+audit = NexusGroup(name="audit", help="Check answers again after they were given.")
+_COLUMNS = ("stage", "node", "audit", "verdict", "checked", "time", "why")
+
+
+@audit.command("run")
+@click.argument("session")
+@click.option("--mode", type=click.Choice(SESSION_MODES), default=LIGHT, show_default=True, help="How to audit it.")
+@pass_shared
+def audit_run(shared: Shared, session: str, mode: str) -> None:
+    """Audit SESSION, the start of whose id is enough. `nexus audit list` shows those that are kept."""
+    from nexus.core.errors import LocalError
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import AuditView, Progress
+    from nexus_cli.client import connected
+    from nexus_cli.run import waiting
+
+    view: AuditView | None = None
+    with connected(shared, None) as daemon, waiting(shared) as progress:
+        for event in daemon.stream(_path(session), {"mode": mode}):
+            match event:
+                case Progress():
+                    progress(event)
+                case AuditView():
+                    view = event
+    if view is None:
+        raise LocalError("the daemon ended the audit without saying what came of it", "Its log says more")
+    if shared.json:
+        show.print_json({"audit": to_json(view)})
+    else:
+        _print(shared, view)
+    _check(view, asked=True)
+
+
+@audit.command("list")
+@pass_shared
+def audit_list(shared: Shared) -> None:
+    """Sessions that are kept, and what their last audits came to."""
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import SessionView
+    from nexus_cli.client import connected
+
+    with connected(shared) as daemon:
+        found = daemon.get_list(SessionView, "/v0/audits", "sessions")
+    if shared.json:
+        show.print_json({"sessions": to_json(found)})
+        return
+    if not found:
+        click.echo("no sessions are kept; a model of the exact profile leaves one: nexus run MODEL PROMPT", err=True)
+        return
+    rows = [
+        (
+            one.session.hex()[:16],
+            _moment(one.ended_ms),
+            one.model,
+            str(one.steps),
+            str(one.stages),
+            _summary(one.audits[-1].stages) if one.audits else "not audited",
+        )
+        for one in found
+    ]
+    columns = ("session", "ended", "model", "steps", "stages", "last audit")
+    show.console(shared).print(show.table(columns, rows, right=("steps", "stages"), wrap=("last audit",)))
+
+
+@audit.command("show")
+@click.argument("session")
+@pass_shared
+def audit_show(shared: Shared, session: str) -> None:
+    """Every audit of SESSION, stage by stage."""
+    from nexus.gateway.wire import to_json
+    from nexus.node.api import SessionView
+    from nexus_cli.client import connected
+
+    with connected(shared) as daemon:
+        view = daemon.get_as(SessionView, _path(session))
+    if shared.json:
+        show.print_json({"session": to_json(view)})
+        return
+    _print_session(shared, view)
+
+
+def _print_session(shared: Shared, view: SessionView) -> None:
+    show.pairs(
+        [
+            ("session", view.session.hex()),
+            ("model", f"{view.model} {view.model_root.hex()[:16]}"),
+            ("ended", _moment(view.ended_ms)),
+            ("steps", f"{view.steps}, over {show.count(view.stages, 'stage')}"),
+            ("audits", str(len(view.audits))),
+        ]
+    )
+    for one in view.audits:
+        click.echo()
+        _print(shared, one)
+
+
+def _print(shared: Shared, view: AuditView) -> None:
+    click.echo(_moment(view.at_ms))
+    rows = [
+        (
+            str(stage.stage),
+            stage.name or show.short_id(stage.peer_id),
+            stage.mode,
+            stage.verdict,
+            _checked(stage),
+            show.duration(stage.cost_s),
+            stage.detail + (f" (evidence {stage.evidence.hex()[:16]})" if stage.evidence else ""),
+        )
+        for stage in view.stages
+    ]
+    show.console(shared).print(show.table(_COLUMNS, rows, right=("stage", "time"), wrap=("node", "why")))
+
+
+def _path(session: str) -> str:
+    from nexus.core.errors import NotFoundError
+
+    if not session.isascii() or not session.isalnum():
+        raise NotFoundError(f"no session is called {session!r}", "`nexus audit list` shows those that are kept")
+    return f"/v0/audits/{session}"
+
+
+def _moment(unix_ms: int) -> str:
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _checked(stage: StageAuditView) -> str:
+    if stage.cells:
+        return show.count(stage.cells, "cell")
+    return show.count(stage.steps, "step") if stage.steps else "-"
+
+
+# --- the closing line of an answer ------------------------------------------------------------------------------------------
+
+
+def audit_line(view: AuditView, total_s: float) -> str:
+    """What was checked, by which audit, and what it cost, in one line. `total_s`: what the answer took."""
+    done = [stage for stage in view.stages if stage.verdict != UNAUDITED]
+    if not done:
+        reasons = sorted({stage.detail for stage in view.stages if stage.detail})
+        return "not audited: " + ("; ".join(reasons) or "nothing was asked for")
+    cost_s = sum(stage.cost_s for stage in view.stages)
+    share = f" ({100 * cost_s / total_s:.1f} % of the answer)" if total_s > 0 else ""
+    return f"audited: {_summary(view.stages)}, {show.duration(cost_s)}{share}"
+
+
+def _summary(stages: Sequence[StageAuditView]) -> str:
+    passed = [stage for stage in stages if stage.verdict == OK]
+    text = f"{len(passed)} of {show.count(len(stages), 'stage')}"
+    if passed:
+        modes = sorted({stage.mode for stage in passed})
+        cells = sorted({stage.cells for stage in passed if stage.cells})
+        each = f" ({'-'.join(map(str, (cells[0], cells[-1])[: len(cells)]))} cells each)" if cells else ""
+        text += f" by {' and '.join(modes)} audit{each}"
+    for verdict in (CONVICTED, MISMATCH, UNANSWERED):
+        if count := sum(stage.verdict == verdict for stage in stages):
+            text += f", {count} {verdict}"
+    return text
+
+
+def report_audit(finished: Finished) -> None:
+    """The line on stderr that says how far the answer was audited, and a warning where it is wrong."""
+    if finished.audit is None:
+        return
+    click.echo(audit_line(finished.audit, finished.total_s), err=True)
+    if _wrong(finished.audit):
+        click.echo(click.style("the answer above is WRONG, or may be: do not use it", fg="red"), err=True)
+
+
+def check_audit(finished: Finished, asked: str | None) -> None:
+    """Raises VerificationError where an audit found the answer wrong, or where one was asked for and did not take place."""
+    from nexus.core.errors import VerificationError
+
+    if finished.audit is not None:
+        _check(finished.audit, asked=asked not in (None, OFF))
+    elif asked not in (None, OFF):
+        raise VerificationError(
+            "nothing of this answer can be audited", "Use a model of the exact profile: nexus model add --profile exact"
+        )
+
+
+def _check(view: AuditView, *, asked: bool) -> None:
+    from nexus.core.errors import VerificationError
+
+    for stage in view.stages:
+        who = f"stage {stage.stage} ({stage.name or stage.peer_id}, {stage.peer_id})"
+        if stage.verdict == CONVICTED:
+            raise VerificationError(
+                f"{who} is convicted of a wrong computation: {stage.detail}",
+                f"Do not use this answer; run it again. The proof: nexus evidence show {stage.evidence.hex()[:16]}",
+                stage.peer_id,
+            )
+        if stage.verdict == MISMATCH:
+            raise VerificationError(f"{who}: {stage.detail}", "Do not use this answer; run it again", stage.peer_id)
+    for stage in view.stages:
+        if asked and stage.verdict in (UNANSWERED, UNAUDITED) and stage.mode != OFF:
+            raise VerificationError(
+                f"stage {stage.stage} ({stage.name or stage.peer_id}) could not be audited: {stage.detail}",
+                "Audit it again later with `nexus audit run`, or run it again",
+                stage.peer_id,
+            )
+
+
+def _wrong(view: AuditView) -> bool:
+    return any(stage.verdict in (CONVICTED, MISMATCH) for stage in view.stages)
