@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus.core.manifest import CAUSAL, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
-from nexus.engine.architecture import read_config
 from nexus.engine.exact.pieces import Piece, read_tables
-from nexus.engine.exact.stage import ExactStage, KnownAnswers, StageAnswers, build_model, open_pieces, read_plan, table_shapes
+from nexus.engine.exact.stage import ExactStage, KnownAnswers, StageAnswers, build_model, open_pieces, table_shapes
 from nexus.engine.pooling import Pooling, read_pooling
 from nexus.engine.stage import path_of
-from nexus.proof.arithmetic.plan import ExactPlan
+from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json
 
 Array = NDArray[Any]
 # (tensor name, first row, rows) to the rows that are used instead.
@@ -123,8 +122,7 @@ def load_tampered_stage(
     tampering: Tampering, manifest: Manifest, start: int, end: int, files: Mapping[str, Path], *, kernel: str | None = None
 ) -> ExactStage:
     """As `nexus.engine.stage.load_stage` of a model in the exact profile, but for what is changed."""
-    config = read_config(path_of(files, "config.json"))
-    plan = read_plan(config, path_of(files, EXACT_PLAN))
+    plan = plan_from_json(path_of(files, EXACT_PLAN).read_bytes())
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
     answers = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan).of(start, end)
     pieces: dict[str, Any] = dict(open_pieces(plan, start, end, files))
