@@ -162,3 +162,32 @@ def _complete(size: int) -> list[tuple[int, int]]:
             spans.append((low, low + (1 << bit)))
             low += 1 << bit
     return spans
+
+
+class MerkleTree:
+    """Every node of a tree over leaf hashes, where many proofs of it are wanted."""
+
+    def __init__(self, leaves: Sequence[bytes]) -> None:
+        """`leaves`: at least one."""
+        # levels[k][i] is the root over leaves [i << k, (i + 1) << k), as far as there are so many.
+        self._levels = [list(leaves)]
+        while len(level := self._levels[-1]) > 1:
+            paired = [_node_hash(level[at], level[at + 1]) for at in range(0, len(level) - 1, 2)]
+            self._levels.append([*paired, level[-1]] if len(level) % 2 else paired)
+
+    @property
+    def size(self) -> int:
+        return len(self._levels[0])
+
+    @property
+    def root(self) -> bytes:
+        return self._levels[-1][0]
+
+    def range_proof(self, start: int, end: int) -> list[bytes]:
+        """As `merkle_range_proof`, in time with the depth of the tree."""
+        if not 0 <= start < end <= self.size:
+            raise IndexError(f"leaves {start} to {end} of {self.size}")
+        return [
+            self._levels[(high - low - 1).bit_length()][low >> (high - low - 1).bit_length()]
+            for low, high in _outside(0, self.size, start, end)
+        ]
