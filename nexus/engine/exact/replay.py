@@ -249,7 +249,7 @@ class Replay:
             for part in parts
             for step in range(part.step, part.step + part.steps)
         ]
-        whole: Inputs = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        whole: Inputs = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)  # type: ignore[assignment]  # of one type
         return runs, tensor_of(whole)
 
     def _compute_cells(self, steps: Sequence[int]) -> None:
