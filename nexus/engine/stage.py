@@ -27,7 +27,7 @@ from nexus.core.manifest import CAUSAL, EXACT, Manifest
 from nexus.engine.architecture import Config, read_config
 from nexus.engine.pooling import Pooling, read_pooling
 from nexus.proof.arithmetic.sampler import GREEDY, Sampling, not_a_number
-from nexus.proof.trace import WindowTrace
+from nexus.proof.trace import TraceShape, WindowTrace
 
 _TOKEN_BYTES = 4
 
@@ -106,11 +106,19 @@ class Stage(ABC):
     def kernel(self) -> str:
         """Which implementation computes here, e.g. "native (amx)"."""
 
+    @property
+    def trace_shape(self) -> TraceShape:
+        """Of what it commits to. Raises UsageError for a profile that commits to nothing."""
+        raise self._commits_to_nothing()
+
     @abstractmethod
     def _new_cache(self) -> Cache | None: ...
 
     def _new_commitments(self) -> Commitments:
-        raise UsageError(
+        raise self._commits_to_nothing()
+
+    def _commits_to_nothing(self) -> UsageError:
+        return UsageError(
             f"the profile {self.manifest.profile!r} commits to no operations",
             "Only models of the exact profile can be proven wrong",
         )

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -37,17 +37,19 @@ from nexus.node.api import (
     Progress,
 )
 from nexus.node.blobs import BlobService, Fetcher
-from nexus.node.infer import InferService
+from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
 from nexus.node.models import Models
 from nexus.node.options import NodeOptions
 from nexus.node.runner import PLANNED_TOKENS, Runner
+from nexus.node.signing import DurableSigner
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
 from nexus.storage.journal import ImportJournal
 from nexus.storage.peers import AddressBook, KnownPeer
+from nexus.storage.sessions import SessionStore
 from nexus.swarm.membership import HOLDINGS_MAX, Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
@@ -76,7 +78,14 @@ class Node:
     """A running node; see `NodeApi` for what its methods promise."""
 
     def __init__(
-        self, options: NodeOptions, identity: Identity, transport: Transport, book: AddressBook, nursery: trio.Nursery, speed: int
+        self,
+        options: NodeOptions,
+        identity: Identity,
+        transport: Transport,
+        book: AddressBook,
+        sessions: SessionStore,
+        nursery: trio.Nursery,
+        speed: int,
     ) -> None:
         self._options = options
         self._identity = identity
@@ -98,7 +107,15 @@ class Node:
             memory_max_bytes=options.memory_max_bytes,
             changed=self._holdings_changed,
         )
-        self._infer = InferService(transport, identity, self._models, serve=options.serve, sessions_max=options.sessions_max)
+        self._sessions = sessions
+        self._infer = InferService(
+            transport,
+            identity,
+            self._models,
+            DurableSigner(identity, sessions),
+            serve=options.serve,
+            sessions_max=options.sessions_max,
+        )
         self._judge = Judge(self._models, lambda root: self._runner.sources(root))
         self._runner = Runner(
             transport,
@@ -509,8 +526,14 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
         log.warning("address_book", warning=book.warning)
     speed = await trio.to_thread.run_sync(measure_speed)
     network = NetworkOptions(listen=options.listen, bootstrap=options.bootstrap, mdns=options.mdns, dht=options.dht)
-    async with open_libp2p(identity, network) as transport, trio.open_nursery() as nursery:
-        node = Node(options, identity, transport, book, nursery, speed)
+    audit = options.audit
+    async with AsyncExitStack() as stack:
+        # Closed when nobody is left that signs.
+        sessions = SessionStore(home.sessions_file, keep_max_bytes=audit.keep_max_bytes, keep_s=audit.keep_s, now_ms=_now_ms)
+        stack.callback(sessions.close)
+        transport = await stack.enter_async_context(open_libp2p(identity, network))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        node = Node(options, identity, transport, book, sessions, nursery, speed)
         await nursery.start(node.run)
         try:
             yield node

@@ -41,7 +41,8 @@ from nexus.node.api import (
     StageView,
     Token,
 )
-from nexus.node.infer import PAYLOAD_MAX, Coordinator, Ended, SessionEvent, StageProgress
+from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, StageProgress
+from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
 from nexus.proof.audit import chain_of

@@ -5,6 +5,7 @@
   config.toml           settings that differ from the defaults
   models/               pieces and files of models, content-addressed
   peers.json            address book
+  sessions.db           receipts signed; sessions served and asked for
   audit-keys/           0600, secret keys with which layers of others are audited
   nexusd.lock           held while a daemon runs, with its pid inside
   control.sock          0600, the daemon's control API
@@ -54,6 +55,10 @@ class Home:
     @property
     def audit_keys(self) -> Path:
         return self.path / "audit-keys"
+
+    @property
+    def sessions_file(self) -> Path:
+        return self.path / "sessions.db"
 
     @property
     def lock_file(self) -> Path:

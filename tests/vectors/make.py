@@ -15,7 +15,7 @@ from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash
 from nexus.core.keys import Identity
 from nexus.core.manifest import blob_root
 from nexus.core.record import Record
-from nexus.node.infer import (
+from nexus.node.infer.messages import (
     INFER_MESSAGES,
     LINK_MESSAGES,
     Accepted,

@@ -31,6 +31,7 @@ from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_o
 from nexus.proof.arithmetic.plan import PLAN_BYTES_MAX, ExactPlan, Shapes, plan_from_json, trace_shape
 from nexus.proof.arithmetic.sampler import GREEDY, sample_exact
 from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
+from nexus.proof.trace import TraceShape
 
 # A bit that flips in memory is found with the first step after so many seconds.
 RECHECK_S = 600.0
@@ -72,6 +73,10 @@ class ExactStage(Stage):
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
 
+    @property
+    def trace_shape(self) -> TraceShape:
+        return trace_shape(self.plan, self.start, self.end)
+
     def check(self) -> None:
         """Compute the model's known answers once more. Raises LocalError where a single bit differs."""
         self._answers.check(self)
@@ -99,7 +104,7 @@ class ExactStage(Stage):
         return cache
 
     def _new_commitments(self) -> Commitments:
-        return Commitments(trace_shape(self.plan, self.start, self.end))
+        return Commitments(self.trace_shape)
 
     def _compute(self, passes: Sequence[Pass]) -> list[NDArray[np.float32] | NexusError]:
         if monotonic() - self._checked_s > RECHECK_S:

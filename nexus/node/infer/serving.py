@@ -1,18 +1,9 @@
-"""The inference protocols, both ends of each.
-
-`/nexus/infer/1`, coordinator to stage, one stream per session and stage: Open, then Progress* and Accepted, then Feed and Finish
-one way (to the first stage) and Output and Done the other (from the last), from every stage its receipts and at the end a Report. A
-Failed may come at any time. Closing the stream ends the session on that stage.
-
-`/nexus/link/1`, stage to the next stage of the ring, one stream per session: Hello, then Push and OwnReceipt, and Finish.
-
-What may follow what, and what is checked before it is used, is decided by the state machines in `nexus.swarm.session`.
-"""
+"""A stage's end of the inference protocols: `InferService` answers both, one `_Served` per live session."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -26,40 +17,63 @@ from nexus.core.errors import (
     MalformedError,
     NexusError,
     NotAllowedError,
-    NotFoundError,
-    PeerError,
-    RefusedError,
     TimedOutError,
     UnreachableError,
-    UsageError,
     VerificationError,
 )
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, Manifest
 from nexus.core.plan import Plan
-from nexus.core.record import MessageSet, Record, digest, many, nested, raw, text, uint
-from nexus.network.transport import FRAME_MAX, PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.core.record import Record
+from nexus.network.transport import PeerAddress, Stream, Transport
 from nexus.node.batching import Batcher, Outcome
+from nexus.node.cheating import HONEST, Conduct
+from nexus.node.infer.messages import (
+    INFER,
+    INFER_MESSAGES,
+    LINK,
+    LINK_MESSAGES,
+    LINK_TIMEOUT_S,
+    OPEN_TIMEOUT_S,
+    Accepted,
+    Alive,
+    Done,
+    Failed,
+    FeedInput,
+    Finish,
+    Hello,
+    Open,
+    OpenProgress,
+    Output,
+    OwnReceipt,
+    OwnTrace,
+    Push,
+    Report,
+    address_of,
+    blame,
+    first_cause,
+    first_message,
+)
 from nexus.node.live import Live
-from nexus.proof.bundle import Bundle, check_request
-from nexus.proof.receipts import STEPS_MAX, Refusal, SignedReceipt, SignedRefusal, SignedRequest, Terms
+from nexus.node.signing import Signer
+from nexus.proof.bundle import check_request
+from nexus.proof.receipts import Refusal, SignedRefusal
+from nexus.proof.trace import Sealed
+from nexus.storage.sessions import ServedSession, Window
 from nexus.swarm.session import (
-    AskFinish,
     Close,
     Compute,
-    CoordinatorAction,
-    CoordinatorSession,
-    Feed,
-    Result,
+    Seal,
     SendDone,
     SendFinish,
     SendOutput,
     SendReceipt,
     SendStep,
     ShowReceipt,
+    ShowTrace,
+    Sign,
     StageAction,
-    StageSession,
-    Verified,
+    commits,
 )
 
 if TYPE_CHECKING:
@@ -67,134 +81,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("nexus.infer")
 
-OPEN_TIMEOUT_S = 30.0
-LINK_TIMEOUT_S = 15.0
 ALIVE_EVERY_S = 2.0
-SILENCE_MAX_S = 10.0
-# A stage that is alive may read a long prompt for minutes.
-STEP_TIMEOUT_S = 600.0
 SESSION_IDLE_S = 300.0
 INLINE_STEP_S = 0.002
-REPORT_TIMEOUT_S = 2.0
-SECOND_HAND_WAIT_S = 0.5
-PAYLOAD_MAX = FRAME_MAX - 64 * 1024
-ADDRESSES_MAX = 16
-OPEN_BYTES_MAX = 1 << 20
 
-INFER = ProtocolSpec(
-    "/nexus/infer/1", frame_max=FRAME_MAX, first_frame_max=OPEN_BYTES_MAX, read_timeout_s=None, streams_per_peer_max=64
-)
-LINK = ProtocolSpec("/nexus/link/1", frame_max=FRAME_MAX, first_frame_max=1024, read_timeout_s=None, streams_per_peer_max=64)
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class KnownPeer(Record):
-    """Where a node of the plan was last seen."""
-
-    node: bytes = raw(32)
-    addresses: tuple[str, ...] = many(text(256), ADDRESSES_MAX)
-
-
-@dataclass(frozen=True, slots=True)
-class Open(Record):
-    """The coordinator asks for a stage. `next`: the following stage of the ring. `sources`: who may have the weights."""
-
-    stage: int = uint(4095)
-    model_name: str = text(64)
-    plan: Plan = nested(Plan)
-    terms: Terms = nested(Terms)
-    request: SignedRequest = nested(SignedRequest)
-    next: KnownPeer = nested(KnownPeer)
-    sources: tuple[KnownPeer, ...] = many(nested(KnownPeer), 32)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenProgress(Record):
-    phase: str = text(64)
-    done: int = uint()
-    total: int = uint()
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted(Record):
-    """The stage is loaded, the session is registered, the next stage is connected."""
-
-
-@dataclass(frozen=True, slots=True)
-class FeedInput(Record):
-    step: int = uint(STEPS_MAX)
-    payload: bytes = raw(most=PAYLOAD_MAX)
-
-
-@dataclass(frozen=True, slots=True)
-class Finish(Record):
-    """No more steps come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output(Record):
-    step: int = uint(STEPS_MAX)
-    payload: bytes = raw(most=PAYLOAD_MAX)
-
-
-@dataclass(frozen=True, slots=True)
-class OwnReceipt(Record):
-    """The sender's receipt for one window."""
-
-    receipt: SignedReceipt = nested(SignedReceipt)
-
-
-@dataclass(frozen=True, slots=True)
-class Done(Record):
-    """Every step is shown and receipted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report(Record):
-    """What the stage says it did; for the user's eyes, nothing rests on it."""
-
-    steps: int = uint(STEPS_MAX)
-    receipts: int = uint(STEPS_MAX)
-    compute_us: int = uint()
-
-
-@dataclass(frozen=True, slots=True)
-class Failed(Record):
-    refusal: SignedRefusal = nested(SignedRefusal)
-
-
-@dataclass(frozen=True, slots=True)
-class Hello(Record):
-    session: bytes = digest()
-    stage: int = uint(4095)
-
-
-@dataclass(frozen=True, slots=True)
-class Push(Record):
-    step: int = uint(STEPS_MAX)
-    payload: bytes = raw(most=PAYLOAD_MAX)
-
-
-@dataclass(frozen=True, slots=True)
-class Alive(Record):
-    """The stage is still at it: sent every ALIVE_EVERY_S, whatever else is, so that a stopped process is told from a slow one."""
-
-
-INFER_MESSAGES = MessageSet(Open, OpenProgress, Accepted, FeedInput, Finish, Output, OwnReceipt, Done, Report, Failed, Alive)
-LINK_MESSAGES = MessageSet(Hello, Push, OwnReceipt, Finish)
-
-
-# What a stage's refusal is here; by its code, so that the exit code still says what kind of failure it was.
-REFUSALS: dict[str, type[NexusError]] = {
-    error.code: error
-    for error in (CapacityError, NotAllowedError, NotFoundError, TimedOutError, UnreachableError, UsageError, VerificationError)
-}
-
-
-# --- a stage's end ----------------------------------------------------------------------------------------------------------
 
 ProgressSink = Callable[[str, int, int], Awaitable[None]]
 
@@ -240,21 +130,29 @@ class ServedTotals:
 
 
 class InferService:
-    """Serves stages: answers both protocols, one `_Served` per live session."""
+    """Serves stages. `signer`: makes receipts durable and signs them. `may_open`: raises NotAllowedError for a node, by its public
+    key, that this one has nothing to do with; asked about the coordinator and every node of the plan. `conduct`: see
+    `nexus.node.cheating`."""
 
     def __init__(
         self,
         transport: Transport,
         identity: Identity,
         source: StageSource,
+        signer: Signer,
         *,
         serve: bool,
         sessions_max: int,
+        may_open: Callable[[bytes], None] = lambda public_key: None,
         inline_step_s: float = INLINE_STEP_S,
+        conduct: Conduct = HONEST,
     ) -> None:
         self._transport = transport
         self._identity = identity
         self._source = source
+        self._signer = signer
+        self._may_open = may_open
+        self._conduct = conduct
         self._serve = serve
         self._sessions_max = sessions_max
         self._served: dict[tuple[bytes, int], _Served] = {}
@@ -269,12 +167,25 @@ class InferService:
         self._transport.serve(INFER, self._answer_open)
         self._transport.serve(LINK, self._answer_link)
 
+    def end_sessions_with(self, public_key: bytes, error: NexusError) -> int:
+        """End the sessions in which this node takes part as the coordinator or as a stage, for this reason. Returns how many."""
+        ended = [served for served in self._served.values() if public_key in served.nodes]
+        for served in ended:
+            served.fail(error)
+        return len(ended)
+
+    def check_nodes(self, opened: Open) -> None:
+        """Whether this node works for and with all of these. Raises NotAllowedError."""
+        self._may_open(opened.terms.coordinator)
+        for stage in opened.plan.stages:
+            self._may_open(stage.node)
+
     async def _answer_open(self, control: Stream) -> None:
         with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
             first = await control.receive()
         if scope.cancelled_caught:
             raise TimedOutError("the coordinator opened a stream and sent nothing")
-        message = _first_message(INFER_MESSAGES, first, control)
+        message = first_message(INFER_MESSAGES, first, control)
         if not isinstance(message, Open):
             raise MalformedError("a session begins with Open", peer=control.peer_id)
         served: _Served | None = None
@@ -288,7 +199,7 @@ class InferService:
                         with self.live.one():
                             await served.run()
         except* NexusError as group:  # may come with Cancelled beside it when the node stops: that goes on its way
-            failure = _first_cause(group)
+            failure = first_cause(group)
         if failure:
             step = served.step if served else 0
             log.warning(
@@ -324,6 +235,7 @@ class InferService:
             raise NotAllowedError(
                 "this node is shutting down" if self.draining else "this node does not serve stages", "Plan without it"
             )
+        self.check_nodes(message)
         if peer_id_of(message.terms.coordinator) != control.peer_id:
             raise VerificationError("the session's terms name another coordinator than the peer that sent them")
         stages = message.plan.stages
@@ -333,7 +245,7 @@ class InferService:
         if message.next.node != following:
             raise VerificationError("the next peer named is not the plan's next stage")
         check_request(message.request, message.terms, message.plan, stage)
-        manifest = await self._source.manifest(message.plan.model_root, [_address(peer) for peer in message.sources])
+        manifest = await self._source.manifest(message.plan.model_root, [address_of(peer) for peer in message.sources])
         message.plan.check(manifest)
         return manifest
 
@@ -352,7 +264,7 @@ class InferService:
                 raise UnreachableError("the coordinator ended the session before it began") from None
             raise MalformedError("the coordinator spoke before its session was accepted")
 
-        sources = [_address(peer) for peer in message.sources]
+        sources = [address_of(peer) for peer in message.sources]
         async with AsyncExitStack() as stack:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch)
@@ -385,7 +297,7 @@ class InferService:
             first = await link.receive()
         if scope.cancelled_caught:
             raise TimedOutError("a link was opened and nothing said on it")
-        hello = _first_message(LINK_MESSAGES, first, link)
+        hello = first_message(LINK_MESSAGES, first, link)
         if not isinstance(hello, Hello):
             raise MalformedError("a link begins with Hello", peer=link.peer_id)
         served = self._served.get((hello.session, hello.stage))
@@ -408,6 +320,10 @@ class InferService:
         """One step of a session, in its turn: see `Batcher.compute`."""
         return await self._batcher.compute(stage, session, payload, expected_s)
 
+    async def seal(self, stage: Stage, session: bytes, n: int) -> Sealed:
+        """Close a session's trace over its oldest `n` steps, on a thread: there is a hash per step, layer and operation."""
+        return await trio.to_thread.run_sync(lambda: Sealed.of(stage.seal(session, n), stage.trace_shape, n))
+
 
 class _Served:
     """One session on this node. Every event is handled to the end, under a lock, before the next one is looked at."""
@@ -417,10 +333,14 @@ class _Served:
         self._control = control
         self._opened = opened
         self._manifest = manifest
-        self._stage = stage
+        conduct = service._conduct
+        self._stage = conduct.stage(opened, manifest, stage)
         self._session = opened.terms.session
-        self._machine = StageSession(service._identity, manifest, opened.plan, opened.terms, opened.request, opened.stage)
-        self._lock = trio.Lock()
+        self._machine = conduct.machine(opened, manifest, service._identity.public_key)
+        self._signer = conduct.signer(opened, service._signer)
+        self._asked = ServedSession(opened.stage, opened.model_name, opened.plan, opened.terms, opened.request)
+        self._unsigned: list[bytes] = []  # inputs of the open window
+        self._turn = trio.Condition()
         self._link_out: Stream | None = None
         self._link_in_taken = False
         self._over = trio.Event()
@@ -429,7 +349,8 @@ class _Served:
         self._idle = trio.move_on_after(SESSION_IDLE_S)
         self._compute_s = 0.0
         self._token_s: float | None = None  # what a step of one token takes lately
-        self._token_kv_bytes = stage_kv_bytes(manifest, opened.plan, opened.stage)
+        self._token_kv_bytes = _kv_bytes(manifest, opened.plan, opened.stage)
+        self.nodes = frozenset({opened.terms.coordinator, *(stage.node for stage in opened.plan.stages)})
         self.step = 0
 
     async def run(self) -> None:
@@ -442,12 +363,14 @@ class _Served:
         if not last or self._feeds_back:
             await self._reach_next()
         sampling = Sampling.of(terms) if last and self._feeds_back else None
-        self._stage.open(self._session, sampling)
+        self._stage.open(self._session, sampling, commit=commits(plan, terms))
         service._served[key] = self
         service.totals.sessions += 1
         try:
+            service.check_nodes(self._opened)  # standing may have changed while the stage was loaded
             await self._control.send(INFER_MESSAGES.pack(Accepted()))
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._read_control)
                 nursery.start_soon(self._watch)
                 await self._over.wait()
@@ -458,7 +381,7 @@ class _Served:
             with trio.CancelScope(shield=True):
                 # Who holds the lock is cancelled by now, but for the engine: it may still write to the cache of this session, which
                 # must not be another's by then.
-                async with self._lock:
+                async with self._turn:
                     self._stage.close(self._session)
             service._source.reserve_kv(self._session, 0)
             with trio.move_on_after(LINK_TIMEOUT_S) as scope:
@@ -474,7 +397,7 @@ class _Served:
 
     async def _reach_next(self) -> None:
         """A stage that cannot reach its successor says so now, not in the middle of an answer."""
-        following = _address(self._opened.next)
+        following = address_of(self._opened.next)
         transport = self._service._transport
         if following.peer_id == transport.peer_id:
             return
@@ -491,9 +414,9 @@ class _Served:
         """A session in which nothing happens any more gives its memory back."""
         with self._idle:
             await trio.sleep_forever()
-        self._fail(TimedOutError(f"nothing came for {SESSION_IDLE_S:.0f} s, so the session's cache was evicted", "Run it again"))
+        self.fail(TimedOutError(f"nothing came for {SESSION_IDLE_S:.0f} s, so the session's cache was evicted", "Run it again"))
 
-    def _fail(self, error: NexusError) -> None:
+    def fail(self, error: NexusError) -> None:
         if not self._over.is_set():
             self._failure = error
             self._over.set()
@@ -511,9 +434,9 @@ class _Served:
                     case _:
                         raise MalformedError(f"{type(message).__name__} is not for a stage")
         except trio.EndOfChannel:
-            self._fail(UnreachableError("the coordinator ended the session"))
+            self.fail(UnreachableError("the coordinator ended the session"))
         except NexusError as error:
-            self._fail(error)
+            self.fail(error)
 
     async def take_link(self, link: Stream) -> None:
         """The stage before pushes its steps."""
@@ -539,40 +462,63 @@ class _Served:
                         raise MalformedError(f"{type(message).__name__} does not belong on a link")
         except trio.EndOfChannel:
             if not self._machine.closed:  # in order only after Finish
-                self._fail(UnreachableError(f"stage {self._machine.before} closed its link", peer=link.peer_id))
+                self.fail(UnreachableError(f"stage {self._machine.before} closed its link", peer=link.peer_id))
         except NexusError as error:
-            self._fail(_blame(error, link.peer_id))
+            self.fail(blame(error, link.peer_id))
 
     async def _handle(self, event: Callable[[], list[StageAction]]) -> None:
         self._idle.deadline = trio.current_time() + SESSION_IDLE_S
-        async with self._lock:
-            if self._over.is_set():
-                return
-            try:
-                await self._perform(event())
-            except NexusError:
-                raise
-            except Exception as error:  # the boundary: a defect of ours in one session must not end the others
-                log.exception("session_broke", session=self._session.hex()[:16])
-                raise LocalError(
-                    f"the node failed inside: {type(error).__name__}", "Its log has the details; please report it"
-                ) from error
+        async with self._turn:
+            while self._machine.holds and not self._over.is_set():
+                await self._turn.wait()  # until the disk has the receipt
+            await self._act_on(event)
+
+    async def _sign(self, window: Window) -> None:
+        """Beside the steps that follow: a disk takes its time."""
+        try:
+            own = await self._signer.sign(window)
+            async with self._turn:
+                await self._act_on(partial(self._machine.signed, own))
+                self._turn.notify_all()
+        except NexusError as error:
+            self.fail(error)
+
+    async def _act_on(self, event: Callable[[], list[StageAction]]) -> None:
+        if self._over.is_set():
+            return
+        try:
+            await self._perform(event())
+        except NexusError:
+            raise
+        except Exception as error:  # the boundary: a defect of ours in one session must not end the others
+            log.exception("session_broke", session=self._session.hex()[:16])
+            raise LocalError(
+                f"the node failed inside: {type(error).__name__}", "Its log has the details; please report it"
+            ) from error
 
     async def _perform(self, actions: list[StageAction]) -> None:
         for action in actions:
             match action:
                 case Compute(step, payload):
                     await self._compute(step, payload)
+                case Seal(n):
+                    sealed = await self._service.seal(self._stage, self._session, n)
+                    await self._perform(self._machine.sealed(sealed))
+                case Sign(receipt):
+                    inputs, self._unsigned = self._unsigned[: receipt.n], self._unsigned[receipt.n :]
+                    self._nursery.start_soon(self._sign, Window(self._asked, receipt, tuple(inputs)))
                 case SendStep(step, payload):
                     await self._send_link(Push(step, payload))
-                case SendReceipt(receipt):
-                    await self._send_link(OwnReceipt(receipt))
+                case SendReceipt(own):
+                    await self._send_link(OwnReceipt(own))
                 case SendFinish():
                     await self._send_link(Finish())
                 case SendOutput(step, payload):
                     await self._send_control(Output(step, payload))
-                case ShowReceipt(receipt):
-                    await self._send_control(OwnReceipt(receipt))
+                case ShowTrace(trace):
+                    await self._send_control(OwnTrace(trace))
+                case ShowReceipt(own):
+                    await self._send_control(OwnReceipt(own))
                 case SendDone():
                     await self._send_control(Done())
                 case Close():
@@ -591,273 +537,31 @@ class _Served:
             self._token_s = outcome.turn_s if self._token_s is None else self._token_s + (outcome.turn_s - self._token_s) / 4
         self.step = step + 1
         service.totals.steps += 1
+        if self._opened.terms.window:
+            self._unsigned.append(payload)
         await self._perform(self._machine.computed(step, outcome.output))
 
     async def _send_link(self, message: Push | OwnReceipt | Finish) -> None:
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
             if self._link_out is None:
-                following = _address(self._opened.next)
+                following = address_of(self._opened.next)
                 self._link_out = await self._service._transport.open_stream(following.peer_id, LINK)
                 stage = (self._opened.stage + 1) % len(self._opened.plan.stages)
                 await self._link_out.send(LINK_MESSAGES.pack(Hello(self._session, stage)))
-            await self._link_out.send(LINK_MESSAGES.pack(message))
+            for sent in self._service._conduct.send(self._opened, message, to_coordinator=False):
+                await self._link_out.send(LINK_MESSAGES.pack(sent))
         if scope.cancelled_caught:
             raise TimedOutError(f"the next stage took nothing for {LINK_TIMEOUT_S:.0f} s", "It may be overloaded or gone")
 
     async def _send_control(self, message: Record) -> None:
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
-            await self._control.send(INFER_MESSAGES.pack(message))
+            for sent in self._service._conduct.send(self._opened, message, to_coordinator=True):
+                await self._control.send(INFER_MESSAGES.pack(sent))
         if scope.cancelled_caught:
             raise TimedOutError(f"the coordinator took nothing for {LINK_TIMEOUT_S:.0f} s")
 
 
-# --- the coordinator's end --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StageReport:
-    steps: int
-    receipts: int
-    compute_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class StageProgress:
-    stage: int
-    phase: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The session is over and `bundle` verifies. `reports`: what each stage says it did, where it said so in time."""
-
-    bundle: Bundle
-    receipts_verified: int
-    reports: tuple[StageReport | None, ...]
-
-
-SessionEvent = StageProgress | Result | Ended
-
-
-class Coordinator:
-    """Runs one session over the stages of a plan and hands its events on as they come."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        identity: Identity,
-        model_name: str,
-        manifest: Manifest,
-        plan: Plan,
-        terms: Terms,
-        inputs: Sequence[bytes],
-        known: dict[bytes, PeerAddress],
-    ) -> None:
-        """`inputs`: the prompt's token ids, or those of every text. `known`: by public key, where nodes were last seen."""
-        self._transport = transport
-        self._plan = plan
-        self._terms = terms
-        self._model_name = model_name
-        self._manifest = manifest
-        self._known = known
-        self._machine = CoordinatorSession(identity, model_name, manifest, plan, terms, inputs)
-        self._streams: list[Stream | None] = [None] * len(plan.stages)
-        self._reports: list[StageReport | None] = [None] * len(plan.stages)
-        self._bundle: Bundle | None = None
-        self._stop_wanted = False
-        self._quiet = trio.CancelScope()
-        self.session = terms.session
-        self.failed_stage: int | None = None
-        self._reported = trio.Event()
-
-    async def run(self, emit: Callable[[SessionEvent], Awaitable[None]]) -> None:
-        """To the end. Raises the error of the stage that failed, by its name, or TimedOutError when none is heard of any more."""
-        self._emit = emit
-        self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
-        failure: NexusError | None = None
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                for stage in range(len(self._plan.stages)):
-                    nursery.start_soon(self._run_stage, stage)
-                nursery.start_soon(self._watch)
-                await self._reported.wait()
-                nursery.cancel_scope.cancel()
-        except* NexusError as group:
-            failure = _first_cause(group)
-        finally:
-            with trio.move_on_after(REPORT_TIMEOUT_S) as scope:
-                scope.shield = True
-                for stream in self._streams:
-                    if stream:
-                        await (stream.close() if self._bundle else stream.reset())
-        if failure:
-            raise failure
-        assert self._bundle is not None
-        await emit(Ended(self._bundle, self._machine.receipts_verified, tuple(self._reports)))
-
-    async def stop(self) -> None:
-        """No more steps are wanted; `run` still collects the receipts for what was computed."""
-        with suppress(UnreachableError):  # the session is over already, or `run` says why not
-            await self._feed(self._machine.stop())
-
-    def ends_with(self, result: Result) -> str | None:
-        return self._machine.ends_with(result.step, result.payload)
-
-    async def _watch(self) -> None:
-        """The deadline of the whole: something must come out every STEP_TIMEOUT_S, and reports end the wait soon after Done."""
-        with self._quiet:
-            await trio.sleep_forever()
-        if self._bundle:
-            self._reported.set()
-            return
-        raise TimedOutError(f"nothing came out for {STEP_TIMEOUT_S:.0f} s", "The prompt may be too long for these machines")
-
-    async def _run_stage(self, stage: int) -> None:
-        peer_id = peer_id_of(self._plan.stages[stage].node)
-        try:
-            with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
-                address = self._known.get(self._plan.stages[stage].node)
-                if address:
-                    self._transport.learn(address)
-                stream = self._streams[stage] = await self._transport.open_stream(peer_id, INFER)
-                await stream.send(INFER_MESSAGES.pack(self._open(stage)))
-            if scope.cancelled_caught:
-                raise TimedOutError(f"stage {stage} ({peer_id}) did not take the session within {OPEN_TIMEOUT_S:.0f} s")
-            while True:
-                with trio.move_on_after(SILENCE_MAX_S) as scope:
-                    frame = await stream.receive()
-                if scope.cancelled_caught:
-                    raise TimedOutError(f"not a sign of life for {SILENCE_MAX_S:.0f} s")
-                await self._take(stage, INFER_MESSAGES.unpack(frame))
-        except trio.EndOfChannel:
-            if self._reports[stage] is None and not self._bundle:
-                raise UnreachableError(f"stage {stage} ({peer_id}) closed the session", "Run it again", peer_id) from None
-        except NexusError as error:
-            if self._bundle:
-                return  # the answer is in and verified: a stage may go
-            if self.failed_stage is None:
-                self.failed_stage = stage
-            raise _at_stage(error, stage, peer_id) from error
-
-    def _open(self, stage: int) -> Open:
-        stages = self._plan.stages
-        following = stages[(stage + 1) % len(stages)].node
-        return Open(
-            stage=stage,
-            model_name=self._model_name,
-            plan=self._plan,
-            terms=self._terms,
-            request=self._machine.requests[stage],
-            next=self._known_peer(following),
-            sources=tuple(self._known_peer(node) for node in sorted(self._known))[:32],
-        )
-
-    def _known_peer(self, node: bytes) -> KnownPeer:
-        address = self._known.get(node)
-        return KnownPeer(node, address.addresses[:ADDRESSES_MAX] if address else ())
-
-    async def _take(self, stage: int, message: Record) -> None:
-        last = stage == len(self._plan.stages) - 1
-        match message:
-            case Alive():
-                return
-            case OpenProgress(phase, done, total):
-                await self._emit(StageProgress(stage, phase, done, total))
-            case Accepted():
-                # In a task of its own: whoever feeds may have to wait until somebody reads the results.
-                self._nursery.start_soon(self._feed, self._machine.accepted(stage))
-            case Output(step, payload) if last:
-                for action in self._machine.output(step, payload):
-                    if isinstance(action, Result):
-                        await self._emit(action)
-            case OwnReceipt(receipt):
-                self._conclude(self._machine.receipt(stage, receipt))
-            case Done() if last:
-                self._conclude(self._machine.done())
-            case Report(steps, receipts_signed, compute_us):
-                self._reports[stage] = StageReport(steps, receipts_signed, compute_us / 1e6)
-            case Failed(signed):
-                refusal = signed.verify()
-                if refusal.node != self._plan.stages[stage].node or refusal.session != self._terms.session:
-                    raise VerificationError("a refusal came that is not this stage's")
-                if refusal.code == UnreachableError.code:
-                    # Second-hand: the neighbour that broke off may be about to say why.
-                    await trio.sleep(SECOND_HAND_WAIT_S)
-                raise REFUSALS.get(refusal.code, RefusedError)(refusal.cause, refusal.fix)
-            case _:
-                raise MalformedError(f"{type(message).__name__} is not for the coordinator")
-        if self._machine.is_done and all(self._reports) and not self._bundle:
-            raise VerificationError("the stages ended the session and owe receipts")
-        if not self._bundle:
-            self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
-        if self._bundle and all(self._reports):
-            self._reported.set()
-
-    def _conclude(self, actions: list[CoordinatorAction]) -> None:
-        for action in actions:
-            if isinstance(action, Verified):
-                self._bundle = action.bundle
-                self._quiet.deadline = trio.current_time() + REPORT_TIMEOUT_S  # once: more reports do not put it off
-
-    async def _feed(self, actions: list[CoordinatorAction]) -> None:
-        for action in actions:
-            match action:
-                case Feed(step, payload):
-                    await self._send_first(FeedInput(step, payload))
-                case AskFinish():
-                    await self._send_first(Finish())
-
-    async def _send_first(self, message: FeedInput | Finish) -> None:
-        stream = self._streams[0]
-        assert stream is not None
-        with trio.move_on_after(LINK_TIMEOUT_S) as scope:
-            await stream.send(INFER_MESSAGES.pack(message))
-        if scope.cancelled_caught:
-            raise TimedOutError(f"stage 0 took nothing for {LINK_TIMEOUT_S:.0f} s")
-
-
-def stage_kv_bytes(manifest: Manifest, plan: Plan, stage: int) -> int:
-    """KV cache of one token on one stage, in bytes."""
+def _kv_bytes(manifest: Manifest, plan: Plan, stage: int) -> int:
+    """KV cache of one token on one stage."""
     layers = plan.stages[stage]
     return manifest.kv_bytes * (layers.end - layers.start)
-
-
-def _address(peer: KnownPeer) -> PeerAddress:
-    return PeerAddress(peer_id_of(peer.node), peer.addresses)
-
-
-def _first_message(messages: MessageSet, frame: bytes, stream: Stream) -> Record:
-    """Of a stream from a stranger: garbage counts against it."""
-    try:
-        return messages.unpack(frame)
-    except MalformedError as error:
-        raise _blame(error, stream.peer_id) from error
-
-
-def _blame(error: NexusError, peer_id: str) -> NexusError:
-    if isinstance(error, PeerError) and not error.peer:
-        error.peer = peer_id
-    return error
-
-
-def _at_stage(error: NexusError, stage: int, peer_id: str) -> NexusError:
-    """The same kind of error, with the stage named."""
-    cause = f"stage {stage} ({peer_id}): {error.cause}"
-    fix = error.fix or "Run it again; `nexus model plan` shows who is in the chain"
-    return type(error)(cause, fix)
-
-
-def _first_cause(group: BaseExceptionGroup[NexusError]) -> NexusError:
-    """The error to show of those that ended a session: a stage's own words before the silence that they caused elsewhere."""
-    return min(_errors_in(group), key=lambda error: isinstance(error, UnreachableError | TimedOutError))
-
-
-def _errors_in(group: BaseExceptionGroup[NexusError]) -> Iterator[NexusError]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _errors_in(error)
-        else:
-            yield error
