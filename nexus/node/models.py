@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, NotFoundError, TimedOutError
-from nexus.core.manifest import FLOAT, Manifest, stage_pieces
+from nexus.core.errors import CapacityError, ModelFormatError, NotFoundError, TimedOutError
+from nexus.core.manifest import EXACT_PLAN, FLOAT, Manifest, stage_pieces
 from nexus.network.transport import PeerAddress
 from nexus.node.blobs import Fetcher
+from nexus.proof.arithmetic.plan import PLAN_BYTES_MAX, ExactPlan, plan_from_json
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, held_bytes
 
@@ -104,6 +105,14 @@ class Models:
         """Config and tokenizer, by name, as paths to read."""
         await self._complete(manifest, None, sources, progress)
         return {blob.name: self.blobs.path(blob.root) for blob in manifest.files}
+
+    async def exact_plan(self, manifest: Manifest, sources: Sequence[PeerAddress]) -> ExactPlan:
+        """What a model of the exact profile computes, as its own exact.json says. Raises ModelFormatError."""
+        blob = manifest.file(EXACT_PLAN)
+        if blob is None or blob.size > PLAN_BYTES_MAX:
+            raise ModelFormatError("the model's exact.json is missing or larger than any", "Add the model again")
+        await self._complete(manifest, None, sources, _ignore_progress)
+        return plan_from_json(await trio.to_thread.run_sync(self.blobs.path(blob.root).read_bytes))
 
     @asynccontextmanager
     async def stage(
@@ -222,3 +231,7 @@ def _load_stage(manifest: Manifest, start: int, end: int, paths: dict[str, Path]
     from nexus.engine.stage import load_stage
 
     return load_stage(manifest, start, end, paths, dtype=dtype)
+
+
+async def _ignore_progress(phase: str, done: int, total: int) -> None:
+    """Of files that are small."""

@@ -45,6 +45,7 @@ from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, Stage
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
+from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
 from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.membership import NodeRecord
@@ -295,9 +296,12 @@ class Runner:
             raise CapacityError(f"{self.live.count} requests are running here, the limit", "Wait, or raise serve.sessions_max")
         without: frozenset[bytes] = frozenset()
         with self.live.one():
+            root = job.manifest.root
+            commits = job.receipts and job.manifest.profile == EXACT
+            exact = await self._models.exact_plan(job.manifest, self.sources(root)) if commits else None
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 placement = await self.place(job.manifest, job.stages, without)
-                coordinator = self._coordinator(job, placement)
+                coordinator = self._coordinator(job, placement, exact)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
                 started = False
                 try:
@@ -318,7 +322,8 @@ class Runner:
                     log.warning("replanned", without=peer_id_of(failed), error=str(error))
                     without |= {failed}
 
-    def _coordinator(self, job: _Job, placement: Placement) -> Coordinator:
+    def _coordinator(self, job: _Job, placement: Placement, exact: ExactPlan | None) -> Coordinator:
+        """`exact`: what the model computes; None where the stages are not to commit to it."""
         nonce = token_bytes(16)
         terms = Terms(
             spec=SPEC,
@@ -351,6 +356,7 @@ class Runner:
             terms,
             job.inputs,
             {node: address for node, address in known.items() if node in wanted},
+            [trace_shape(exact, stage.start, stage.end) for stage in placement.plan.stages] if exact else (),
         )
 
     async def _drive(self, coordinator: Coordinator) -> AsyncGenerator[SessionEvent, None]:

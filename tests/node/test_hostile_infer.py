@@ -15,11 +15,11 @@ from nexus.core.keys import Identity
 from nexus.core.record import Record
 from nexus.network.limits import STRIKES_MAX
 from nexus.network.transport import PeerAddress, Stream
-from nexus.node.infer import (
+from nexus.node.infer.coordinator import REPORT_TIMEOUT_S
+from nexus.node.infer.messages import (
     INFER,
     INFER_MESSAGES,
     LINK,
-    REPORT_TIMEOUT_S,
     Accepted,
     Alive,
     Failed,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import trio
@@ -21,28 +23,22 @@ from nexus.core.errors import (
 )
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import peer_id_of
-from nexus.core.manifest import CAUSAL, ENCODER, Manifest
+from nexus.core.manifest import CAUSAL, ENCODER, EXACT, FLOAT, Manifest
 from nexus.core.plan import Plan
 from nexus.network.simulated import SimulatedNetwork
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.batching import Outcome
-from nexus.node.infer import (
-    INFER,
-    INFER_MESSAGES,
-    INLINE_STEP_S,
-    LINK,
-    LINK_MESSAGES,
-    Coordinator,
-    Ended,
-    Failed,
-    Hello,
-    InferService,
-    SessionEvent,
-)
+from nexus.node.cheating import HONEST, Conduct
+from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent
+from nexus.node.infer.messages import INFER, INFER_MESSAGES, LINK, LINK_MESSAGES, Failed, Hello
+from nexus.node.infer.serving import INLINE_STEP_S, InferService
+from nexus.node.signing import DurableSigner
 from nexus.proof.bundle import verify_bundle
 from nexus.proof.receipts import Terms, tokens_to_bytes
+from nexus.proof.trace import WindowTrace
+from nexus.storage.sessions import SessionStore
 from nexus.swarm.session import Result
-from tests.swarm.ring import identity, manifest, plan_for, terms_for, toy_compute
+from tests.swarm.ring import identity, manifest, plan_for, shapes_for, terms_for, toy_compute, toy_seal
 
 
 class ToyStage:
@@ -51,6 +47,10 @@ class ToyStage:
     chunked = False
 
     def __init__(self, model: Manifest, plan: Plan, stage: int, before: Callable[[int], None]) -> None:
+        self._number = stage
+        self._sealed: dict[bytes, int] = {}
+        if model.profile == EXACT:
+            self.trace_shape = shapes_for(model, plan)[stage]
         self._compute = lambda payload: toy_compute(model, plan, stage, 0, payload)
         self._before = before
         self.sessions: dict[bytes, int] = {}
@@ -60,11 +60,20 @@ class ToyStage:
     def input_size(self, tokens: int) -> int:
         return tokens * self._width
 
-    def open(self, session: bytes, sampling: object) -> None:
+    def open(self, session: bytes, sampling: object, commit: bool) -> None:
         self.sessions[session] = 0
+        if commit:
+            self._sealed[session] = 0
+
+    def seal(self, session: bytes, steps: int) -> WindowTrace:
+        step0 = self._sealed[session]
+        self._sealed[session] += steps
+        assert self._sealed[session] <= self.sessions[session]
+        return toy_seal(self.trace_shape, self._number, step0, steps).trace
 
     def close(self, session: bytes) -> None:
         del self.sessions[session]
+        self._sealed.pop(session, None)
 
     def step(self, session: bytes, payload: bytes) -> bytes:
         self._before(self.sessions[session])
@@ -130,6 +139,7 @@ class Swarm:
     transport: Transport
     transports: list[Transport]
     services: list[InferService]
+    stores: list[SessionStore]
     sources: list[ToySource]
 
     def coordinator(self, inputs: Sequence[bytes], terms: Terms) -> Coordinator:
@@ -137,7 +147,8 @@ class Swarm:
             stage.node: PeerAddress(transport.peer_id, transport.addresses)
             for stage, transport in zip(self.plan.stages, self.transports, strict=True)
         }
-        return Coordinator(self.transport, identity(0), "toy", self.model, self.plan, terms, inputs, known)
+        shapes = shapes_for(self.model, self.plan) if terms.window else []
+        return Coordinator(self.transport, identity(0), "toy", self.model, self.plan, terms, inputs, known, shapes)
 
     async def run(self, steps_max: int, prompt: Sequence[int] = (5, 6, 7)) -> tuple[list[SessionEvent], Ended]:
         inputs = [tokens_to_bytes(prompt)]
@@ -162,27 +173,43 @@ async def swarm(
     sessions_max: int = 8,
     before: Callable[[int, int], None] | None = None,
     stage_type: type[ToyStage] = ToyStage,
+    profile: str = FLOAT,
+    may_open: Callable[[bytes], None] = lambda _: None,
+    conducts: Mapping[int, Conduct] | None = None,
 ) -> AsyncIterator[Swarm]:
-    model = manifest(kind)
+    """`conducts`: of the stages that are not honest."""
+    model = manifest(kind, profile=profile)
     plan = plan_for(model, stages)
     network = SimulatedNetwork(1, delay_s=(0.0, 0.001))
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(network.open(identity(0)))
-        transports, services, sources = [], [], []
+        directory = Path(stack.enter_context(TemporaryDirectory()))
+        transports, services, stores, sources = [], [], [], []
         for stage in range(stages):
             node = await stack.enter_async_context(network.open(identity(stage + 1)))
             hook = (lambda step, stage=stage: before(stage, step)) if before else (lambda _: None)
             # What blocks in `before` must do so on a thread.
             inline_step_s = 0.0 if before else INLINE_STEP_S
             source = ToySource(model, plan, stage, hook, stage_type=stage_type)
+            store = SessionStore(directory / f"{stage}.db", keep_max_bytes=1 << 30, keep_s=1e6, now_ms=lambda: 1)
+            stack.callback(store.close)
             service = InferService(
-                node, identity(stage + 1), source, serve=True, sessions_max=sessions_max, inline_step_s=inline_step_s
+                node,
+                identity(stage + 1),
+                source,
+                DurableSigner(identity(stage + 1), store),
+                serve=True,
+                sessions_max=sessions_max,
+                may_open=may_open,
+                inline_step_s=inline_step_s,
+                conduct=(conducts or {}).get(stage, HONEST),
             )
             service.start()
             transports.append(node)
             services.append(service)
+            stores.append(store)
             sources.append(source)
-        yield Swarm(network, model, plan, transport, transports, services, sources)
+        yield Swarm(network, model, plan, transport, transports, services, stores, sources)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 8])
@@ -402,7 +429,7 @@ async def test_a_plan_that_names_another_node_is_refused() -> None:
 
 
 async def test_a_stage_that_is_stuck_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexus.node.infer.STEP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("nexus.node.infer.coordinator.STEP_TIMEOUT_S", 0.3)
     release = trio.Event()
 
     def before(stage: int, step: int) -> None:
@@ -418,8 +445,8 @@ async def test_a_stage_that_is_stuck_has_a_deadline(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("silent", [0, 1, 2])
 async def test_a_stopped_process_is_named_in_seconds(monkeypatch: pytest.MonkeyPatch, silent: int) -> None:
     """Its connections stay open and nothing comes any more: no step, no sign of life."""
-    monkeypatch.setattr("nexus.node.infer.SILENCE_MAX_S", 0.5)
-    monkeypatch.setattr("nexus.node.infer.ALIVE_EVERY_S", 0.1)
+    monkeypatch.setattr("nexus.node.infer.coordinator.SILENCE_MAX_S", 0.5)
+    monkeypatch.setattr("nexus.node.infer.serving.ALIVE_EVERY_S", 0.1)
     release = trio.Event()
 
     async with swarm(3) as nodes:
