@@ -285,6 +285,10 @@ class Tabs:
         else:
             self._owed.pop(coordinator, None)
 
+    def all(self) -> list[tuple[bytes, int]]:
+        """(coordinator, what it owes), sorted."""
+        return sorted(self._owed.items())
+
     def owed(self, coordinator: bytes) -> int:
         return self._owed.get(coordinator, 0)
 
