@@ -42,8 +42,10 @@ from nexus.proof.bundle import (
 from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, tokens_from_bytes
 from nexus.proof.trace import Sealed, TraceShape, WindowTrace, check_trace
 
-# Receipts of one stage that may wait at the coordinator for those of the stages before: one per window under way.
+# Receipts of one stage that may wait at the coordinator for those of the other stages: one per window under way.
 EARLY_MAX = 2
+# Texts of an encoder go in one after the other without waiting for vectors: so far a stage may be ahead of the last one.
+STEPS_AHEAD_MAX = 256
 # What a coordinator keeps of one session's traces: at 5 KB a token, those of 50,000.
 TRACES_BYTES_MAX = 256 * 1024 * 1024
 
@@ -472,6 +474,8 @@ class CoordinatorSession:
         self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
         self._asked_to_finish = False
         self._early: list[deque[tuple[SignedReceipt, WindowTrace | None]]] = [deque() for _ in plan.stages]
+        ahead = STEPS_AHEAD_MAX // terms.window if manifest.kind == ENCODER and terms.window else 0
+        self._early_max = EARLY_MAX + ahead
         self._shapes = tuple(shapes)
         self._shown: list[WindowTrace | None] = [None] * len(plan.stages)  # of the receipt that comes next
         self._traces: list[list[WindowTrace]] = [[] for _ in plan.stages]
@@ -520,7 +524,7 @@ class CoordinatorSession:
     def receipt(self, stage: int, signed: SignedReceipt) -> list[CoordinatorAction]:
         """A receipt from the stage itself. Stages' streams are not in step with each other: it may have to wait for others."""
         waiting = self._early[stage]
-        if self._verified or signed.receipt.stage != stage or len(waiting) >= EARLY_MAX:
+        if self._verified or signed.receipt.stage != stage or len(waiting) >= self._early_max:
             raise VerificationError(f"a receipt came from stage {stage} that is not due, or not its own")
         trace, self._shown[stage] = self._shown[stage], None
         if self._shapes and trace is None:

@@ -8,11 +8,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus.core.errors import NexusError, PeerError, VerificationError
+from nexus.core.errors import CapacityError, NexusError, PeerError, VerificationError
 from nexus.core.keys import Identity
+from nexus.core.manifest import EXACT, FLOAT
 from nexus.proof.bundle import Bundle, verify_bundle
-from nexus.proof.receipts import WINDOW, WINDOW_MAX, Receipt, SignedReceipt, tokens_from_bytes
-from tests.swarm.ring import Message, causal_ring, encoder_ring, identity
+from nexus.proof.receipts import WINDOW, WINDOW_MAX, Receipt, SignedReceipt, tokens_from_bytes, tokens_to_bytes
+from nexus.proof.trace import WindowTrace, check_trace
+from nexus.swarm.session import (
+    Compute,
+    CoordinatorSession,
+    Seal,
+    SendOutput,
+    SendReceipt,
+    SendStep,
+    ShowReceipt,
+    ShowTrace,
+    Sign,
+    StageAction,
+    StageSession,
+)
+from tests.swarm.ring import Message, causal_ring, encoder_ring, identity, shapes_for, toy_seal
+
+PROFILES = st.sampled_from([FLOAT, EXACT])
 
 
 @given(stages=st.integers(1, 8), steps=st.integers(1, 3 * WINDOW + 1), prompt=st.lists(st.integers(0, 255), min_size=1, max_size=9))
@@ -27,12 +44,114 @@ def test_every_step_of_every_stage_is_receipted(stages: int, steps: int, prompt:
     assert report.prompt_tokens == len(prompt)
 
 
-@given(stages=st.integers(1, 4), steps=st.integers(1, 30), window=st.integers(1, WINDOW_MAX))
-@settings(max_examples=40, deadline=None)
-def test_any_window_will_do(stages: int, steps: int, window: int) -> None:
-    bundle = causal_ring(stages, steps, window=window).run()
+@given(stages=st.integers(1, 4), steps=st.integers(1, 30), window=st.integers(1, WINDOW_MAX), profile=PROFILES, slow=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_any_window_will_do(stages: int, steps: int, window: int, profile: str, slow: bool) -> None:
+    ring = causal_ring(stages, steps, window=window, profile=profile)
+    ring.slow_disk = slow
+    bundle = ring.run()
     assert bundle is not None
     assert verify_bundle(bundle).receipts == stages * -(-steps // window)
+
+
+@given(stages=st.integers(1, 4), steps=st.integers(1, 40), window=st.integers(1, 20), causal=st.booleans(), slow=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_exact_stages_show_what_every_receipt_commits_to(stages: int, steps: int, window: int, causal: bool, slow: bool) -> None:
+    make = causal_ring if causal else encoder_ring
+    ring = make(stages, steps, window=window, profile=EXACT)
+    ring.slow_disk = slow
+    bundle = ring.run()
+    assert bundle is not None
+    assert [len(traces) for traces in ring.traces] == [-(-steps // window)] * stages
+    shapes = shapes_for(ring.model, ring.plan)
+    for stage, shape in enumerate(shapes):
+        receipts = [signed.receipt for signed in bundle.receipts if signed.receipt.stage == stage]
+        for receipt, trace in zip(receipts, ring.traces[stage], strict=True):
+            check_trace(trace, shape, receipt.n, receipt.trace_root, receipt.kv_root)
+            assert bool(receipt.kv_root) == causal
+
+
+def test_nothing_leaves_a_stage_before_the_receipt_that_is_being_signed() -> None:
+    """A crash must find on the disk whatever the network has seen."""
+    ring = causal_ring(1, 40, window=4, profile=EXACT)
+    coordinator = CoordinatorSession(
+        identity(0), "toy", ring.model, ring.plan, ring.terms, ring.inputs, shapes_for(ring.model, ring.plan)
+    )
+    stage = StageSession(identity(1).public_key, ring.model, ring.plan, ring.terms, coordinator.requests[0], 0)
+
+    def step(number: int) -> list[StageAction]:
+        payload = ring.inputs[0] if number == 0 else tokens_to_bytes([1])
+        (compute,) = stage.feed(0, payload) if number == 0 else stage.push(number, payload)
+        assert isinstance(compute, Compute)
+        return stage.computed(number, tokens_to_bytes([1]))
+
+    for number in range(3):
+        step(number)
+    *_, seal = step(3)
+    assert seal == Seal(4)
+    (sign,) = stage.sealed(toy_seal(shapes_for(ring.model, ring.plan)[0], 0, 0, 4))
+    assert isinstance(sign, Sign)
+    assert not stage.holds
+    assert step(4) == []
+    assert stage.holds
+    out = stage.signed(SignedReceipt.sign(sign.receipt, identity(1)))
+    assert [type(action) for action in out] == [SendReceipt, ShowTrace, ShowReceipt, SendStep, SendOutput]
+    assert not stage.holds
+
+
+@pytest.mark.parametrize("liar", [0, 1, 2])
+@pytest.mark.parametrize("lie", ["none", "cell", "log", "short", "twice"])
+def test_a_stage_that_shows_no_trace_or_another_one_is_named(liar: int, lie: str) -> None:
+    ring = causal_ring(3, 20, profile=EXACT)
+    sent = 0
+
+    def tamper(sender: int, message: Message) -> Message | None:
+        nonlocal sent
+        match message:
+            case ("trace", int() as stage, WindowTrace(cells, logs)) if sender == liar:
+                sent += 1
+                changed = {
+                    "none": None,
+                    "cell": WindowTrace(_flip(cells, 40), logs),
+                    "log": WindowTrace(cells, _flip(logs, 40)),
+                    "short": WindowTrace(cells[:-32], logs),
+                    "twice": WindowTrace(cells, logs),
+                }[lie]
+                return changed and ("trace", stage, changed)
+            case ("receipt", int() as stage, SignedReceipt()) if sender == liar and lie == "twice":
+                return ("trace", stage, toy_seal(shapes_for(ring.model, ring.plan)[stage], stage, 0, 16).trace)
+        return message
+
+    ring.tamper = tamper
+    with pytest.raises(PeerError) as caught:
+        ring.run()
+    assert sent == 1
+    assert f"stage {liar}" in caught.value.cause or caught.value.peer == identity(liar + 1).peer_id
+
+
+def test_float_receipts_commit_to_nothing_and_exact_ones_must() -> None:
+    for profile, changes in (
+        (FLOAT, {"trace_root": bytes(32)}),
+        (FLOAT, {"kv_root": bytes(32)}),
+        (EXACT, {"trace_root": b""}),
+        (EXACT, {"kv_root": b""}),
+    ):
+        bundle = causal_ring(2, 3, profile=profile).run()
+        assert bundle is not None
+        first = _lie(bundle.receipts[0], identity(1), **changes)
+        with pytest.raises(VerificationError, match="is not of profile"):
+            verify_bundle(replace(bundle, receipts=(first, *bundle.receipts[1:])))
+    encoder = encoder_ring(1, 1, profile=EXACT).run()
+    assert encoder is not None
+    keeps = _lie(encoder.receipts[0], identity(1), kv_root=bytes(32))
+    with pytest.raises(VerificationError, match="is not of profile"):
+        verify_bundle(replace(encoder, receipts=(keeps,)))
+
+
+def test_what_is_kept_of_traces_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexus.swarm.session.TRACES_BYTES_MAX", 100_000)
+    with pytest.raises(CapacityError, match="so long"):
+        causal_ring(2, 100, profile=EXACT).run()
 
 
 def test_a_session_without_receipts_runs_and_never_verifies() -> None:
