@@ -8,15 +8,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import trio
 
 from nexus.core.errors import (
     CapacityError,
+    LocalError,
     NexusError,
     NotAllowedError,
     NotFoundError,
+    PeerError,
+    RefusedError,
     TimedOutError,
     UnreachableError,
     VerificationError,
@@ -25,20 +29,24 @@ from nexus.core.hashing import leaf_hash
 from nexus.core.keys import peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, EXACT, FLOAT, Manifest
 from nexus.core.plan import Plan
+from nexus.core.record import Record
 from nexus.network.simulated import SimulatedNetwork
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.batching import Outcome
-from nexus.node.cheating import HONEST, Conduct
+from nexus.node.cheating import HONEST, Conduct, Honest
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent
-from nexus.node.infer.messages import INFER, INFER_MESSAGES, LINK, LINK_MESSAGES, Failed, Hello
+from nexus.node.infer.messages import INFER, INFER_MESSAGES, LINK, LINK_MESSAGES, Failed, Hello, Open, OwnReceipt, OwnTrace
 from nexus.node.infer.serving import INLINE_STEP_S, InferService
-from nexus.node.signing import DurableSigner
+from nexus.node.signing import DurableSigner, Signer
 from nexus.proof.bundle import verify_bundle
-from nexus.proof.receipts import Terms, tokens_to_bytes
-from nexus.proof.trace import WindowTrace
-from nexus.storage.sessions import SessionStore
-from nexus.swarm.session import Result
+from nexus.proof.receipts import SignedReceipt, Terms, payload_root, tokens_to_bytes
+from nexus.proof.trace import WindowTrace, check_trace
+from nexus.storage.sessions import SessionStore, Window
+from nexus.swarm.session import Result, StageSession
 from tests.swarm.ring import identity, manifest, plan_for, shapes_for, terms_for, toy_compute, toy_seal
+
+if TYPE_CHECKING:
+    from nexus.engine.stage import Stage
 
 
 class ToyStage:
@@ -225,6 +233,214 @@ async def test_a_session_runs_and_its_bundle_verifies(stages: int, steps: int) -
         assert all(r is not None and r.steps == steps for r in ended.reports)
         assert [service.live.count for service in nodes.services] == [0] * stages
         assert all(not source.kv and source.loaded and not source.loaded.sessions for source in nodes.sources)
+
+
+@pytest.mark.parametrize("kind", [CAUSAL, ENCODER])
+@pytest.mark.parametrize("stages", [1, 3])
+async def test_an_exact_session_commits_and_is_kept_before_anybody_sees_it(stages: int, kind: str) -> None:
+    """What the asker gets of each stage, the stage has on its disk, with all that it needs to show its work."""
+    async with swarm(stages, kind, profile=EXACT, stage_type=ToyBatchStage if kind == CAUSAL else ToyStage) as nodes:
+        inputs = [tokens_to_bytes(range(1, 4))] if kind == CAUSAL else [tokens_to_bytes([n + 1, 2]) for n in range(37)]
+        terms = terms_for(nodes.model, nodes.plan, inputs, 37)
+        _, ended = await nodes.collect(nodes.coordinator(inputs, terms))
+        assert verify_bundle(ended.bundle).steps == 37
+        shapes = shapes_for(nodes.model, nodes.plan)
+        for stage, store in enumerate(nodes.stores):
+            receipts = [signed.receipt for signed in ended.bundle.receipts if signed.receipt.stage == stage]
+            for receipt, trace in zip(receipts, ended.traces[stage], strict=True):
+                check_trace(trace, shapes[stage], receipt.n, receipt.trace_root, receipt.kv_root)
+            work = store.served(terms.session, stage)
+            assert work.receipts == tuple(receipts)
+            assert (work.served.terms, work.served.plan, work.served.model_name) == (terms, nodes.plan, "toy")
+            for receipt in receipts:
+                assert payload_root(work.inputs[receipt.step0 : receipt.step0 + receipt.n]) == receipt.in_root
+
+
+async def test_a_receipt_that_the_disk_has_not_taken_leaves_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session of that stage ends with the reason; the next one finds that there is space again."""
+    async with swarm(3, profile=EXACT) as nodes:
+        full = LocalError("the disk is full", "Free some space")
+        monkeypatch.setattr(nodes.stores[1], "sign_all", lambda windows: [full] * len(windows))
+        with pytest.raises(RefusedError, match=r"stage 1 .*the disk is full"):
+            await nodes.run(40)
+        monkeypatch.undo()
+        with trio.fail_after(5):
+            while any(service.live.count for service in nodes.services):
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        _, ended = await nodes.run(40)
+        assert verify_bundle(ended.bundle).steps == 40
+
+
+async def test_receipts_of_many_sessions_share_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm(1, stage_type=ToyBatchStage, profile=EXACT) as nodes:
+        sign_all, batches, go_on = nodes.stores[0].sign_all, list[int](), threading.Event()
+
+        def slow(windows: Sequence[Window]) -> list[LocalError | None]:
+            batches.append(len(windows))
+            assert go_on.wait(20)
+            return sign_all(windows)
+
+        monkeypatch.setattr(nodes.stores[0], "sign_all", slow)
+        async with trio.open_nursery() as nursery:
+            for n in range(6):
+                nursery.start_soon(nodes.run, 16, (n + 1, 2))
+            with trio.fail_after(20):
+                while nodes.services[0].totals.steps < 6 * 16:
+                    await trio.testing.wait_all_tasks_blocked(0.001)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            go_on.set()
+        assert sum(batches) == 6
+        assert len(batches) == 2
+
+
+async def test_a_session_computes_on_while_the_disk_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm(1, profile=EXACT) as nodes:
+        sign_all, go_on = nodes.stores[0].sign_all, threading.Event()
+
+        def slow(windows: Sequence[Window]) -> list[LocalError | None]:
+            assert go_on.wait(20)
+            return sign_all(windows)
+
+        monkeypatch.setattr(nodes.stores[0], "sign_all", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nodes.run, 40)
+            with trio.fail_after(20):
+                while nodes.services[0].totals.steps < 17:
+                    await trio.testing.wait_all_tasks_blocked(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert nodes.services[0].totals.steps == 17
+            go_on.set()
+
+
+async def test_who_is_not_wanted_gets_no_session_and_loses_those_that_run() -> None:
+    unwanted: set[bytes] = set()
+
+    def may_open(node: bytes) -> None:
+        if node in unwanted:
+            raise NotAllowedError(f"{peer_id_of(node)} is slashed", "See `nexus slashed`")
+
+    reached, go_on = trio.Event(), trio.Event()
+
+    def before(stage: int, step: int) -> None:
+        if stage == 0 and step == 5:
+            trio.from_thread.run_sync(reached.set)
+            trio.from_thread.run(go_on.wait)
+
+    async with swarm(2, before=before, may_open=may_open) as nodes:
+        async with trio.open_nursery() as nursery:
+
+            async def ended_by(error: str) -> None:
+                with pytest.raises(NotAllowedError, match=error):
+                    await nodes.run(40)
+
+            nursery.start_soon(ended_by, r"stage 0 .*is slashed")
+            await reached.wait()
+            other = nodes.plan.stages[1].node
+            unwanted.add(other)
+            assert nodes.services[0].end_sessions_with(identity(9).public_key, NotAllowedError("nobody")) == 0
+            assert nodes.services[0].end_sessions_with(other, NotAllowedError("stage 1 is slashed")) == 1
+            go_on.set()
+        with pytest.raises(NotAllowedError, match="is slashed"):
+            await nodes.run(4)
+        unwanted.clear()
+        await nodes.run(4)
+        unwanted.add(identity(0).public_key)
+        with pytest.raises(NotAllowedError, match="is slashed"):
+            await nodes.run(4)
+
+
+async def test_the_asker_ends_a_session_with_a_node_that_it_no_longer_wants() -> None:
+    reached, go_on = trio.Event(), trio.Event()
+
+    def before(stage: int, step: int) -> None:
+        if stage == 1 and step == 5:
+            trio.from_thread.run_sync(reached.set)
+            trio.from_thread.run(go_on.wait)
+
+    async with swarm(2, before=before) as nodes, trio.open_nursery() as nursery:
+        inputs = [tokens_to_bytes([1])]
+        coordinator = nodes.coordinator(inputs, terms_for(nodes.model, nodes.plan, inputs, 40))
+
+        async def ended() -> None:
+            with pytest.raises(NotAllowedError, match=r"stage 1 .*is slashed"):
+                await nodes.collect(coordinator)
+
+        nursery.start_soon(ended)
+        await reached.wait()
+        assert not coordinator.end_with(identity(9).public_key, NotAllowedError("no stage"))
+        assert coordinator.end_with(nodes.plan.stages[1].node, NotAllowedError("it is slashed"))
+        assert coordinator.failed_stage == 1
+        go_on.set()
+
+
+class Altering(Honest):
+    """Changes what one kind of message to the coordinator says."""
+
+    def __init__(self, change: Callable[[Record], Sequence[Record]]) -> None:
+        self._change = change
+
+    def send(self, opened: Open, message: Record, *, to_coordinator: bool) -> Sequence[Record]:
+        return self._change(message) if to_coordinator else (message,)
+
+
+@pytest.mark.parametrize("liar", [0, 1, 2])
+@pytest.mark.parametrize("lie", ["no trace", "another trace", "trace of a float model"])
+async def test_a_stage_whose_trace_does_not_fit_is_named(liar: int, lie: str) -> None:
+    def change(message: Record) -> Sequence[Record]:
+        if not isinstance(message, OwnTrace):
+            return (message,)
+        cells = message.trace.cells
+        return {
+            "no trace": (),
+            "another trace": (OwnTrace(replace(message.trace, cells=cells[32:] + cells[:32])),),
+            "trace of a float model": (OwnTrace(WindowTrace(b"", b"")),),
+        }[lie]
+
+    async with swarm(3, profile=EXACT, conducts={liar: Altering(change)}) as nodes:
+        inputs = [tokens_to_bytes([1])]
+        coordinator = nodes.coordinator(inputs, terms_for(nodes.model, nodes.plan, inputs, 20))
+        with pytest.raises(PeerError, match=f"stage {liar} "):
+            await nodes.collect(coordinator)
+        assert coordinator.failed_stage == liar
+
+
+async def test_a_float_stage_that_shows_a_trace_is_named() -> None:
+    def change(message: Record) -> Sequence[Record]:
+        return (OwnTrace(WindowTrace(b"", b"")), message) if isinstance(message, OwnReceipt) else (message,)
+
+    async with swarm(2, conducts={1: Altering(change)}) as nodes:
+        with pytest.raises(VerificationError, match=r"stage 1 .*not due"):
+            await nodes.run(20)
+
+
+async def test_a_cheat_may_change_every_part_of_a_stage() -> None:
+    """The seam that tests/attacks stand on: who computes, what decides, who signs, what is said."""
+
+    class Counting(Honest):
+        asked: ClassVar[list[str]] = []
+
+        def stage(self, opened: Open, manifest: Manifest, stage: Stage) -> Stage:
+            self.asked.append("stage")
+            return stage
+
+        def machine(self, opened: Open, manifest: Manifest, node: bytes) -> StageSession:
+            self.asked.append("machine")
+            return super().machine(opened, manifest, node)
+
+        def signer(self, opened: Open, signer: Signer) -> Signer:
+            asked = self.asked
+
+            class Forging:
+                async def sign(self, window: Window) -> SignedReceipt:
+                    asked.append("sign")
+                    return SignedReceipt.sign(replace(window.receipt, kv_len=window.receipt.kv_len + 1), identity(2))
+
+            return Forging()
+
+    async with swarm(3, profile=EXACT, conducts={1: Counting()}) as nodes:
+        with pytest.raises(VerificationError, match=r"stage [12]"):
+            await nodes.run(20)
+    assert Counting.asked == ["stage", "machine", "sign"]
 
 
 @pytest.mark.parametrize("stages", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def toy_compute(model: Manifest, plan: Plan, stage: int, step: int, payload: byt
     seed = tagged_hash("toy", payload, bytes([stage]))
     if stage < len(plan.stages) - 1:
         return (seed * HIDDEN)[: 4 * HIDDEN] * tokens
-    return (seed * HIDDEN)[: 4 * HIDDEN] if model.kind == ENCODER else tokens_to_bytes([seed[0] % 200])
+    return struct.pack(f"<{HIDDEN}f", *seed[:HIDDEN]) if model.kind == ENCODER else tokens_to_bytes([seed[0] % 200])
 
 
 def toy_seal(shape: TraceShape, stage: int, step0: int, n: int) -> Sealed:
