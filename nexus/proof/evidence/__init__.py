@@ -14,7 +14,8 @@ from nexus.proof.evidence.record import (
     Evidence,
     Verdict,
 )
-from nexus.proof.evidence.verify import WeightSource, verify_evidence
+from nexus.proof.evidence.verify import verify_evidence
+from nexus.proof.evidence.weights import WeightSource
 
 __all__ = [
     "CHAIN",

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
-
-from nexus.core.errors import VerificationError
+from nexus.core.errors import MalformedError, NexusError, NotFoundError, VerificationError
 from nexus.proof.accounts import Fork
-from nexus.proof.evidence.record import FORK, Evidence, Verdict
-
-if TYPE_CHECKING:
-    from nexus.proof.arithmetic.rows import WeightProof
-
-
-class WeightSource(Protocol):
-    """Weight rows of models that the verifier has itself."""
-
-    def range(self, model_root: bytes, piece: int, start: int, count: int) -> WeightProof:
-        """Leaves [start, start + count) of a piece's tree of rows, proven. Raises NotFoundError where the model is not here."""
-        ...
+from nexus.proof.evidence.operation import operation_verdict
+from nexus.proof.evidence.record import CHAIN, EQUIVOCATION, FORK, KV, OP, Evidence, Verdict
+from nexus.proof.evidence.statements import chain_verdict, equivocation_verdict
+from nexus.proof.evidence.weights import WeightSource
 
 
 def verify_evidence(evidence: Evidence, weights: WeightSource | None = None) -> Verdict:
@@ -28,19 +17,26 @@ def verify_evidence(evidence: Evidence, weights: WeightSource | None = None) -> 
     names the model, where it takes weights that neither it nor `weights` has. Anyone may call it with anything: the time it takes
     is bounded (docs/evidence.md, "Bounds").
     """
-    check = _CHECKS.get(evidence.kind)
-    if check is None:
-        raise VerificationError(f"evidence of the unknown kind {evidence.kind!r} convicts nobody")
-    verdict = check(evidence, weights)
+    try:
+        verdict = _verdict(evidence, weights)
+    except (MalformedError, VerificationError, NotFoundError):
+        raise
+    except NexusError as error:
+        # Whatever else stands in the way (values out of bounds, a plan that is none, an unreadable disk): nobody is convicted.
+        raise VerificationError(f"the proof cannot be followed: {error.cause}", error.fix) from error
     if verdict.accused != evidence.accused:
         raise VerificationError("the proof is about another node than the one it accuses")
     return verdict
 
 
-def _fork(evidence: Evidence, weights: WeightSource | None) -> Verdict:
-    fork = Fork.from_bytes(evidence.body)
-    account = fork.check()
-    return Verdict(account, FORK, evidence.id, fork.summary)
-
-
-_CHECKS: dict[str, Callable[[Evidence, WeightSource | None], Verdict]] = {FORK: _fork}
+def _verdict(evidence: Evidence, weights: WeightSource | None) -> Verdict:
+    if evidence.kind in (OP, KV):
+        return operation_verdict(evidence, weights)
+    if evidence.kind == EQUIVOCATION:
+        return equivocation_verdict(evidence)
+    if evidence.kind == CHAIN:
+        return chain_verdict(evidence)
+    if evidence.kind == FORK:
+        fork = Fork.from_bytes(evidence.body)
+        return Verdict(fork.check(), FORK, evidence.id, fork.summary)
+    raise VerificationError(f"evidence of the unknown kind {evidence.kind!r} convicts nobody")
