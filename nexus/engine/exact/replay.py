@@ -1,14 +1,15 @@
 """A session of a stage computed again from its recorded inputs, as a few large prefills: what a replica audit is made of.
 
 All inputs are known, so rows of many steps are read at once, and give the bits that they gave one by one. Of what the session
-commits to only the keys and values stay in memory; the op roots of a window, or a step's values, are computed when they are asked
-for, by the rows of those steps once more over the same keys and values.
+commits to only the keys and values stay in memory, and the op roots of the windows that were named beforehand; those of another
+window, or a step's values, are computed when they are asked for, by the rows of those steps once more over the same keys and
+values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class Part:
     """Consecutive rows of a pass: some of one step's, or several whole steps of one row each, `steps` of them from `step` on.
-    `skip`: rows of the step before these. `logits`: of which rows they are needed, as a run names it."""
+    `skip`: rows of the step before these. `logits`: of which rows they are needed, as a run names it. `commits`: whether what they
+    commit to is wanted."""
 
     step: int
     steps: int
@@ -57,30 +59,41 @@ class Part:
     position: int
     rows: int
     logits: str
+    commits: bool
 
 
-def passes_of(spans: Sequence[Span], rows_max: int, logits_max: int) -> Iterator[list[Part]]:
-    """The rows of these steps, in order, as passes of at most `rows_max` rows of which at most `logits_max` need logits."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one pass: rows, those of them that need logits, and those that commit."""
+
+    rows: int
+    logits: int
+    commits: int
+
+
+def passes_of(spans: Sequence[Span], committing: Collection[int], most: Limits) -> Iterator[list[Part]]:
+    """The rows of these steps, in order, as passes within the limits. `committing`: the steps that do."""
     parts: list[Part] = []
-    rows = logits = 0
+    rows = logits = commits = 0
     for span in spans:
-        done = 0
+        done, does = 0, span.step in committing
         while done < span.rows:
-            take = min(span.rows - done, rows_max - rows)
+            take = min(span.rows - done, most.rows - rows, most.commits - commits if does else span.rows)
             ends = done + take == span.rows
-            if not take or (ends and logits == logits_max):
+            if not take or (ends and logits == most.logits):
                 yield parts
-                parts, rows, logits = [], 0, 0
+                parts, rows, logits, commits = [], 0, 0, 0
                 continue
             last = parts[-1] if parts else None
-            if span.rows == 1 and last and last.logits == "all" and last.step + last.steps == span.step:
-                parts[-1] = Part(last.step, last.steps + 1, 0, last.position, last.rows + 1, "all")
+            if span.rows == 1 and last and (last.logits, last.step + last.steps, last.commits) == ("all", span.step, does):
+                parts[-1] = replace(last, steps=last.steps + 1, rows=last.rows + 1)
             else:
                 wanted = "all" if span.rows == 1 else "last" if ends else "none"
-                parts.append(Part(span.step, 1, done, span.position + done, take, wanted))
+                parts.append(Part(span.step, 1, done, span.position + done, take, wanted, does))
             done += take
             rows += take
             logits += ends
+            commits += take if does else 0
     if parts:
         yield parts
 
@@ -116,6 +129,8 @@ class Replay:
         self._cells: dict[int, bytes] = {}
         self._trees = self._no_trees()
         self._logs: dict[int, bytes] = {}
+        # Leaves of the logs from a token on that is a multiple of their number, uint8 [logs, tokens, 32].
+        self._leaves: tuple[int, NDArray[np.uint8]] | None = None
         self._recent: tuple[int, Committed] | None = None
 
     # ---- what an auditor asks
@@ -172,8 +187,9 @@ class Replay:
         if self._recent is not None and self._recent[0] == step:
             return self._recent[1].values[layer][OPS.index(op)]
         parts = []
-        for pass_ in self._commit_passes([span]):
-            _, (committed,) = self._committed(pass_, values=True)
+        for pass_ in self._passes([span], (step,)):
+            _, (committed,) = self._step(pass_, values=True)
+            assert committed is not None
             parts.append(committed.values[layer][OPS.index(op)].copy())
             if committed.cells.shape[2] == span.rows:
                 self._recent = step, committed
@@ -189,17 +205,18 @@ class Replay:
 
     # ---- computing
 
-    def _run(self) -> None:
-        """All steps, for their outputs and for keys and values."""
+    def _run(self, committing: Collection[int]) -> None:
+        """All steps, for their outputs, for keys and values, and for what some of them commit to."""
         stage, session = self.stage, Session(None, self._sampling)
         states: list[NDArray[np.float32]] = []
-        vocab = stage.plan.vocab if stage.causal and stage.last else 0
-        logits_max = max(1, PASS_BYTES_MAX // (4 * vocab)) if vocab else ROWS_PER_PASS
-        for pass_ in self._passes(self._spans, ROWS_PER_PASS, logits_max):
-            out = self._step(pass_).numpy()
-            at = 0
-            for part in pass_:
-                if vocab:
+        roots = StepRoots(self.shape)
+        for pass_ in self._passes(self._spans, committing):
+            tensor, committed = self._step(pass_)
+            out, at = tensor.numpy(), 0
+            for part, rows_committed in zip(pass_, committed, strict=True):
+                if rows_committed is not None:
+                    roots = self._keep_cells(part, rows_committed, roots)
+                if self.shape.logits:
                     for _ in range(part.steps if part.logits != "none" else 0):
                         session.logits = out[at]
                         session.tokens.append(stage._choose(session))
@@ -218,28 +235,23 @@ class Replay:
                     self.outputs.append(values.astype("<f4", copy=False).tobytes())
                     states = []
 
-    def _passes(self, spans: Sequence[Span], rows_max: int, logits_max: int) -> Iterator[list[Part]]:
-        if self.stage.causal:
-            return passes_of(spans, rows_max, logits_max)
-        # An encoder sees the whole of a text, and texts go one by one.
-        return ([Part(span.step, 1, 0, 0, span.rows, "last")] for span in spans)
-
-    def _commit_passes(self, spans: Sequence[Span]) -> Iterator[list[Part]]:
+    def _passes(self, spans: Sequence[Span], committing: Collection[int]) -> Iterator[list[Part]]:
+        if not self.stage.causal:
+            # An encoder sees the whole of a text, and texts go one by one.
+            return ([Part(span.step, 1, 0, 0, span.rows, "last", span.step in committing)] for span in spans)
         widths = value_widths(self.stage.plan)
-        row_bytes = 4 * sum(widths[op] for op in OPS) * self.shape.layers + (4 * widths[LOGITS] if self.shape.logits else 0)
-        rows = max(1, min(ROWS_PER_PASS, PASS_BYTES_MAX // row_bytes))
-        return self._passes(spans, rows, rows)
+        logits = PASS_BYTES_MAX // (4 * widths[LOGITS]) if self.shape.logits else ROWS_PER_PASS
+        commits = PASS_BYTES_MAX // (4 * self.shape.layers * sum(widths[op] for op in OPS))
+        return passes_of(spans, committing, Limits(ROWS_PER_PASS, max(1, logits), max(1, commits)))
 
     @torch.inference_mode()
-    def _step(self, parts: Sequence[Part]) -> torch.Tensor:
+    def _step(self, parts: Sequence[Part], *, values: bool = False) -> tuple[torch.Tensor, Sequence[Committed | None]]:
+        """One pass: hidden states or logits, and of each part what it commits to if it does."""
         use_threads(self.stage.weight_bytes)
-        return self.stage.model.step(*self._batch(parts))
-
-    @torch.inference_mode()
-    def _committed(self, parts: Sequence[Part], *, values: bool = False) -> tuple[torch.Tensor, list[Committed]]:
-        use_threads(self.stage.weight_bytes)
-        out, committed = committed_step(self.stage.model, *self._batch(parts), range(len(parts)), values=values)
-        return out, [one for one in committed if one is not None]
+        which = [index for index, part in enumerate(parts) if part.commits]
+        if which:
+            return committed_step(self.stage.model, *self._batch(parts), which, values=values)
+        return self.stage.model.step(*self._batch(parts)), [None] * len(parts)
 
     def _batch(self, parts: Sequence[Part]) -> tuple[list[object], torch.Tensor]:
         model = self.stage.model
@@ -253,26 +265,33 @@ class Replay:
         return runs, tensor_of(whole)
 
     def _compute_cells(self, steps: Sequence[int]) -> None:
-        missing = [self._spans[step] for step in steps if step not in self._cells]
+        missing = [step for step in steps if step not in self._cells]
         roots = StepRoots(self.shape)
-        for pass_ in self._commit_passes(missing):
-            _, committed = self._committed(pass_)
+        for pass_ in self._passes([self._spans[step] for step in missing], missing):
+            _, committed = self._step(pass_)
             for part, rows in zip(pass_, committed, strict=True):
-                if part.logits == "all":
-                    for row in range(part.rows):
-                        only = StepRoots(self.shape)
-                        only.add(rows.cells[:, :, row : row + 1])
-                        self._cells[part.step + row] = only.cells(rows.logits[row].tobytes() if self.shape.logits else b"")
-                    continue
-                roots.add(rows.cells)
-                if part.logits == "last":
-                    self._cells[part.step] = roots.cells(rows.logits.tobytes())
-                    roots = StepRoots(self.shape)
+                assert rows is not None
+                roots = self._keep_cells(part, rows, roots)
+
+    def _keep_cells(self, part: Part, rows: Committed, roots: StepRoots) -> StepRoots:
+        """Takes in the op roots of the steps that end with this part. `roots`: of the step whose rows came before; gives those for the
+        part that follows."""
+        if part.logits == "all":
+            for row in range(part.rows):
+                only = StepRoots(self.shape)
+                only.add(rows.cells[:, :, row : row + 1])
+                self._cells[part.step + row] = only.cells(rows.logits[row].tobytes() if self.shape.logits else b"")
+            return roots
+        roots.add(rows.cells)
+        if part.logits != "last":
+            return roots
+        self._cells[part.step] = roots.cells(rows.logits.tobytes())
+        return StepRoots(self.shape)
 
     def _logits(self, span: Span) -> NDArray[np.float32]:
         """The last row alone: all before it is in the cache."""
-        last = Part(span.step, 1, span.rows - 1, span.position + span.rows - 1, 1, "last")
-        values: NDArray[np.float32] = self._step([last]).numpy()
+        last = Part(span.step, 1, span.rows - 1, span.position + span.rows - 1, 1, "last", commits=False)
+        values: NDArray[np.float32] = self._step([last])[0].numpy()
         return values
 
     # ---- logs
@@ -288,17 +307,24 @@ class Replay:
         if length not in self._logs:
             if length < self._trees.size:
                 self._trees = self._no_trees()
-            for start in range(self._trees.size, length, _RECORDS_AT_ONCE):
-                end = min(length, start + _RECORDS_AT_ONCE)
-                self._trees.append(np.concatenate([self._leaves(layer, start, end) for layer in range(self.shape.layers)]))
+            while self._trees.size < length:
+                self._trees.append(self._next_leaves(self._trees.size, length))
             if len(self._logs) >= _ENDS_MAX:
                 del self._logs[next(iter(self._logs))]
             self._logs[length] = self._trees.roots().tobytes()
         return self._logs[length]
 
-    def _leaves(self, layer: int, start: int, end: int) -> NDArray[np.uint8]:
-        records = self._records(layer, start, end)
-        return hash_rows(records.reshape(-1, records.shape[2])).reshape(len(records), end - start, HASH_BYTES)
+    def _next_leaves(self, start: int, end: int) -> NDArray[np.uint8]:
+        """Leaves of all logs, uint8 [logs, tokens, 32], from token `start` on and not beyond `end`."""
+        first = start - start % _RECORDS_AT_ONCE
+        if self._leaves is None or self._leaves[0] != first:
+            last = min(self._length, first + _RECORDS_AT_ONCE)
+            hashes = []
+            for layer in range(self.shape.layers):
+                records = self._records(layer, first, last)
+                hashes.append(hash_rows(records.reshape(-1, records.shape[2])).reshape(len(records), last - first, HASH_BYTES))
+            self._leaves = first, np.concatenate(hashes)
+        return self._leaves[1][:, start - first : end - first]
 
     def _records(self, layer: int, start: int, end: int) -> NDArray[np.uint8]:
         """uint8 [key-value heads, tokens, bytes]."""
@@ -323,12 +349,12 @@ def replay(
 ) -> Replay:
     """Computes a whole session of `stage` again from the payloads of its steps. `sampling`: as the session was opened with.
 
-    `traces`: windows (step0, n) whose traces are known to be wanted; others may be asked for later. Takes the memory of the
+    `traces`: windows (step0, n) whose traces will be asked for; those of others take passes of their own. Takes the memory of the
     session's keys and values, of its inputs and outputs, and of one pass. Raises MalformedError and UsageError for payloads that
     are none.
     """
     done = Replay(stage, inputs, sampling or GREEDY)
-    done._run()
-    if traces:
-        done.traces(traces)
+    for step0, n in traces:
+        done._check_steps(step0, n)
+    done._run({step for step0, n in traces for step in range(step0, step0 + n)})
     return done

@@ -18,7 +18,7 @@ from nexus.core.manifest import EMBEDDING
 from nexus.engine.exact import check, native
 from nexus.engine.exact import replay as module
 from nexus.engine.exact.pages import page_records
-from nexus.engine.exact.replay import Replay, Span, passes_of, replay
+from nexus.engine.exact.replay import Limits, Replay, Span, passes_of, replay
 from nexus.engine.exact.stage import ExactStage
 from nexus.engine.importer import import_model
 from nexus.engine.stage import Stage, load_stage
@@ -34,11 +34,14 @@ WINDOW = 4
 
 
 @given(
-    st.lists(st.one_of(st.just(1), st.integers(1, 20)), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 9), st.data()
+    st.lists(st.one_of(st.just(1), st.integers(1, 20)), min_size=1, max_size=30),
+    st.builds(Limits, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+    st.sets(st.integers(0, 29)),
+    st.data(),
 )
 @settings(deadline=None)
 def test_passes_cover_every_row_once_within_their_bounds(
-    sizes: list[int], rows_max: int, logits_max: int, data: st.DataObject
+    sizes: list[int], most: Limits, committing: set[int], data: st.DataObject
 ) -> None:
     """Also of some steps of a session only, as windows are asked for."""
     position, spans = 0, []
@@ -48,11 +51,13 @@ def test_passes_cover_every_row_once_within_their_bounds(
         position += rows
     covered: list[tuple[int, int]] = []
     ended: list[int] = []
-    for parts in passes_of(spans, rows_max, logits_max):
-        assert 0 < sum(part.rows for part in parts) <= rows_max
-        assert sum({"none": 0, "last": 1, "all": part.rows}[part.logits] for part in parts) <= logits_max
+    for parts in passes_of(spans, committing, most):
+        assert 0 < sum(part.rows for part in parts) <= most.rows
+        assert sum({"none": 0, "last": 1, "all": part.rows}[part.logits] for part in parts) <= most.logits
+        assert sum(part.rows for part in parts if part.commits) <= most.commits
         for part in parts:
             assert part.rows == part.steps or part.steps == 1
+            assert all((step in committing) == part.commits for step in range(part.step, part.step + part.steps))
             covered += [(part.position, row) for row in range(part.rows)]
             ended += range(part.step, part.step + part.steps) if part.logits != "none" else []
             (span,) = (span for span in spans if span.step == part.step)
@@ -141,7 +146,9 @@ def test_a_replay_gives_what_the_live_session_gave(name: str, exact_model: Model
         for index, stage in enumerate(stages(count, ours)):
             numbers = list(range(len(traces[index])))
             order.shuffle(numbers)  # type: ignore[attr-defined]
-            check_against(replay(exact(stage), payloads[index], sampling), payloads[index + 1], traces[index], numbers)
+            named = windows_of(steps)[:: order.choice([1, 2, len(numbers) + 1])]  # type: ignore[attr-defined]
+            done = replay(exact(stage), payloads[index], sampling, named)
+            check_against(done, payloads[index + 1], traces[index], numbers)
 
     holds()
 
