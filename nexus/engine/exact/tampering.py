@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nexus.core.manifest import CAUSAL, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
+from nexus.core.manifest import CAUSAL, EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
 from nexus.engine.exact.pieces import Piece, read_tables
 from nexus.engine.exact.stage import ExactStage, KnownAnswers, StageAnswers, build_model, open_pieces, table_shapes
 from nexus.engine.pooling import Pooling, read_pooling
@@ -106,6 +106,9 @@ class _TamperedPiece:
     def tensor(self, name: str) -> Array:
         return self._change(name, 0, self._piece.tensor(name))
 
+    def rows(self, name: str, start: int, count: int) -> Array:
+        return self._change(name, start, self._piece.rows(name, start, count))
+
     def blocks(self, name: str) -> Iterator[tuple[int, Array]]:
         for first, rows in self._piece.blocks(name):
             yield first, self._change(name, first, rows)
@@ -134,7 +137,7 @@ def load_tampered_stage(
     used = tampering.plan(plan) if tampering.plan else plan
     model = build_model(used, start, end, pieces, tables, kernel)
     unchecked = _Unchecked(answers.given, answers.expected)
-    return ExactStage(manifest, start, end, plan, model, tables, unchecked, _pooling(manifest, files))
+    return ExactStage(manifest, start, end, plan, model, tables, unchecked, _pooling(manifest, files), pieces.get(EMBEDDING))
 
 
 def _pooling(manifest: Manifest, files: Mapping[str, Path]) -> Pooling:
