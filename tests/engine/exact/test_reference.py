@@ -20,16 +20,19 @@ from nexus.core.errors import MalformedError, OutOfBoundsError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, Manifest
 from nexus.engine.exact import calibrate
 from nexus.engine.exact.commit import committed_step
+from nexus.engine.exact.stage import pooled
 from nexus.engine.importer import import_model
+from nexus.engine.pooling import Pooling
 from nexus.engine.stage import load_stage
-from nexus.proof.arithmetic.plan import ATTENTION, LINEARS, ExactPlan, plan_from_json, value_widths
+from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json, value_widths
 from nexus.proof.arithmetic.reference import ReferenceStage, SessionValues
 from nexus.proof.arithmetic.sampler import Sampling
 from nexus.proof.receipts import tokens_to_bytes
 from nexus.proof.trace import LOGITS, OPS, check_trace
 from tests.engine.conftest import Folder
 from tests.engine.exact.conftest import LAYERS, VARIANTS, Models
-from tests.engine.exact.test_native import decoder_plans, encoder_plan, random_pieces, reference, tables_of
+from tests.engine.exact.test_native import reference
+from tests.proof.arithmetic.made import decoder_plans, encoder_plan, encoder_plans, random_pieces, tables_of
 
 Arrays = Mapping[str, NDArray[Any]]
 PROMPT = tokens_to_bytes([5, 17, 99, 3, 42, 64, 7, *range(100, 118)])
@@ -55,6 +58,8 @@ def check_against_torch(plan: ExactPlan, pieces: Mapping[str, Arrays], steps: Se
                 assert bits(given.values(number, layer, op)) == bits(values), (number, layer, op)
                 assert values.shape == (len(x), value_widths(plan)[op])
         if not plan.causal:
+            pooling = Pooling(plan.pooling, plan.normalized)
+            assert given.outputs[number] == (pooled(out, pooling) if end == len(plan.layers) else out).numpy().tobytes()
             continue
         position += len(x)
         for layer, records in enumerate(committed.record_bytes):
@@ -66,7 +71,7 @@ def check_against_torch(plan: ExactPlan, pieces: Mapping[str, Arrays], steps: Se
             assert given.outputs[number] == out.numpy().tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(decoder_plans(), st.integers(0, 1 << 30), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.data())
 def test_a_decoder_of_any_shape(plan: ExactPlan, seed: int, sizes: list[int], data: st.DataObject) -> None:
     random = np.random.default_rng(seed)
@@ -78,24 +83,16 @@ def test_a_decoder_of_any_shape(plan: ExactPlan, seed: int, sizes: list[int], da
     check_against_torch(plan, random_pieces(plan, seed), steps, start, len(plan.layers))
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.integers(0, 1 << 30),
-    st.sampled_from(["gelu", "gelu_tanh", "silu"]),
-    st.sets(st.sampled_from([*LINEARS, ATTENTION])),
-    st.booleans(),
-)
-def test_an_encoder_of_any_shape(seed: int, activation: str, wide: set[str], biased: bool) -> None:
-    biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), biased)
-    plan = encoder_plan(activation=activation, pooling="mean", **biases)
-    plan = replace(plan, layers=tuple(replace(layer, wide=frozenset(wide)) for layer in plan.layers))
+@settings(max_examples=60, deadline=None)
+@given(encoder_plans(), st.integers(0, 1 << 30))
+def test_an_encoder_of_any_shape(plan: ExactPlan, seed: int) -> None:
     random = np.random.default_rng(seed)
     steps = [random.integers(0, plan.vocab, size).astype("<u4").tobytes() for size in (9, 1)]
     check_against_torch(plan, random_pieces(plan, seed), steps, 0, len(plan.layers))
 
 
 def test_the_largest_sums() -> None:
-    plan = replace(encoder_plan(hidden=96, ffn=3000, pooling="mean"), context=20)
+    plan = replace(encoder_plan(hidden=96, ffn=3000), context=20)
     pieces = random_pieces(plan, 3, extreme=True)
     check_against_torch(plan, pieces, [np.arange(20, dtype="<u4").tobytes()], 0, len(plan.layers))
 
