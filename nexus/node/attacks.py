@@ -21,7 +21,7 @@ from nexus.node.cheating import Conduct, Honest
 from nexus.node.infer.messages import Open, OwnReceipt, OwnTrace, Push
 from nexus.node.signing import Signer
 from nexus.proof.receipts import SignedReceipt
-from nexus.proof.trace import CELL_BYTES, Sealed, TraceShape, WindowTrace
+from nexus.proof.trace import CELL_BYTES, TraceShape, WindowTrace
 from nexus.storage.sessions import Window
 
 if TYPE_CHECKING:
@@ -145,16 +145,16 @@ class _LeastBit(_Disguise):
             changed.append(answer)
         return changed
 
-    def seal(self, session: bytes, steps: int) -> Sealed:
-        sealed = self._stage.seal(session, steps)
+    def seal(self, session: bytes, steps: int) -> WindowTrace:
+        trace = self._stage.seal(session, steps)
         assert self._shape is not None
-        sent, size, cells = self._sent.get(session, []), self._shape.step_bytes, bytearray(sealed.trace.cells)
+        sent, size, cells = self._sent.get(session, []), self._shape.step_bytes, bytearray(trace.cells)
         for step, leaf in enumerate(sent[:steps]):
             if leaf:
                 end = step * size + self._shape.layers * CELL_BYTES
                 cells[end - HASH_BYTES : end] = leaf
         self._sent[session] = sent[steps:]
-        return Sealed.of(replace(sealed.trace, cells=bytes(cells)), self._shape, steps)
+        return replace(trace, cells=bytes(cells))
 
 
 class _OneBit(Honest):
@@ -169,9 +169,8 @@ class _FalseSeal(_Disguise):
         super().__init__(stage, shape)
         self._change = change
 
-    def seal(self, session: bytes, steps: int) -> Sealed:
-        assert self._shape is not None
-        return Sealed.of(self._change(self._stage.seal(session, steps).trace), self._shape, steps)
+    def seal(self, session: bytes, steps: int) -> WindowTrace:
+        return self._change(self._stage.seal(session, steps))
 
 
 class _Seals(Honest):
