@@ -14,8 +14,9 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from nexus.core.errors import CapacityError, LocalError, NotFoundError, UsageError
+from nexus.core.errors import CapacityError, LocalError, MalformedError, NotFoundError, UsageError
 from nexus.core.hashing import HASH_BYTES, tagged_hash
 from nexus.core.plan import Plan
 from nexus.core.record import Record, digest, nested, optional_digest, raw, text, uint
@@ -86,6 +87,8 @@ CREATE TRIGGER IF NOT EXISTS kept_gone AFTER DELETE ON kept BEGIN
     UPDATE total SET size = size - old.size WHERE name = 'kept';
 END;
 """
+
+_R = TypeVar("_R", bound=Record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +214,9 @@ class SessionStore:
             ).fetchone()
             if found is None or not found[2]:
                 raise NotFoundError("that session is not kept here any more", "Audits must come sooner, see audit.keep_s there")
-            served = ServedSession.from_bytes(self._checked("served", (session, stage), found[0], found[1]))
+            served = self._read(ServedSession, "served", (session, stage), found[0], found[1])
             receipts = tuple(
-                Receipt.from_bytes(self._checked("receipt", (session, stage, step0, question), content, hash_))
+                self._read(Receipt, "receipt", (session, stage, step0, question), content, hash_)
                 for step0, question, content, hash_ in connection.execute(
                     "SELECT step0, question, content, hash FROM receipt WHERE session = ? AND stage = ? ORDER BY step0",
                     (session, stage),
@@ -338,15 +341,15 @@ class SessionStore:
             if not found:
                 raise NotFoundError(f"no session {prefix!r} is kept here", "`nexus audit list` shows those that are")
             session, ended_ms, content, hash_ = found[0]
-            bundle = Bundle.from_bytes(self._checked("kept", (session, ended_ms), content, hash_))
+            bundle = self._read(Bundle, "kept", (session, ended_ms), content, hash_)
             shown = [
-                (stage, WindowTrace.from_bytes(self._checked("trace", (session, stage, place), content, hash_)))
+                (stage, self._read(WindowTrace, "trace", (session, stage, place), content, hash_))
                 for stage, place, content, hash_ in connection.execute(
                     "SELECT stage, place, content, hash FROM trace WHERE session = ? ORDER BY stage, place", (session,)
                 )
             ]
             audits = tuple(
-                AuditReport.from_bytes(self._checked("audit", (session,), content, hash_))
+                self._read(AuditReport, "audit", (session,), content, hash_)
                 for content, hash_ in connection.execute(
                     "SELECT content, hash FROM audit WHERE session = ? ORDER BY number", (session,)
                 )
@@ -392,6 +395,15 @@ class SessionStore:
         while _total(connection, "kept") > self._keep_max_bytes:
             (session,) = connection.execute("SELECT session FROM kept ORDER BY ended_ms, number LIMIT 1").fetchone()
             _drop_kept(connection, session)
+
+    def _read(self, record: type[_R], table: str, cells: tuple[Cell, ...], content: bytes, hash_: bytes) -> _R:
+        checked = self._checked(table, cells, content, hash_)
+        try:
+            return record.from_bytes(checked)
+        except MalformedError as error:
+            raise LocalError(
+                f"a row of {table!r} in {self._database.path} is of another version of Nexus", "Use that version to read it"
+            ) from error
 
     def _checked(self, table: str, cells: tuple[Cell, ...], content: bytes, hash_: bytes) -> bytes:
         if row_hash(table, *cells, content) != hash_:
