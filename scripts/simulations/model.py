@@ -1,4 +1,4 @@
-"""The model of the simulation, and everything that is computed with it: a small random Llama in the exact profile, by the real engine.
+"""The model of the simulation and all that is computed with it: a small random Llama in the exact profile, by the real engine.
 
 Work is kept by what went in: a session of the same prompt over the same kinds of nodes is computed once, whoever runs it.
 """
@@ -149,7 +149,10 @@ class Model:
         if act == REWRITTEN:
             return tuple(replace(trace, logs=_scrambled(trace.logs)) for trace in traces)
         if act == ONE_BIT and stage < len(STAGES) - 1:
-            return tuple(self._with_outputs(trace, stage, outputs[step0 : step0 + n]) for trace, (step0, n) in zip(traces, WINDOWS, strict=True))
+            return tuple(
+                self._with_outputs(trace, stage, outputs[step0 : step0 + n])
+                for trace, (step0, n) in zip(traces, WINDOWS, strict=True)
+            )
         return tuple(traces)
 
     def _with_outputs(self, trace: WindowTrace, stage: int, outputs: Sequence[bytes]) -> WindowTrace:
