@@ -13,7 +13,7 @@ import numpy as np
 from nexus.core.encoding import encode
 from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash
 from nexus.core.keys import Identity
-from nexus.core.manifest import blob_root
+from nexus.core.manifest import EXACT, blob_root
 from nexus.core.record import Record
 from nexus.node.infer.messages import (
     INFER_MESSAGES,
@@ -27,13 +27,15 @@ from nexus.node.infer.messages import (
     Open,
     Output,
     OwnReceipt,
+    OwnTrace,
     Push,
 )
 from nexus.proof.arithmetic.sampler import Sampling, sample_exact
 from nexus.proof.arithmetic.tables import exp_tables
 from nexus.proof.receipts import Refusal, SignedRefusal, millionths
+from nexus.proof.trace import WindowTrace
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
-from tests.swarm.ring import causal_ring, encoder_ring, identity
+from tests.swarm.ring import causal_ring, encoder_ring, identity, shapes_for
 
 DIRECTORY = Path(__file__).parent
 
@@ -100,7 +102,10 @@ def session_vectors() -> dict[str, object]:
     ring = causal_ring(2, 18)
     bundle = ring.run()
     encoder = encoder_ring(2, 3).run()
+    exact_ring = causal_ring(2, 18, profile=EXACT)
+    exact = exact_ring.run()
     assert bundle is not None
+    assert exact is not None
     assert encoder is not None
     terms, plan = bundle.terms, bundle.plan
     return {
@@ -112,6 +117,14 @@ def session_vectors() -> dict[str, object]:
         "receipts": [_record(signed, id=signed.receipt.id.hex()) for signed in bundle.receipts],
         "bundle": bundle.to_bytes().hex(),
         "encoder bundle": encoder.to_bytes().hex(),
+        "exact": {
+            "bundle": exact.to_bytes().hex(),
+            "shapes": [
+                {"layers": shape.layers, "kv_heads": shape.kv_heads, "logits": shape.logits}
+                for shape in shapes_for(exact_ring.model, exact_ring.plan)
+            ],
+            "traces": [[trace.to_bytes().hex() for trace in traces] for traces in exact_ring.traces],
+        },
     }
 
 
@@ -133,6 +146,7 @@ def wire_vectors() -> dict[str, object]:
         speed=50_000,
         serves=1,
         models=(Holding("toy", bundle.manifest.root, (LayerRange(0, 4),)),),
+        price=7,
     )
     return {
         "/nexus/infer/1": {
@@ -141,6 +155,7 @@ def wire_vectors() -> dict[str, object]:
             "FeedInput": INFER_MESSAGES.pack(FeedInput(0, bundle.inputs[0])).hex(),
             "Finish": INFER_MESSAGES.pack(Finish()).hex(),
             "Output": INFER_MESSAGES.pack(Output(0, bundle.outputs[0])).hex(),
+            "OwnTrace": INFER_MESSAGES.pack(OwnTrace(WindowTrace(bytes(range(160)), bytes(range(64))))).hex(),
             "Failed": INFER_MESSAGES.pack(Failed(refusal)).hex(),
         },
         "/nexus/link/1": {

@@ -8,8 +8,10 @@ import pytest
 
 from nexus.core.encoding import decode
 from nexus.core.errors import MalformedError
+from nexus.core.manifest import EXACT
 from nexus.proof.bundle import Bundle, verify_bundle
 from nexus.proof.receipts import SignedReceipt
+from nexus.proof.trace import TraceShape, WindowTrace, check_trace
 from tests.vectors.make import DIRECTORY, FILES, text_of
 
 
@@ -27,6 +29,17 @@ def test_the_session_in_the_vectors_verifies() -> None:
         signed = SignedReceipt.from_bytes(bytes.fromhex(entry["bytes"]))
         assert signed.verify().id.hex() == entry["id"]
     assert verify_bundle(Bundle.from_bytes(bytes.fromhex(vectors["encoder bundle"]))).steps == 3
+
+
+def test_the_traces_in_the_vectors_lead_to_the_roots_of_their_receipts() -> None:
+    exact = json.loads((DIRECTORY / "session.json").read_text(encoding="utf-8"))["exact"]
+    bundle = Bundle.from_bytes(bytes.fromhex(exact["bundle"]))
+    assert verify_bundle(bundle).profile == EXACT
+    for stage, (shape, traces) in enumerate(zip(exact["shapes"], exact["traces"], strict=True)):
+        receipts = [signed.receipt for signed in bundle.receipts if signed.receipt.stage == stage]
+        for receipt, trace in zip(receipts, traces, strict=True):
+            shown = WindowTrace.from_bytes(bytes.fromhex(trace))
+            check_trace(shown, TraceShape(**shape), receipt.n, receipt.trace_root, receipt.kv_root)
 
 
 def test_what_the_vectors_call_no_encoding_is_refused() -> None:
