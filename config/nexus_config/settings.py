@@ -20,8 +20,10 @@ import platformdirs
 from nexus.core.audits import MODES
 from nexus.core.errors import LocalError, NexusError, UsageError
 from nexus.core.keys import parse_peer_id
-from nexus.node.options import AuditOptions, NodeOptions
+from nexus.node.options import AuditOptions, LedgerOptions, NodeOptions
+from nexus.proof.accounts import AMOUNT_MAX
 from nexus.proof.audit import CELLS_MAX
+from nexus.swarm.ledger import PRICE_MAX
 
 ENVIRONMENT_PREFIX = "NEXUS_"
 CONFIG_BYTES_MAX = 1 << 20
@@ -225,6 +227,14 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerSettings:
+    price_per_token: int = _setting(_integer(0, PRICE_MAX))
+    credit_max: int = _setting(_integer(0, AMOUNT_MAX))
+    burn_max: int = _setting(_integer(1, 65_536))
+    burn_window_s: float = _setting(_seconds(30 * 86400))
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """`threads` None: as many as this process has cores."""
 
@@ -246,6 +256,7 @@ class Settings:
     control: ControlSettings
     serve: ServeSettings
     audit: AuditSettings
+    ledger: LedgerSettings
     engine: EngineSettings
     log: LogSettings
 
@@ -256,6 +267,7 @@ _SECTIONS: dict[str, type] = {
     "control": ControlSettings,
     "serve": ServeSettings,
     "audit": AuditSettings,
+    "ledger": LedgerSettings,
     "engine": EngineSettings,
     "log": LogSettings,
 }
@@ -399,6 +411,7 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         sessions_max=settings.serve.sessions_max,
         auto_fetch=settings.serve.auto_fetch,
         audit=AuditOptions(**dataclasses.asdict(settings.audit)),
+        ledger=LedgerOptions(**dataclasses.asdict(settings.ledger)),
         threads=settings.engine.threads or core_count(),
     )
 

@@ -263,6 +263,25 @@ class Control:
         self._check_accepting()
         return EventStream(self.node.audit(request.path_params["session"], mode))
 
+    async def evidence(self, request: Request) -> Response:
+        return JsonResponse({"evidence": to_json(await self.node.evidence())})
+
+    async def evidence_of(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.evidence_of(request.path_params["evidence"])))
+
+    async def evidence_file(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.evidence_file(request.path_params["evidence"])))
+
+    async def slashed(self, request: Request) -> Response:
+        return JsonResponse({"slashed": to_json(await self.node.slashed())})
+
+    async def resume_burning(self, request: Request) -> Response:
+        requests.parse_object(await _body(request))
+        return JsonResponse({"burned": await self.node.resume_burning()})
+
+    async def ledger(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.ledger(requests.parse_peer(request.query_params.get("peer")))))
+
     async def stop(self, request: Request) -> Response:
         self.request_stop()
         return JsonResponse({"stopping": True}, status_code=202)
@@ -298,6 +317,12 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("GET", "/v0/audits", Control.sessions),
     ("GET", "/v0/audits/{session}", Control.session),
     ("POST", "/v0/audits/{session}", Control.audit),
+    ("GET", "/v0/evidence", Control.evidence),
+    ("GET", "/v0/evidence/{evidence}", Control.evidence_of),
+    ("GET", "/v0/evidence/{evidence}/file", Control.evidence_file),
+    ("GET", "/v0/slashed", Control.slashed),
+    ("POST", "/v0/slashed/resume", Control.resume_burning),
+    ("GET", "/v0/ledger", Control.ledger),
     ("POST", "/v0/stop", Control.stop),
     ("GET", "/livez", Control.livez),
     ("GET", "/readyz", Control.readyz),

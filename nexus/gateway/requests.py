@@ -140,6 +140,11 @@ def parse_ping(body: bytes) -> str:
     return _name(parse_object(body, "peer"), "peer")
 
 
+def parse_peer(given: str | None) -> str | None:
+    """A peer in a query, as a user names it; None where none is given."""
+    return None if given is None else _name({"peer": given}, "peer")
+
+
 def _prompt(value: Mapping[str, Json]) -> str:
     prompt = _text(value.get("prompt"), "prompt")
     if not prompt:

@@ -230,6 +230,91 @@ class SessionView:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceView:
+    """A proof that a node cheated. `known_ms`: since when evidence against that node is known here. `sender`: the peer that it came
+    from, "" where this node found it. `state`: "believed"; "waiting" for the weights of its model; or "not believed" (any more).
+    `summary`: what is proven, in words. `session` and what follows: where, empty or None where nothing fits."""
+
+    id: bytes
+    kind: str
+    accused: str
+    name: str
+    known_ms: int
+    sender: str
+    size: int
+    state: str
+    summary: str
+    session: bytes
+    model_root: bytes
+    stage: int | None
+    step: int | None
+    layer: int | None
+    op: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceFile:
+    """`content`: the file that `nexus evidence verify` takes."""
+
+    id: bytes
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SlashedView:
+    """A convicted node. `state`: "slashed", or "suspended" while the fuse keeps its bond from burning."""
+
+    peer_id: str
+    name: str
+    state: str
+    kind: str
+    evidence: bytes
+    known_ms: int
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class EntryView:
+    """An entry of an account. `amount`: micro-credits, all that a payment took or what was earned. `payees`: of a payment."""
+
+    seq: int
+    kind: str
+    amount: int
+    session: bytes
+    payees: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerView:
+    """An account as this node read and checked it, and what this node thinks of its owner. Amounts in micro-credits.
+
+    `standing`: of `nexus.swarm.standing.STATES`, with its cause; `until_ms`: when it ends by itself, or 0. `bond`: 0 once it is
+    burned. `entries`: how many the account has, of which the first `checked` were checked. `owed`: what it owes this node for work.
+    `reputation`: the chance that its next audit finds it right, after `audits_ok` and `audits_bad`. `price`: per token and layer.
+    `frozen`: why this node's own ledger cannot be used, or "". `chain`: the newest entries, the oldest of them first.
+    """
+
+    peer_id: str
+    name: str
+    standing: str
+    cause: str
+    until_ms: int
+    balance: int
+    bond: int
+    earned: int
+    paid: int
+    entries: int
+    checked: int
+    owed: int
+    audits_ok: int
+    audits_bad: int
+    reputation: float
+    price: int
+    frozen: str
+    chain: tuple[EntryView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """`reason`: "stop" (end token or stop text), "length" (max_tokens or context). `receipts_verified` of `receipts` hold. `audit`:
     None where nothing can be audited: no receipts, or the float profile."""
@@ -308,6 +393,28 @@ class NodeApi(Protocol):
 
     def audit(self, session: str, mode: str) -> AsyncIterator[Progress | AuditView]:
         """Audit a kept session; progress, then what came of it as the last item."""
+        ...
+
+    async def evidence(self) -> list[EvidenceView]:
+        """Proofs against other nodes that are kept here, the latest first, then those that wait."""
+        ...
+
+    async def evidence_of(self, evidence: str) -> EvidenceView:
+        """By a unique prefix of its id in hex. Raises NotFoundError, UsageError."""
+        ...
+
+    async def evidence_file(self, evidence: str) -> EvidenceFile: ...
+
+    async def slashed(self) -> list[SlashedView]:
+        """Convicted nodes, the latest first."""
+        ...
+
+    async def resume_burning(self) -> int:
+        """Burn the bonds that the fuse held; how many those are."""
+        ...
+
+    async def ledger(self, peer: str | None) -> LedgerView:
+        """A node's account, read from itself and checked; None: this node's own. `peer` as in `ping`."""
         ...
 
     async def drain(self) -> None:

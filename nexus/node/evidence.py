@@ -330,9 +330,9 @@ class EvidenceService:
             for evidence, sender in list(self._pending.values()):
                 try:
                     await self._believe(evidence, await self._judge(evidence), sender)
-                except NotFoundError:
+                except (NotFoundError, LocalError):
                     continue
-                except (PeerError, LocalError, CapacityError) as error:
+                except (PeerError, CapacityError) as error:
                     log.info("pending_evidence_dropped", evidence=evidence.id.hex()[:16], reason=error.cause)
                 self._drop_pending(evidence.id)
 
@@ -447,7 +447,7 @@ class EvidenceService:
         sender = public_key_of(peer_id)
         try:
             verdict = await self._judge(evidence)
-        except NotFoundError as error:
+        except (NotFoundError, LocalError) as error:
             log.info("evidence_pending", evidence=evidence.id.hex()[:16], accused=evidence.peer_id, reason=error.cause)
             self._keep_pending(evidence, sender)
             return
@@ -457,7 +457,13 @@ class EvidenceService:
 
     async def _judge(self, evidence: Evidence) -> Verdict:
         async with self._checking:
-            return await self._offload(lambda: self._verify(evidence))
+            try:
+                return await self._offload(lambda: self._verify(evidence))
+            except NexusError:
+                raise
+            except Exception as error:  # the boundary: evidence is made by strangers, and no bug of ours may end the node
+                log.exception("evidence_not_judged", evidence=evidence.id.hex(), kind=evidence.kind)
+                raise VerificationError("it cannot be judged for an error in Nexus; please report it") from error
 
     async def _believe(self, evidence: Evidence, verdict: Verdict, sender: bytes) -> None:
         """Keep verified evidence, durably, then act on it and tell others."""

@@ -536,13 +536,17 @@ class LedgerService:
     async def _keep_saved(self) -> None:
         while True:
             await trio.sleep(SAVE_EVERY_S)
-            if self._tabs_changed and self._store is not None:
-                self._tabs_changed, store, tabs = False, self._store, self._tabs.all()
-                try:
-                    await self._offload(partial(store.put_tabs, tabs))
-                except LocalError as error:
-                    self._tabs_changed = True
-                    log.warning("tabs_not_saved", reason=error.cause, fix=error.fix)
+            await self._offload(self.save)
+
+    def save(self) -> None:
+        """Write the tabs if they changed. Blocks for the disk; a disk that fails is only logged."""
+        if self._tabs_changed and self._store is not None:
+            self._tabs_changed = False
+            try:
+                self._store.put_tabs(self._tabs.all())
+            except LocalError as error:
+                self._tabs_changed = True
+                log.warning("tabs_not_saved", reason=error.cause, fix=error.fix)
 
     def _peer(self, peer_id: str) -> _Peer:
         peer = self._peers.get(peer_id)

@@ -85,16 +85,23 @@ class News(Record):
 class Membership:
     """This node's view of the swarm.
 
-    `describe`: what this node says of itself now; node key and issue time are filled in here. `now_ms`: Unix time.
+    `describe`: what this node says of itself now; node key and issue time are filled in here. `now_ms`: Unix time. `is_slashed`:
+    whether the node with this key is convicted: it is neither listed nor introduced to others.
     """
 
     def __init__(
-        self, transport: Transport, identity: Identity, describe: Callable[[], NodeRecord], now_ms: Callable[[], int]
+        self,
+        transport: Transport,
+        identity: Identity,
+        describe: Callable[[], NodeRecord],
+        now_ms: Callable[[], int],
+        is_slashed: Callable[[bytes], bool] = lambda public_key: False,
     ) -> None:
         self._transport = transport
         self._identity = identity
         self._describe = describe
         self._now_ms = now_ms
+        self._is_slashed = is_slashed
         self._table = MemberTable()
         self._own: SignedNodeRecord | None = None
         self._strangers: OrderedDict[str, float | None] = OrderedDict()
@@ -105,8 +112,12 @@ class Membership:
         self._tried_s: dict[bytes, float] = {}
 
     def records(self) -> list[NodeRecord]:
-        """What the other nodes say of themselves, live ones only, sorted by key."""
-        return self._table.live(self._now_ms())
+        """What the other nodes say of themselves, live ones only, sorted by key. What convicted ones say does not count."""
+        return [record for record in self._table.live(self._now_ms()) if not self._is_slashed(record.node)]
+
+    def names(self) -> dict[str, str]:
+        """What the other nodes call themselves, by peer id, convicted ones too."""
+        return {record.peer_id: record.name for record in self._table.live(self._now_ms())}
 
     def own(self) -> SignedNodeRecord:
         """This node's record as it is sent now: described and signed anew after `announce_soon`, and when it is no longer fresh."""
@@ -213,6 +224,8 @@ class Membership:
         """Remember to dial a node that a peer told us of, unless we know it or enough others. Costs at most one dial each."""
         peer_id = peer_id_of(introduction.node)
         if peer_id == self._transport.peer_id or peer_id in self._strangers or not introduction.addresses:
+            return
+        if self._is_slashed(introduction.node):
             return
         records = self.records()
         if len(records) >= ACQUAINTANCES_WANTED or any(record.node == introduction.node for record in records):

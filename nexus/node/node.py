@@ -16,25 +16,30 @@ from typing import Any, TypeVar
 import structlog
 import trio
 
-from nexus.core.errors import LocalError, NexusError, NotFoundError, PeerError, TimedOutError, UsageError
+from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, PeerError, TimedOutError, UsageError
 from nexus.core.fidelity import Fidelity
-from nexus.core.keys import Identity, parse_peer_id
+from nexus.core.keys import Identity, parse_peer_id, peer_id_of
 from nexus.core.manifest import DEFAULT_PROFILE, EXACT, FLOAT, Manifest
+from nexus.engine.exact.weight_rows import Find, StoredWeights
 from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
     EmbedRequest,
     Event,
+    EvidenceFile,
+    EvidenceView,
     FidelityRequest,
     GenerateRequest,
     JudgementView,
+    LedgerView,
     ModelView,
     NodeStatus,
     Notice,
     PeerView,
     PlanView,
     Progress,
+    SlashedView,
 )
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer.serving import InferService
@@ -44,6 +49,8 @@ from nexus.node.models import Models
 from nexus.node.options import NodeOptions
 from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.node.signing import DurableSigner
+from nexus.node.trust import Trust, open_trust
+from nexus.proof.evidence import verify_evidence
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
@@ -84,6 +91,7 @@ class Node:
         transport: Transport,
         book: AddressBook,
         sessions: SessionStore,
+        trust: Trust,
         nursery: trio.Nursery,
         speed: int,
     ) -> None:
@@ -97,7 +105,9 @@ class Node:
         home = Home(options.home)
         self._blobs = BlobStore.open(home.models, options.disk_max_bytes)
         self._catalog = Catalog.open(home.models)
-        self._membership = Membership(transport, identity, self._describe, _now_ms)
+        self._trust = trust
+        self._trust.evidence.on_slashed.append(self._end_work_with)
+        self._membership = Membership(transport, identity, self._describe, _now_ms, trust.standings.is_slashed)
         self._blob_service = BlobService(transport, self._blobs, self._catalog)
         self._models = Models(
             self._catalog,
@@ -115,13 +125,14 @@ class Node:
             DurableSigner(identity, sessions),
             serve=options.serve,
             sessions_max=options.sessions_max,
+            may_open=trust.may_open,
         )
         self._judge = Judge(self._models, lambda root: self._runner.sources(root))
         self._runner = Runner(
             transport,
             identity,
             self._models,
-            self._membership.records,
+            self._workers,
             self._describe,
             nursery,
             options.sessions_max,
@@ -137,10 +148,28 @@ class Node:
         self._infer.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
+            nursery.start_soon(self._trust.run)
             nursery.start_soon(self._meet_again)
             nursery.start_soon(self._keep_book)
             task_status.started()
             await trio.sleep_forever()
+
+    def _workers(self) -> list[NodeRecord]:
+        """The nodes that may be planned with: neither convicted nor suspended."""
+        return [record for record in self._membership.records() if self._trust.standings.may_work(record.node)]
+
+    def _end_work_with(self, node: bytes) -> None:
+        """A node was convicted: what runs with it ends here."""
+        peer_id = peer_id_of(node)
+        ended = self._infer.end_sessions_with(
+            node, NotAllowedError(f"{peer_id} was convicted while the session ran", "Run it again: it will be planned without it")
+        )
+        if ended:
+            log.warning("sessions_ended", because_of=peer_id, sessions=ended)
+
+    def names(self) -> dict[str, str]:
+        """What the nodes in reach call themselves, this one too, by peer id."""
+        return {**self._membership.names(), self._identity.peer_id: self._options.name}
 
     async def _meet_again(self) -> None:
         """Peers of earlier days, so that a node finds its swarm again when its bootstrap nodes are gone."""
@@ -233,7 +262,7 @@ class Node:
 
     def _find_peer(self, text: str) -> str:
         """The peer that a user means: an id, the start of one that fits one peer, or a node's name."""
-        known = {record.peer_id: record.name for record in self._membership.records()}
+        known = self._membership.names()
         known |= {connection.peer_id: known.get(connection.peer_id, "") for connection in self._transport.connections()}
         if text in known or text == self._identity.peer_id:
             return text
@@ -440,6 +469,26 @@ class Node:
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]:
         return self._runner.embed(request)
 
+    async def evidence(self) -> list[EvidenceView]:
+        return await self._trust.evidence_views()
+
+    async def evidence_of(self, evidence: str) -> EvidenceView:
+        return await self._trust.evidence_view(evidence)
+
+    async def evidence_file(self, evidence: str) -> EvidenceFile:
+        return await self._trust.evidence_file(evidence)
+
+    async def slashed(self) -> list[SlashedView]:
+        return await self._trust.slashed_views()
+
+    async def resume_burning(self) -> int:
+        return await self._trust.resume_burning()
+
+    async def ledger(self, peer: str | None) -> LedgerView:
+        peer_id = self._identity.peer_id if peer is None else self._find_peer(peer)
+        prices = {record.peer_id: record.price for record in (self._describe(), *self._membership.records())}
+        return await self._trust.ledger_view(peer_id, prices.get(peer_id, 0))
+
     async def drain(self) -> None:
         self._draining = True
         self._infer.draining = True
@@ -464,6 +513,7 @@ class Node:
             speed=self._speed,
             serves=int(options.serve and not self._draining),
             models=self._holdings,
+            price=options.ledger.price_per_token,
         )
 
     def _look_up_holdings(self) -> tuple[Holding, ...]:
@@ -495,6 +545,17 @@ def _offer(send: trio.MemorySendChannel[Progress], event: Progress) -> None:
     """Progress is for the eyes: what nobody has read yet is not added to."""
     with contextlib.suppress(trio.WouldBlock):
         send.send_nowait(event)
+
+
+def _stored_models(home: Home) -> Find:
+    """Where the blobs of a model are that is on this machine, by its root."""
+    catalog, blobs = Catalog.open(home.models), BlobStore(home.models)
+
+    def find(model_root: bytes) -> tuple[Manifest, dict[str, Path]]:
+        manifest = catalog.manifest(model_root)
+        return manifest, {blob.name: blobs.path(blob.root) for blob in (*manifest.pieces, *manifest.files) if blobs.has(blob.root)}
+
+    return find
 
 
 def _now_ms() -> int:
@@ -532,8 +593,20 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
         sessions = SessionStore(home.sessions_file, keep_max_bytes=audit.keep_max_bytes, keep_s=audit.keep_s, now_ms=_now_ms)
         stack.callback(sessions.close)
         transport = await stack.enter_async_context(open_libp2p(identity, network))
+        trust = await stack.enter_async_context(
+            open_trust(
+                home,
+                identity,
+                transport,
+                options.ledger,
+                audit.probation_sessions,
+                partial(verify_evidence, weights=StoredWeights(_stored_models(home))),
+                lambda: node.names(),
+                _now_ms,
+            )
+        )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, nursery, speed)
+        node = Node(options, identity, transport, book, sessions, trust, nursery, speed)
         await nursery.start(node.run)
         try:
             yield node

@@ -21,6 +21,16 @@ class AuditOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerOptions:
+    """What work costs and when burning pauses: see `[ledger]` in `default.toml`, which says what each means."""
+
+    price_per_token: int
+    credit_max: int
+    burn_max: int
+    burn_window_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeOptions:
     """Everything that `open_node` needs to know.
 
@@ -44,4 +54,5 @@ class NodeOptions:
     sessions_max: int
     auto_fetch: bool
     audit: AuditOptions
+    ledger: LedgerOptions
     threads: int

@@ -7,6 +7,8 @@
   peers.json            address book
   sessions.db           receipts signed; sessions served and asked for
   audit-keys/           0600, secret keys with which layers of others are audited
+  evidence.db           proofs against other nodes, and how their work went
+  ledger.db             this node's account; must never be put back to an older state
   nexusd.lock           held while a daemon runs, with its pid inside
   control.sock          0600, the daemon's control API
   nexusd.log            of a detached daemon
@@ -59,6 +61,14 @@ class Home:
     @property
     def sessions_file(self) -> Path:
         return self.path / "sessions.db"
+
+    @property
+    def evidence_file(self) -> Path:
+        return self.path / "evidence.db"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.db"
 
     @property
     def lock_file(self) -> Path:

@@ -14,6 +14,7 @@ from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity, peer_id_of, verify_signature
 from nexus.core.manifest import LAYERS_MAX
 from nexus.core.record import Record, digest, many, nested, raw, text, uint
+from nexus.swarm.ledger import PRICE_MAX
 
 RECORD_BYTES_MAX = 32 * 1024
 ADDRESSES_MAX = 16
@@ -60,7 +61,8 @@ class Holding(Record):
 @dataclass(frozen=True, slots=True)
 class NodeRecord(Record):
     """`issued_ms`: Unix time, also the version: the newest record of a node wins. `memory_bytes`: what it offers to models.
-    `speed`: measured, in millions of multiply-adds per second. `serves`: 1 where it takes stages for others."""
+    `speed`: measured, in millions of multiply-adds per second. `serves`: 1 where it takes stages for others. `price`: what it asks
+    for that, in micro-credits per token and layer."""
 
     spec: int = uint(1, least=1)
     node: bytes = raw(32)
@@ -72,6 +74,7 @@ class NodeRecord(Record):
     speed: int = uint(2**48)
     serves: int = uint(1)
     models: tuple[Holding, ...] = many(nested(Holding), HOLDINGS_MAX)
+    price: int = uint(PRICE_MAX)
 
     @property
     def peer_id(self) -> str:

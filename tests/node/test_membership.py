@@ -55,7 +55,7 @@ class Node:
     def _describe(self) -> NodeRecord:
         self.described += 1
         addresses = tuple(address.rpartition("/p2p/")[0] for address in self.transport.addresses)
-        return NodeRecord(1, bytes(32), 0, "test", self.name, addresses, 10**9, 1000, 1, self.models)
+        return NodeRecord(1, bytes(32), 0, "test", self.name, addresses, 10**9, 1000, 1, self.models, 0)
 
     def knows(self) -> dict[str, str]:
         return {record.peer_id: record.name for record in self.membership.records()}
@@ -226,7 +226,7 @@ class TestHostile:
 
         peer = await swarm.hostile(answer)
         record = b""
-        template = NodeRecord(1, identity_of(2).public_key, one.now_ms(), "", "", (), 0, 0, 0, ())
+        template = NodeRecord(1, identity_of(2).public_key, one.now_ms(), "", "", (), 0, 0, 0, (), 0)
         record = SignedNodeRecord.sign(template, identity_of(2)).to_bytes()
         await one.transport.connect(peer.addresses[0])
         with pytest.raises(error) as caught:
@@ -261,7 +261,7 @@ class TestHostile:
     async def test_introductions_to_nobody_are_tried_once_each_and_bounded(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one = await swarm.node()
         rng = random.Random(1)
-        template = NodeRecord(1, identity_of(2).public_key, 0, "", "liar", (), 0, 0, 0, ())
+        template = NodeRecord(1, identity_of(2).public_key, 0, "", "liar", (), 0, 0, 0, (), 0)
 
         async def introduce_ghosts(stream: Stream) -> None:
             await stream.receive()

@@ -42,7 +42,7 @@ ALICE, BOB, CAROL = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 
 
 def record_of(identity: Identity, issued_ms: int = NOW_MS, name: str = "") -> NodeRecord:
-    return NodeRecord(1, identity.public_key, issued_ms, "nexus/0", name, ("/ip4/192.0.2.1/tcp/4001",), 10**9, 1000, 1, ())
+    return NodeRecord(1, identity.public_key, issued_ms, "nexus/0", name, ("/ip4/192.0.2.1/tcp/4001",), 10**9, 1000, 1, (), 0)
 
 
 def signed_by(identity: Identity, issued_ms: int = NOW_MS, name: str = "") -> SignedNodeRecord:
