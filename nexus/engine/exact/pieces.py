@@ -22,7 +22,7 @@ SCALE_MIN, SCALE_MAX = 2.0**-60, 2.0**20
 VALUE_MAX, STATE_MAX = 2.0**20, 2.0**40
 # Tables that are the same in every model. With another's no sum would stay within its bounds, and known answers read only a few
 # of their entries: an author could make honest machines differ.
-_SHA256 = {
+TABLE_SHA256 = {
     "exp_hi": "a072235bc997306595f5f44c422889f7a699757f3e9e81b36ec19456e3b4b7b8",
     "exp_lo": "b7f2de0104ff32761d02c37cab009e6ad7dbb925dda2a5ba1f32f9b4baf3cd63",
     "phi": "4cb28a4465ad1d74eb3550a9ce6a4aab829b6acb23a55b73724d1268f7474812",
@@ -121,7 +121,7 @@ def read_tables(path: Path, expected: Shapes) -> dict[str, NDArray[np.float64]]:
         # Beyond these no cosine, exponential or distribution function goes; amplitudes of long contexts are below 2.
         if not (np.isfinite(values).all() and float(np.abs(values).max()) <= 4.0):
             raise ModelFormatError(f"the table {name} holds values that cannot be", _AGAIN)
-        if name in _SHA256 and sha256(values.astype("<f8", copy=False).tobytes()).hexdigest() != _SHA256[name]:
+        if name in TABLE_SHA256 and sha256(values.astype("<f8", copy=False).tobytes()).hexdigest() != TABLE_SHA256[name]:
             raise ModelFormatError(f"the table {name} is not that of docs/exact.md, which all models share", _AGAIN)
         tables[name] = values
     return tables
