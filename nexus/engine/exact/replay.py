@@ -274,8 +274,8 @@ class Replay:
                 roots = self._keep_cells(part, rows, roots)
 
     def _keep_cells(self, part: Part, rows: Committed, roots: StepRoots) -> StepRoots:
-        """Takes in the op roots of the steps that end with this part. `roots`: of the step whose rows came before; gives those for the
-        part that follows."""
+        """Takes in the op roots of the steps that end with this part. `roots`: of the step whose rows came before; gives those for
+        the part that follows."""
         if part.logits == "all":
             for row in range(part.rows):
                 only = StepRoots(self.shape)

@@ -17,14 +17,14 @@ from nexus.core.errors import LocalError, NexusError, NotFoundError, UsageError
 from nexus.core.hashing import leaf_hash, merkle_root
 from nexus.core.manifest import Manifest
 from nexus.engine.exact import check
-from nexus.engine.exact.commit import UNSEALED_STEPS_MAX, Commitments, StepRoots, Trees, committed_step
+from nexus.engine.exact.commit import UNSEALED_STEPS_MAX, Commitments, StepRoots, Trees, committed_step, sealed
 from nexus.engine.exact.native import Committed
 from nexus.engine.exact.stage import ExactStage
 from nexus.engine.importer import import_model
 from nexus.engine.stage import Stage, load_stage
 from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, trace_shape, value_widths
 from nexus.proof.receipts import tokens_to_bytes
-from nexus.proof.trace import LOGITS, OPS, TraceShape, WindowTrace, op_root_of
+from nexus.proof.trace import LOGITS, OPS, Sealed, TraceShape, WindowTrace, op_root_of
 from tests.engine.conftest import Folder
 from tests.engine.exact.conftest import LAYERS, VARIANTS, Models, chain, kernels
 
@@ -92,6 +92,8 @@ def test_whenever_windows_are_sealed_their_traces_are_the_same(steps: list[int],
     found += [late.seal(window) for window in windows[len(found) :]]
     assert found == expected
     assert late.unsealed == 0
+    for trace, window in zip(found, windows, strict=True):
+        assert sealed(trace, SHAPE, window) == Sealed.of(trace, SHAPE, window)
 
 
 def test_only_what_was_computed_can_be_sealed() -> None:
@@ -250,6 +252,7 @@ def test_an_encoder_commits_to_the_same_by_every_kernel(minilm: Manifest, tmp_pa
             stage.step(b"s", text)
         trace = stage.seal(b"s", len(texts))
         trace.check(trace_shape(stage.plan, 0, 2), len(texts))
+        assert sealed(trace, stage.trace_shape, len(texts)) == Sealed.of(trace, stage.trace_shape, len(texts))
         assert trace.logs == b""
         if kernel == REFERENCE:
             assert trace == reference(stage, texts)
@@ -313,7 +316,7 @@ def test_a_stage_stops_before_its_commitments_outgrow_it(exact_model: Models) ->
     stage.open(b"s", commit=True)
     commitments = exact(stage)._sessions[b"s"].commitments
     assert isinstance(commitments, Commitments)
-    commitments._cells.extend([b""] * UNSEALED_STEPS_MAX)
+    commitments._steps.extend([rows_of(0, 1)] * UNSEALED_STEPS_MAX)
     with pytest.raises(LocalError, match="await a receipt"):
         stage.step(b"s", tokens_to_bytes([5]))
 
