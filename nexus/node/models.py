@@ -114,6 +114,31 @@ class Models:
         await self._complete(manifest, None, sources, _ignore_progress)
         return plan_from_json(await trio.to_thread.run_sync(self.blobs.path(blob.root).read_bytes))
 
+    def paths(self, manifest: Manifest) -> dict[str, Path]:
+        """The model's files and pieces that are here, by name."""
+        return {blob.name: self.blobs.path(blob.root) for blob in (*manifest.files, *manifest.pieces) if self.blobs.has(blob.root)}
+
+    def find(self, model_root: bytes) -> tuple[Manifest, dict[str, Path]]:
+        """A model that is known here, and what of it is here. Raises NotFoundError."""
+        manifest = self.catalog.manifest(model_root)
+        return manifest, self.paths(manifest)
+
+    @asynccontextmanager
+    async def borrowed(self, manifest: Manifest, name: str, sources: Sequence[PeerAddress]) -> AsyncIterator[Path]:
+        """A piece of the model to read from once: one that is not here is fetched, and let go again."""
+        piece = manifest.piece(name)
+        is_ours = await trio.to_thread.run_sync(self.blobs.has, piece.root)
+        if not is_ours:
+            self._check_may_fetch(manifest.root)
+            await self._fetcher.blobs(manifest, [piece], sources)
+        try:
+            yield self.blobs.path(piece.root)
+        finally:
+            # Somebody may have begun to load it meanwhile.
+            if not is_ours and all(key[0] != manifest.root for key in self._slots):
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self.blobs.remove, piece.root)
+
     @asynccontextmanager
     async def stage(
         self, manifest: Manifest, start: int, end: int, dtype: str, sources: Sequence[PeerAddress], progress: ProgressSink

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,25 @@ from numpy.typing import NDArray
 
 from nexus.core.errors import LocalError, NexusError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, Manifest
+from nexus.engine.exact.freivalds import piece_keys
 from nexus.engine.exact.pieces import Piece, read_tables
-from nexus.engine.exact.replay import replay
+from nexus.engine.exact.replay import Replay, replay
 from nexus.engine.exact.stage import ExactStage, table_shapes
 from nexus.engine.exact.weight_rows import StoredWeights
 from nexus.engine.stage import path_of
+from nexus.proof.accuse import AccusedStage, accuse, first_difference
+from nexus.proof.arithmetic.ops import Tables
 from nexus.proof.arithmetic.plan import ExactPlan
 from nexus.proof.arithmetic.rows import WeightProof
 from nexus.proof.arithmetic.sampler import Sampling
 from nexus.proof.audit import Cell, Opening
-from nexus.proof.audit_check import AuditedStage
+from nexus.proof.audit_check import AuditedStage, AuditorKeys
 from nexus.proof.audit_open import open_cell
+from nexus.proof.evidence import Evidence, Verdict, verify_evidence
 from nexus.proof.evidence.case import checked_plan
-from nexus.proof.receipts import payload_root
-from nexus.proof.trace import check_trace
+from nexus.proof.freivalds import PieceKeys
+from nexus.proof.receipts import SignedReceipt, payload_root
+from nexus.proof.trace import OPS, check_trace
 
 # The tables that are not the same in every model.
 _ANGLES = "rope."
@@ -100,3 +106,72 @@ def answer(loaded: ExactStage, stage: AuditedStage, cells: Sequence[Cell], files
             )
     weights = StageWeights(stage.manifest, stage.exact, files)
     return [open_cell(stage, done, weights, cell) for cell in cells]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A stage's part in a session computed again. `differs`: whether anything that was compared is not what the stage signed
+    for."""
+
+    replay: Replay
+    differs: bool
+
+
+def compare(loaded: ExactStage, stage: AuditedStage, inputs: Sequence[bytes], windows: Collection[int]) -> Checked:
+    """Compute a stage's part again from the payloads that came into it, and compare every output, the log's end, and the traces of
+    these windows (by number)."""
+    done = replay(loaded, inputs, Sampling.of(stage.terms) if stage.is_last else None)
+    last = stage.receipts[-1]
+    right = all(
+        payload_root(done.outputs[receipt.step0 : receipt.step0 + receipt.n]) == receipt.out_root for receipt in stage.receipts
+    )
+    right = right and (not stage.exact.causal or done.kv_root(last.kv_len) == last.kv_root)
+    chosen = [stage.receipts[number] for number in sorted(windows)]
+    if right and chosen:
+        ours = done.traces([(receipt.step0, receipt.n) for receipt in chosen])
+        right = all(trace == stage.traces[number] for trace, number in zip(ours, sorted(windows), strict=True))
+    return Checked(done, not right)
+
+
+def accusation(
+    stage: AuditedStage,
+    signed: Sequence[SignedReceipt],
+    inputs: Sequence[bytes],
+    done: Replay,
+    weights: StoredWeights,
+    files: Mapping[str, Path],
+    opened: Opening | None,
+) -> tuple[Evidence, Verdict] | None:
+    """Evidence of the first thing that the stage did wrong, verified as everybody else will verify it; None where nothing is proven
+    wrong. `opened`: what the stage itself shows of it. Raises what `nexus.proof.accuse.accuse` and `verify_evidence` raise."""
+    accused = AccusedStage(
+        manifest=stage.manifest,
+        exact_plan=path_of(files, EXACT_PLAN).read_bytes(),
+        plan=stage.plan,
+        terms=stage.terms,
+        receipts=signed,
+        traces=stage.traces,
+        inputs=inputs,
+        outputs=stage.results if stage.is_last else (),
+    )
+    evidence = accuse(accused, done, weights, opened)
+    return None if evidence is None else (evidence, verify_evidence(evidence, weights))
+
+
+def cell_of_difference(stage: AuditedStage, done: Replay) -> Cell | None:
+    """The cell to ask the accused to open: None where a step has several rows, of which nobody knows yet which one is wrong,
+    or where the difference is not in an operation of a layer."""
+    difference = first_difference(stage.shape, stage.traces, done, [receipt.out_root for receipt in stage.receipts])
+    if difference is None or difference.op not in OPS or stage.rows[difference.step] != 1:
+        return None
+    return Cell(difference.step, 0, difference.layer, difference.head)
+
+
+def read_piece_keys(path: Path, plan: ExactPlan, name: str, linears: tuple[str, ...], seed: bytes) -> PieceKeys:
+    """Keys of one piece's file. Raises ModelFormatError."""
+    return piece_keys(Piece(path, plan.piece_tensors(name)), linears, seed)
+
+
+def auditor_keys(plan: ExactPlan, files: Mapping[str, Path], pieces: Mapping[str, PieceKeys]) -> AuditorKeys:
+    """With the model's tables, out of its files."""
+    return AuditorKeys(pieces, read_angles(plan, files), Tables())

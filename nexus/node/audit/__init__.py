@@ -1,0 +1,1 @@
+"""Audits: both ends of `/nexus/audit/1`."""
