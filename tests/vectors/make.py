@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nexus.core.encoding import encode
-from nexus.core.hashing import leaf_hash, merkle_proof, merkle_root, tagged_hash
+from nexus.core.hashing import leaf_hash, merkle_proof, merkle_range_proof, merkle_root, tagged_hash
 from nexus.core.keys import Identity
 from nexus.core.manifest import EXACT, blob_root
 from nexus.core.record import Record
@@ -36,6 +36,7 @@ from nexus.proof.receipts import Refusal, SignedRefusal, millionths
 from nexus.proof.trace import WindowTrace
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
 from tests.swarm.ring import causal_ring, encoder_ring, identity, shapes_for
+from tests.vectors.arithmetic import arithmetic_vectors
 
 DIRECTORY = Path(__file__).parent
 
@@ -78,6 +79,7 @@ def core_vectors() -> dict[str, object]:
             "root of no leaves": merkle_root([]).hex(),
             "root of leaves 00..06": merkle_root(leaves).hex(),
             "proof of leaf 5": [sibling.hex() for sibling in merkle_proof(leaves, 5)],
+            "proof of leaves 2 to 5": [sibling.hex() for sibling in merkle_range_proof(leaves, 2, 5)],
         },
         "blob": {
             "root of 3 MiB - 1 zero bytes": _zero_blob(3 * 2**20 - 1),
@@ -200,6 +202,7 @@ def sampling_vectors() -> dict[str, object]:
 
 
 FILES = {
+    "arithmetic.json": arithmetic_vectors,
     "core.json": core_vectors,
     "sampling.json": sampling_vectors,
     "session.json": session_vectors,

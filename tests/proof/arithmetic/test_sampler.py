@@ -273,8 +273,9 @@ def test_the_draws_are_pinned() -> None:
 @pytest.mark.parametrize("first", range(len(__cpu_dispatch__)))
 def test_numpy_without_its_vector_instructions_gives_the_golden_vectors(first: int) -> None:
     """numpy picks code by processor; older ones are had by taking instruction sets away, the newest first."""
-    program = "import sys; from tests.vectors.make import text_of; sys.stdout.write(text_of('sampling.json'))"
+    files = ("sampling.json", "arithmetic.json")
+    program = f"import sys; from tests.vectors.make import text_of; sys.stdout.write(''.join(map(text_of, {files})))"
     disabled = {"NPY_DISABLE_CPU_FEATURES": " ".join(__cpu_dispatch__[first:])}
     command, root = [sys.executable, "-c", program], DIRECTORY.parents[1]
     done = subprocess.run(command, cwd=root, env=os.environ | disabled, capture_output=True, text=True, check=True)
-    assert done.stdout == (DIRECTORY / "sampling.json").read_text(encoding="utf-8")
+    assert done.stdout == "".join((DIRECTORY / name).read_text(encoding="utf-8") for name in files)
