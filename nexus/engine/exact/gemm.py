@@ -48,7 +48,8 @@ class Float32Blocks:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(self._blocks) == 1 and not self._wide:
-            return torch.nn.functional.linear(x.float(), self._blocks[0])
+            # A sum of nothing but -1 * 0 is -0; an integer has one zero.
+            return torch.nn.functional.linear(x.float(), self._blocks[0]) + 0.0
         total = self.sums(x)
         return total if self._wide else total.float()
 

@@ -40,6 +40,7 @@ _NO_LOGITS, _LAST_LOGITS, _ALL_LOGITS = range(3)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 _RMS_NORM, _LAYER_NORM = range(2)
 _FREE_WORKSPACES_MAX = 4
+_KEY_BITS, _CHECK_PRIME = 29, (1 << 31) - 1
 
 Array = NDArray[Any]
 Fields = list[tuple[str, Any]]
@@ -341,6 +342,24 @@ class CancelledError(LocalError):
         super().__init__("the step was cancelled", "Nothing was lost: ask again")
 
 
+class _Check:
+    """The key times the rows of a weight, gathered as they are read (native/check.h)."""
+
+    def __init__(self, depth: int) -> None:
+        self._sums = np.zeros(depth, np.int64)
+
+    def add(self, library: ctypes.CDLL, variant: int, key: NDArray[np.int32], rows: NDArray[np.int8]) -> None:
+        """`key` [n], `rows` [n, depth]."""
+        addresses = (part.ctypes.data for part in (key, rows, self._sums))
+        if library.nx_check_rows(variant, *rows.shape, *addresses):
+            raise LocalError("the check of a weight could not be made", "This is a bug: please report it")
+
+    def values(self) -> NDArray[np.int32]:
+        """Modulo the prime, around zero."""
+        half = _CHECK_PRIME // 2
+        return ((self._sums + half) % _CHECK_PRIME - half).astype(np.int32)
+
+
 class WrongSumsError(LocalError):
     def __init__(self, kernel: str) -> None:
         super().__init__(
@@ -369,8 +388,8 @@ class NativeModel:
         self._layer_structs = (_Layer * max(1, len(self._layers)))()
         self._model = _Model()
         self._address = ctypes.addressof(self._model)
-        # Of the checks that a step makes of itself; nobody else may know it, so that nothing can be made to pass.
-        self._key = np.frombuffer(os.urandom(4 * _most_rows(plan)), np.int32) | 1
+        # Of the checks that a step makes of itself (native/check.h).
+        self._key = np.frombuffer(os.urandom(4 * _most_rows(plan)), np.int32) & ((1 << _KEY_BITS) - 1)
         self._model.key = self._key.ctypes.data
         self._workspaces: list[Array] = []
         self._lock = threading.Lock()
@@ -389,39 +408,37 @@ class NativeModel:
         self.weight_bytes += values.nbytes
         return address
 
-    def _new_check(self, depth: int) -> NDArray[np.int64]:
-        """For the check of a linear layer: `_linear` adds what its rows come to."""
-        check = np.zeros(depth, np.int64)
-        self._kept.append(check)
-        self.weight_bytes += check.nbytes
-        return check
-
-    def _linear(
-        self, tensors: Tensors, name: str, wide: bool, first: int = 0, rows: int | None = None, check: Array | None = None
-    ) -> _Linear:
-        """Packs rows [first, first + rows) of a weight, block by block as they are read: there is never a second copy of it.
-        `check`: of the whole weight, where it has more parts than this one."""
+    def _linear(self, tensors: Tensors, name: str, wide: bool, check: _Check, first: int = 0, rows: int | None = None) -> _Linear:
+        """Packs rows [first, first + rows) of a weight, block by block as they are read: there is never a second copy of it."""
         total, depth = tensors.shape(f"{name}.weight")
         last = total if rows is None else first + rows
         size = int(self._library.nx_packed_bytes(last - first, depth))
         if not size:
             raise LocalError(f"{name} of {last - first} x {depth} is larger than the compiled kernel takes", "Use the torch kernel")
         packed = self._arena.take(size)
-        if check is None:
-            check = self._new_check(depth)
         for at, block in tensors.blocks(f"{name}.weight"):
             begin, end = max(at, first), min(at + len(block), last)
             if begin < end:
                 part = np.ascontiguousarray(block[begin - at : end - at], np.int8)
                 if self._library.nx_pack(packed.ctypes.data, last - first, depth, begin - first, end - first, part.ctypes.data):
                     raise LocalError(f"{name} could not be packed", "This is a bug: please report it")
-                key = self._key[begin:].ctypes.data
-                self._library.nx_check_rows(self._variant, end - begin, depth, key, part.ctypes.data, check.ctypes.data)
+                check.add(self._library, self._variant, self._key[begin:end], part)
         self._kept.append(packed)
         self.weight_bytes += size
         bias = self._floats(tensors.tensor(f"{name}.bias")[first:last]) if f"{name}.bias" in tensors else None
         scale = self._floats(tensors.tensor(f"{name}.scale")[first:last])
-        return _Linear(packed.ctypes.data, scale, bias, check.ctypes.data, last - first, depth, wide, 0)
+        return _Linear(packed.ctypes.data, scale, bias, None, last - first, depth, wide, 0)
+
+    def _whole_linear(self, tensors: Tensors, name: str, wide: bool) -> _Linear:
+        check = _Check(tensors.shape(f"{name}.weight")[1])
+        linear = self._linear(tensors, name, wide, check)
+        linear.check = self._checked(check)
+        return linear
+
+    def _checked(self, check: _Check) -> int:
+        values = check.values()
+        self.weight_bytes += values.nbytes
+        return self._keep(values, np.int32)
 
     def _norm(self, tensors: Tensors, name: str) -> _Norm:
         if f"{name}.weight" not in tensors:
@@ -433,11 +450,12 @@ class NativeModel:
         """`index`: of this stage."""
         plan, layer, to = self.plan, self._layers[index], self._layer_structs[index]
         for name in ("qkv", "o", "down"):
-            setattr(to, name, self._linear(tensors, name, name in layer.wide))
-        wide, check = "gate_up" in layer.wide, self._new_check(plan.hidden)
+            setattr(to, name, self._whole_linear(tensors, name, name in layer.wide))
+        wide, check = "gate_up" in layer.wide, _Check(plan.hidden)
         if plan.gated:
-            to.gate = self._linear(tensors, "gate_up", wide, 0, plan.ffn, check)
-        to.up = self._linear(tensors, "gate_up", wide, plan.gate_up_size - plan.ffn, plan.ffn, check)
+            to.gate = self._linear(tensors, "gate_up", wide, check, 0, plan.ffn)
+        to.up = self._linear(tensors, "gate_up", wide, check, plan.gate_up_size - plan.ffn, plan.ffn)
+        to.up.check = self._checked(check)
         for name, _ in _Layer._fields_:
             if name.endswith("_norm"):
                 setattr(to, name, self._norm(tensors, name))
@@ -461,7 +479,7 @@ class NativeModel:
             model.rope[number] = _Rope(self._keep(coarse, np.float64), self._keep(fine, np.float64), len(coarse))
         has_head = self._last and plan.causal
         if embedding is not None and (self._first or (has_head and plan.tied)):
-            linear = self._linear(embedding, "embed", plan.wide_head)
+            linear = self._whole_linear(embedding, "embed", plan.wide_head)
             if self._first:
                 model.embed = linear
             if has_head and plan.tied:
@@ -473,7 +491,7 @@ class NativeModel:
         if has_head and head is not None:
             model.final_norm = self._norm(head, "norm")
             if not plan.tied:
-                model.head = self._linear(head, "head", plan.wide_head)
+                model.head = self._whole_linear(head, "head", plan.wide_head)
         if self._library.nx_check_model(self._address):
             raise LocalError("a model of this shape is not one that the compiled kernel takes", "Use the torch kernel")
         self.page_bytes = int(self._library.nx_page_bytes(self._address))

@@ -100,6 +100,7 @@ typedef struct {
     float *scores;   /* [NX_QUERIES][longest] */
     double *weights; /* [NX_QUERIES][longest] */
     uint8_t *parts;  /* [2 * NX_QUERIES][longest]: high and low bytes of the integer weights */
+    int64_t *gathered; /* [2 * rows][8] of the sums' check, see check.h */
 } thread_space;
 
 typedef struct {
@@ -119,8 +120,8 @@ typedef struct {
     int32_t *logit_row;      /* [rows] rows that logits are asked of */
     int32_t *committed_row;  /* [rows] their number among those that are committed to, or -1 */
     int32_t *committed_logit; /* [committed] numbers of the logits that are committed to */
-    uint64_t *expected;      /* [2 * rows] what the sums of a linear layer times its key must come to; then of the low bytes */
-    uint64_t *found;         /* [2 * rows] what they came to */
+    int64_t *expected;       /* [2 * rows] what the sums of a linear layer must come to (check.h); then those of the low bytes */
+    int64_t *found;          /* [2 * rows] what they came to */
     float *held;             /* [held_layers] values that are to be hashed */
     uint8_t *held_records;   /* [held_layers] */
     uint8_t *slices;         /* [committed][slices of a row of logits][32] */
@@ -207,8 +208,8 @@ static inline size_t lay_out_workspace(const nx_model *m, int64_t rows, int64_t 
     ws->blocks = carve(&c, r * sizeof(query_block));
     ws->committed_row = carve(&c, r * sizeof(int32_t));
     ws->committed_logit = carve(&c, (size_t)committed * sizeof(int32_t));
-    ws->expected = carve(&c, 2 * r * sizeof(uint64_t));
-    ws->found = carve(&c, 2 * r * sizeof(uint64_t));
+    ws->expected = carve(&c, 2 * r * sizeof(int64_t));
+    ws->found = carve(&c, 2 * r * sizeof(int64_t));
     lay_out_held(m, (size_t)committed, &c, ws);
     ws->first_page = carve(&c, (size_t)runs * sizeof(int64_t));
     ws->scratch_page_bytes = 0;
@@ -226,6 +227,7 @@ static inline size_t lay_out_workspace(const nx_model *m, int64_t rows, int64_t 
         space.scores = carve(&c, NX_QUERIES * (size_t)ws->longest * sizeof(float));
         space.weights = carve(&c, NX_QUERIES * (size_t)ws->longest * sizeof(double));
         space.parts = carve(&c, 2 * NX_QUERIES * (size_t)ws->longest);
+        space.gathered = carve(&c, 2 * r * 8 * sizeof(int64_t));
         if (base)
             ws->thread[i] = space;
     }

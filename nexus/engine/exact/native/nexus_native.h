@@ -33,7 +33,7 @@ typedef struct {
     const uint8_t *weights; /* packed by nx_pack; NULL: there is no such layer */
     const float *scale;     /* [n] */
     const float *bias;      /* [n] or NULL */
-    const int64_t *check;   /* [k] the sum over the rows of key times weights, mod 2^64, by nx_check_rows; NULL: nothing is checked.
+    const int32_t *check;   /* [k] key times weights, summed over the rows, modulo 2^31 - 1 (check.h); NULL: nothing is checked.
                                That of `up` is of gate and up together, and `gate` has none */
     int32_t n, k;           /* outputs, inputs */
     int32_t wide;           /* 1: activations of 16 bits */
@@ -80,7 +80,7 @@ typedef struct {
     nx_linear head;               /* weights NULL: the stage puts out hidden states; tied weights: the pointers of `embed` */
     nx_norm final_norm;           /* before the head */
     const nx_layer *layer;        /* [layers] */
-    const int32_t *key;           /* [most rows of any linear layer, gate and up as one] odd random numbers, see nx_linear.check */
+    const int32_t *key;           /* [most rows of any linear layer, gate and up as one] random numbers below 2^29 */
 } nx_model;
 
 typedef struct {
@@ -155,7 +155,7 @@ uint64_t nx_workspace_bytes(const nx_model *model, int64_t rows, int64_t runs, i
 /* Checks sizes and pointers of a model once, after it was put together. */
 int32_t nx_check_model(const nx_model *model);
 
-/* Adds key[i] * row[i] mod 2^64 of `count` rows [k] to check [k]: what nx_linear.check is made of. */
+/* Adds key[i] * row[i] of `count` rows [k] to check [k]: what nx_linear.check is before it is taken modulo 2^31 - 1. */
 int32_t nx_check_rows(int32_t variant, int64_t count, int64_t k, const int32_t *key, const int8_t *rows, int64_t *check);
 
 /* Hashes of many inputs: `prefix` (NX_LEAF or NX_NODE) and the data (hash.h). */

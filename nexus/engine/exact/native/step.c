@@ -6,6 +6,7 @@
 #include <omp.h>
 #endif
 
+#include "check.h"
 #include "dot.h"
 #include "float_control.h"
 #include "layout.h"
@@ -48,56 +49,42 @@ static void mark_out_of_bounds(step *s, int row) {
 
 static float *x_row(const step *s, int row) { return s->ws.x + (size_t)row * (size_t)s->m->hidden; }
 
-/* ---- checks ---- */
-
-/* In a step that commits, every linear layer is checked as Freivalds (1977) did: with a random key r per row of the weights and
- * v = r W, made as they were loaded, r.sums = v.x must hold for the sums and integers x of every token (mod 2^64). A wrong sum, from
- * a flipped bit or a wrong kernel, is missed once in 2^32 times, and never if there is only one. */
-
-static uint64_t times_key(const int32_t *key, const int32_t *acc, int32_t correction, int count) {
-    uint64_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < count; c++)
-        sum += (uint64_t)((int64_t)key[c] * (int64_t)(acc[c] - correction));
-    return sum;
-}
-
-static uint64_t times_check(const int64_t *check, const int8_t *x, int count) {
-    uint64_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int k = 0; k < count; k++)
-        sum += (uint64_t)check[k] * (uint64_t)(int64_t)x[k];
-    return sum;
-}
+/* ---- checks (check.h) ---- */
 
 void JOIN(nx_check_rows_, NX_VARIANT)(int64_t count, int64_t k, const int32_t *key, const int8_t *rows, int64_t *check) {
-    uint64_t *to = (uint64_t *)check;
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4, rows += 4 * k) { /* four at a time: `check` is read and written less often */
-        const int64_t a = key[i], b = key[i + 1], c = key[i + 2], d = key[i + 3];
-#pragma omp simd
-        for (int64_t j = 0; j < k; j++) /* less than 4 * 2^31 * 2^7 */
-            to[j] += (uint64_t)((a * rows[j] + b * rows[k + j]) + (c * rows[2 * k + j] + d * rows[3 * k + j]));
-    }
-    for (; i < count; i++, rows += k)
-        for (int64_t j = 0; j < k; j++)
-            to[j] += (uint64_t)((int64_t)key[i] * rows[j]);
+    add_rows(count, k, key, rows, check);
 }
 
-/* The sums of part `part` of a token are another `sum` times the key. */
-static void add_found(const step *s, int token, int part, uint64_t sum) {
-    uint64_t *found = &s->ws.found[part * s->rows + token];
-    if (s->team.threads == 1)
-        *found += sum;
-    else
-        __atomic_fetch_add(found, sum, __ATOMIC_RELAXED);
+/* Where a thread gathers what the sums of the columns it has in hand come to: [CHECK_LANES] per token and part. */
+static int64_t *gathered(const worker *me, int token, int part) {
+    return me->space->gathered + (size_t)(part * me->s->rows + token) * CHECK_LANES;
+}
+
+static void begin_gathering(const worker *me, const int32_t *key, int tokens, int parts) {
+    for (int part = 0; key && part < parts; part++)
+        memset(gathered(me, 0, part), 0, (size_t)tokens * CHECK_LANES * sizeof(int64_t));
+}
+
+/* Before the items in hand are given back: after that others may go on. */
+static void end_gathering(const worker *me, const int32_t *key, int tokens, int parts) {
+    for (int part = 0; key && part < parts; part++)
+        for (int token = 0; token < tokens; token++) {
+            const int64_t *lanes = gathered(me, token, part);
+            int64_t *found = &me->s->ws.found[part * me->s->rows + token], sum = 0;
+            for (int i = 0; i < CHECK_LANES; i++)
+                sum += lanes[i] % CHECK_PRIME;
+            if (me->s->team.threads == 1)
+                *found += sum;
+            else
+                __atomic_fetch_add(found, sum, __ATOMIC_RELAXED);
+        }
 }
 
 /* The linear layer that a token went through is over: were its sums right? */
 static void check_token(step *s, int token) {
     for (int part = 0; part < 2; part++) {
-        uint64_t *expected = &s->ws.expected[part * s->rows + token], *found = &s->ws.found[part * s->rows + token];
-        if (*expected != *found)
+        int64_t *expected = &s->ws.expected[part * s->rows + token], *found = &s->ws.found[part * s->rows + token];
+        if ((*expected - *found) % CHECK_PRIME)
             atomic_store_explicit(&s->wrong, 1, memory_order_relaxed);
         *expected = *found = 0;
     }
@@ -131,7 +118,7 @@ static int quantise_token(const step *s, const nx_linear *w, const operand *o, i
     const int good = quantise(values, w->k, w->wide, to, &s->ws.scale[index], &s->ws.sum[row]);
     for (int part = 0; s->b->commit && w->check && part < o->parts; part++) {
         const int8_t *x = part ? to.low : to.high;
-        uint64_t sum = 0;
+        int64_t sum = 0;
         if (to.stride == 64)
             sum = times_check(w->check, x, w->k);
         else
@@ -173,8 +160,9 @@ typedef struct {
 
 /* Tokens [first, first + tokens) times columns [column, column + 32) of w, of which those below w->n mean something. `key`: of the
  * layer's first column; NULL: nothing is checked. */
-static void linear_block(const step *s, const nx_linear *w, const operand *o, int first, int tokens, int column, const int32_t *key,
-                         trace_at trace, outputs out) {
+static void linear_block(const worker *me, const nx_linear *w, const operand *o, int first, int tokens, int column,
+                         const int32_t *key, trace_at trace, outputs out) {
+    const step *s = me->s;
     _Alignas(64) int32_t acc[NX_BLOCK * NX_BLOCK];
     const size_t group = group_bytes(w->k);
     const uint8_t *weights = w->weights + (size_t)(column / NX_GROUP) * group;
@@ -202,9 +190,10 @@ static void linear_block(const step *s, const nx_linear *w, const operand *o, in
         for (int c = 0; w->bias && c < count; c++)
             y[c] = y[c] + w->bias[column + c];
         for (int part = 0; key && part < o->parts; part++)
-            add_found(s, first + t, part,
-                      count == NX_BLOCK ? times_key(key + column, part ? low : high, corrections[part], NX_BLOCK)
-                                        : times_key(key + column, part ? low : high, corrections[part], count));
+            if (count == NX_BLOCK)
+                add_block(gathered(me, first + t, part), key + column, part ? low : high, corrections[part]);
+            else
+                add_columns(gathered(me, first + t, part), key + column, part ? low : high, corrections[part], count);
         for (int part = 0; trace.sums && part < o->parts; part++)
             trace_sums(o, trace, first + t, part, column, count, part ? low : high, corrections[part]);
     }
@@ -233,13 +222,14 @@ static void linear(worker *me, const nx_linear *w, int tokens, target to, trace_
     _Alignas(64) float y[NX_BLOCK][NX_BLOCK];
     if (o.tiles)
         begin_tiles();
-    for (int block; (block = next_item(me, chunk, blocks)) < blocks;)
+    for (int block; (block = next_item(me, chunk, blocks)) < blocks;) {
+        begin_gathering(me, key, tokens, o.parts);
         for (const int end = min_int(block + chunk, blocks); block < end; block++)
             for (int first = 0; first < tokens; first += together) {
                 const int count = min_int(together, tokens - first), column = block * NX_BLOCK;
                 const int columns = min_int(NX_BLOCK, w->n - column);
                 float *out = to.y + (size_t)first * to.stride + column;
-                linear_block(s, w, &o, first, count, column, key, trace,
+                linear_block(me, w, &o, first, count, column, key, trace,
                              to.add ? (outputs){y[0], NX_BLOCK} : (outputs){out, to.stride});
                 for (int t = 0; t < count; t++, out += to.stride) {
                     for (int c = 0; to.add && c < columns; c++)
@@ -248,6 +238,8 @@ static void linear(worker *me, const nx_linear *w, int tokens, target to, trace_
                         out[c] = cap(s->m, out[c], to.cap);
                 }
             }
+        end_gathering(me, key, tokens, o.parts);
+    }
     if (o.tiles)
         end_tiles();
 }
@@ -263,14 +255,15 @@ static void gated_linear(worker *me, const nx_layer *layer, int32_t *trace) {
     _Alignas(64) float g[NX_BLOCK][NX_BLOCK], u[NX_BLOCK][NX_BLOCK];
     if (o.tiles)
         begin_tiles();
-    for (int block; (block = next_item(me, chunk, blocks)) < blocks;)
+    for (int block; (block = next_item(me, chunk, blocks)) < blocks;) {
+        begin_gathering(me, key, s->rows, o.parts);
         for (const int end = min_int(block + chunk, blocks); block < end; block++)
             for (int first = 0; first < s->rows; first += together) {
                 const int count = min_int(together, s->rows - first), column = block * NX_BLOCK;
                 const int columns = min_int(NX_BLOCK, up->n - column);
-                linear_block(s, up, &o, first, count, column, up_key, up_trace, (outputs){u[0], NX_BLOCK});
+                linear_block(me, up, &o, first, count, column, up_key, up_trace, (outputs){u[0], NX_BLOCK});
                 if (gate)
-                    linear_block(s, gate, &o, first, count, column, key, gate_trace, (outputs){g[0], NX_BLOCK});
+                    linear_block(me, gate, &o, first, count, column, key, gate_trace, (outputs){g[0], NX_BLOCK});
                 for (int t = 0; t < count; t++) {
                     float *h = s->ws.h + (size_t)(first + t) * (size_t)up->n + column, *act = gate ? g[t] : u[t];
                     activate(s->m, act, columns);
@@ -278,6 +271,8 @@ static void gated_linear(worker *me, const nx_layer *layer, int32_t *trace) {
                         h[c] = gate ? act[c] * u[t][c] : act[c];
                 }
             }
+        end_gathering(me, key, s->rows, o.parts);
+    }
     if (o.tiles)
         end_tiles();
 }
