@@ -322,7 +322,10 @@ class InferService:
 
     async def seal(self, stage: Stage, session: bytes, n: int) -> Sealed:
         """Close a session's trace over its oldest `n` steps, on a thread: there is a hash per step, layer and operation."""
-        return await trio.to_thread.run_sync(lambda: Sealed.of(stage.seal(session, n), stage.trace_shape, n))
+        # Only exact stages seal: what they take to import is there when one is loaded.
+        from nexus.engine.exact.commit import sealed
+
+        return await trio.to_thread.run_sync(lambda: sealed(stage.seal(session, n), stage.trace_shape, n))
 
 
 class _Served:
