@@ -64,24 +64,26 @@ def verify_merkle_proof(root: bytes, size: int, index: int, leaf: bytes, proof: 
     """Check that `leaf` (a leaf hash) is number `index` of the `size` leaves under `root`. Raises VerificationError."""
     if not 0 <= index < size or len(proof) > MAX_PROOF_HASHES:
         raise VerificationError("the Merkle proof does not fit its tree")
-    # Walk down from the root, so that the side of every sibling follows from index and size alone.
-    sides = []
-    low, high = 0, size
-    while high - low > 1:
-        middle = low + _split(high - low)
-        if index < middle:
-            sides.append("right")
-            high = middle
-        else:
-            sides.append("left")
-            low = middle
+    sides = sibling_sides(size, index)
     if len(sides) != len(proof):
         raise VerificationError("the Merkle proof has the wrong length")
     node = leaf
-    for side, sibling in zip(reversed(sides), proof, strict=True):
-        node = _node_hash(node, sibling) if side == "right" else _node_hash(sibling, node)
+    for left, sibling in zip(sides, proof, strict=True):
+        node = _node_hash(sibling, node) if left else _node_hash(node, sibling)
     if node != root:
         raise VerificationError("the Merkle proof does not lead to the root")
+
+
+def sibling_sides(size: int, index: int) -> list[bool]:
+    """Of the siblings of leaf `index` of `size`, from the leaf up: whether each is on the left."""
+    # Walk down from the root, so that the side of every sibling follows from index and size alone.
+    lefts = []
+    low, high = 0, size
+    while high - low > 1:
+        middle = low + _split(high - low)
+        lefts.append(index >= middle)
+        low, high = (middle, high) if index >= middle else (low, middle)
+    return lefts[::-1]
 
 
 def merkle_range_proof(leaves: Sequence[bytes], start: int, end: int) -> list[bytes]:

@@ -14,12 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nexus.core.errors import NotFoundError
-from nexus.core.hashing import HASH_BYTES, leaf_hash, merkle_peaks, merkle_range_proof, merkle_root
+from nexus.core.errors import MalformedError, NotFoundError, VerificationError
+from nexus.core.hashing import HASH_BYTES, leaf_hash, merkle_peaks, merkle_range_proof, merkle_root, sibling_sides
 from nexus.core.manifest import Manifest
 from nexus.core.plan import Plan
+from nexus.proof.arithmetic.ops import record_bytes
 from nexus.proof.arithmetic.rows import WeightProof
-from nexus.proof.audit import Opening
+from nexus.proof.audit import OpenedRow, Opening
 from nexus.proof.evidence.case import Case, CheckedCase, check_case
 from nexus.proof.evidence.exhibits import Cell, LogRecords, LogRoot, Payload, Rows
 from nexus.proof.evidence.operation import LOG, OUTPUT, PREVIOUS_MAX, SAMPLE, Claim, Proof, operation_verdict
@@ -113,21 +114,41 @@ def _first_byte(one: bytes, other: bytes) -> int:
 def accuse(accused: AccusedStage, recomputed: Recomputed, weights: WeightSource, opened: Opening | None = None) -> Evidence | None:
     """Evidence of the first thing that the stage did wrong, and None where it did nothing wrong.
 
-    `opened`: the accused's own values at the first difference, which make the proof small; those that do not hold are not used.
-    Weights are carried where the evidence then still can be passed on (GOSSIP_BYTES_MAX). Raises NotFoundError where `weights` lacks
-    what the proof is about, MalformedError and VerificationError where the receipts or traces are not ones of this session.
+    `opened`: the accused's own opening of the row with the first difference, which makes the proof small; one that does not hold,
+    or is of another row, is not used. Weights are carried where the evidence then still can be passed on (GOSSIP_BYTES_MAX).
+    Raises NotFoundError where `weights` lacks what the proof is about, MalformedError and VerificationError where the receipts or
+    traces are not ones of this session.
     """
     shape = _case_of(accused, 0)[1].shape
     roots = [signed.receipt.out_root for signed in accused.receipts]
     difference = first_difference(shape, accused.traces, recomputed, roots)
     if difference is None:
         return None
-    build = _Builder(accused, recomputed, difference)
-    if opened is not None and difference.op in OPS:
-        small = build.from_opened(opened)
-        if small is not None:
-            return with_weights(small, weights)
-    return with_weights(build.without_help(), weights)
+    if opened is not None and (opened.cell.step, opened.cell.layer) == (difference.step, difference.layer):
+        try:
+            return accuse_opening(accused, opened, difference.op, weights)
+        except (MalformedError, VerificationError):
+            pass
+    return with_weights(_Recomputing(accused, recomputed, difference).proof(), weights)
+
+
+def accuse_opening(accused: AccusedStage, opened: Opening, op: str, weights: WeightSource) -> Evidence:
+    """Evidence from what the accused opened of one cell alone: value `op` of the row does not follow from the values before it.
+
+    `op`: one of OPS, LOGITS, LOG (what the row adds to the log of the cell's head), OUTPUT. `accused.traces` lead to the roots.
+    The proof is about the first element that is wrong, so that it carries one row of weights, or about one head.
+    Raises VerificationError where `op` is right or the opening does not lead to what was signed for, MalformedError where it lacks
+    something, NotFoundError where `weights` does.
+    """
+    proof = _Opened(accused, opened, op).proof()
+    element = operation_verdict(proof.evidence(), weights).element
+    if element is not None:
+        exact = check_case(proof.case).exact
+        claim = replace(proof.claim, element=element, elements=1)
+        if op == ATTENTION:
+            claim = replace(claim, element=element // exact.head_dim * exact.head_dim, elements=exact.head_dim)
+        proof = replace(proof, claim=claim)
+    return with_weights(proof, weights)
 
 
 def with_weights(proof: Proof, weights: WeightSource) -> Evidence:
@@ -159,20 +180,17 @@ def _case_of(accused: AccusedStage, window: int) -> tuple[Case, CheckedCase]:
     return case, check_case(case)
 
 
-class _Builder:
-    """Collects what a proof has to show."""
+class _Showing:
+    """Collects what a proof has to show of one window. Layers are counted in the whole model here."""
 
-    def __init__(self, accused: AccusedStage, recomputed: Recomputed, difference: Difference) -> None:
-        self._accused, self._recomputed, self._at = accused, recomputed, difference
-        self._case, self._checked = _case_of(accused, difference.window)
-        self._trace = accused.traces[difference.window]
+    def __init__(self, accused: AccusedStage, window: int) -> None:
+        self._accused, self._window = accused, window
+        self._case, self._checked = _case_of(accused, window)
+        self._trace = accused.traces[window]
         self._receipt = self._checked.receipt
-        self._layer = self._checked.start + difference.layer
-        self._reset()
-
-    def _reset(self) -> None:
+        self._steps = range(self._receipt.step0, self._receipt.step0 + self._receipt.n)
         self._cells: dict[tuple[int, int], Cell] = {}
-        self._rows: dict[tuple[int, int, str, int], Rows] = {}
+        self._rows: dict[tuple[int, int, str], Rows] = {}
         self._inputs: dict[int, Payload] = {}
         self._outputs: dict[int, Payload] = {}
         self._records: list[LogRecords] = []
@@ -180,137 +198,8 @@ class _Builder:
         self._previous = 0
         self._answers = b""
 
-    def without_help(self) -> Proof:
-        """The whole value, whose root is wrong."""
-        self._reset()
-        at = self._at
-        match at.op:
-            case "log":
-                self._show_log()
-                return self._proof(Claim(LOG, at.step, self._layer, 0, 0, at.head, 0))
-            case "output":
-                return self._output()
-            case _:
-                self._cell(at.step, self._layer)
-                self._show_inputs(0, self._size(at.step), range(self._checked.shape.kv_heads))
-                return self._proof(Claim(at.op, at.step, self._layer, 0, 0, 0, 0))
-
-    def from_opened(self, opened: Opening) -> Proof | None:
-        """One element of one row, or one head; None where the row that was opened is not the wrong one."""
-        at, exact = self._at, self._checked.exact
-        if (opened.cell.step, opened.cell.layer) != (at.step, at.layer) or len(opened.values) != len(OPS):
-            return None
-        row, shown = opened.cell.row, opened.values[OPS.index(at.op)]
-        right = self._recomputed.values(at.step, at.layer, at.op)
-        if row >= len(right) or len(shown.data) != right[row].nbytes:
-            return None
-        said, due = (np.frombuffer(data, "<u4") for data in (shown.data, _bytes(right[row])))
-        wrong = np.flatnonzero(said != due)
-        if not len(wrong):
-            return None
-        self._reset()
-        element, count = int(wrong[0]), 1
-        heads = range(0)
-        if at.op == ATTENTION:
-            head = element // exact.head_dim
-            element, count = head * exact.head_dim, exact.head_dim
-            group = head * exact.kv_heads // exact.heads
-            heads = range(group, group + 1)
-        self._cell(at.step, self._layer)
-        siblings = tuple(_left_to_right(len(right), row, shown.siblings))
-        self._rows[at.step, self._layer, at.op, row] = Rows(at.step, self._layer, at.op, row, shown.data, siblings)
-        self._show_inputs(row, 1, heads)
-        return self._proof(Claim(at.op, at.step, self._layer, row, 1, element, count))
-
-    # --- what an operation works on ---------------------------------------------------------------------------------------------
-
-    def _show_inputs(self, row: int, count: int, heads: range) -> None:
-        """Of the wrong operation, for rows [row, row + count). `heads`: the key-value heads that attention reads."""
-        step, layer = self._at.step, self._layer
-        if not self._checked.causal:
-            self._input(step)
-        match self._at.op:
-            case "qkv":
-                self._show_x(row, count)
-            case "attention":
-                self._show_keys(row, count, heads)
-            case "o":
-                self._value(step, layer, ATTENTION, row, count)
-                self._show_x(row, count)
-            case "gate_up":
-                self._value(step, layer, ATTENTION_OUT, row, count)
-            case "down":
-                self._value(step, layer, GATE_UP, row, count)
-                self._value(step, layer, ATTENTION_OUT, row, count)
-            case "logits":
-                self._value(step, layer - 1, DOWN, self._size(step) - 1, 1)
-
-    def _show_x(self, row: int, count: int) -> None:
-        if self._at.layer:
-            self._value(self._at.step, self._layer - 1, DOWN, row, count)
-        else:
-            self._input(self._at.step)
-
-    def _show_keys(self, row: int, count: int, heads: range) -> None:
-        """The logs as they were a window before, as far as they are seen, and what the steps since then add to them."""
-        checked, step0 = self._checked, self._receipt.step0
-        if not checked.causal:
-            self._value(self._at.step, self._layer, QKV, 0, self._size(self._at.step))
-            return
-        for step in range(step0, self._at.step + 1):
-            self._value(step, self._layer, QKV, 0, self._size(step))
-        seen = checked.exact.layers[self._layer].window
-        first = checked.position(self._at.step) + row
-        start, end = max(0, first + 1 - seen) if seen else 0, checked.position(step0)
-        if step0 and start < end:
-            self._previous = 1
-            for head in heads:
-                self._log_records(head, start, end)
-
-    def _show_log(self) -> None:
-        receipt, at = self._receipt, self._at
-        for step in range(receipt.step0, receipt.step0 + receipt.n):
-            self._value(step, self._layer, QKV, 0, self._size(step))
-        shape = self._checked.shape
-        peaks: list[bytes] = []
-        path_before: tuple[bytes, ...] = ()
-        if receipt.step0:
-            self._previous = 1
-            length = self._accused.receipts[at.window - 1].receipt.kv_len
-            peaks = merkle_peaks([leaf_hash(record) for record in self._recomputed.records(at.layer, at.head, length)])
-            path_before = self._log_path(at.window - 1, at.head)
-        root = self._trace.log_root(shape, at.layer, at.head)
-        self._logs.append(LogRoot(self._layer, at.head, root, self._log_path(at.window, at.head), tuple(peaks), path_before))
-
-    def _output(self) -> Proof:
-        """The token of one step, or what left the stage in one step where it is known, or else in the whole window."""
-        at, receipt, checked = self._at, self._receipt, self._checked
-        steps = range(receipt.step0, receipt.step0 + receipt.n)
-        known = self._accused.outputs[steps.start : steps.stop]
-        wrong = None
-        if payload_root(known) == receipt.out_root:
-            wrong = next(step for step in steps if self._accused.outputs[step] != self._recomputed.outputs[step])
-            self._output_payload(wrong)
-        if checked.last and checked.causal:
-            if wrong is None:
-                raise NotFoundError("the tokens that the stage gave are not known", "Accuse with the session's outputs")
-            self._value(wrong, checked.end, LOGITS, 0, 1)
-            if self._accused.terms.repetition_penalty != MICRO:
-                self._previous = at.window
-                self._answers = b"".join(self._accused.outputs[: receipt.step0])
-                for step in range(receipt.step0, wrong):
-                    self._output_payload(step)
-            return self._proof(Claim(SAMPLE, wrong, checked.end, 0, 0, 0, 0))
-        for step in steps if wrong is None else (wrong,):
-            if not checked.causal:
-                self._input(step)
-            self._value(step, checked.end - 1, DOWN, 0, self._size(step))
-        return self._proof(Claim(OUTPUT, at.step if wrong is None else wrong, checked.end - 1, 0, int(wrong is not None), 0, 0))
-
-    # --- openings -----------------------------------------------------------------------------------------------------------------
-
     def _proof(self, claim: Claim) -> Proof:
-        before = [signed.receipt for signed in self._accused.receipts[: self._at.window]][::-1]
+        before = [signed.receipt for signed in self._accused.receipts[: self._window]][::-1]
         return Proof(
             case=self._case,
             claim=claim,
@@ -325,58 +214,261 @@ class _Builder:
             weights=(),
         )
 
-    def _size(self, step: int) -> int:
-        return len(self._accused.inputs[step]) // self._checked.input_bytes
-
-    def _cell(self, step: int, layer: int) -> None:
-        shape, receipt = self._checked.shape, self._receipt
-        cells = [self._trace.step_cells(shape, at) for at in range(receipt.n)]
-        leaves = [_layer_leaves(each, shape) for each in cells]
+    def _show_cell(self, step: int, layer: int) -> None:
+        if (step, layer) in self._cells:
+            return
+        shape = self._checked.shape
+        leaves = [_layer_leaves(self._trace.step_cells(shape, at), shape) for at in range(self._receipt.n)]
         roots = [merkle_root(each) for each in leaves]
-        at, index = step - receipt.step0, layer - self._checked.start
-        data = cells[at][index * CELL_BYTES : (index + 1) * CELL_BYTES]
-        self._cells[step, layer] = Cell(
-            step,
-            layer,
-            data,
-            tuple(merkle_range_proof(leaves[at], index, index + 1)),
-            tuple(merkle_range_proof(roots, at, at + 1)),
-        )
+        at, index = step - self._receipt.step0, layer - self._checked.start
+        data = self._trace.step_cells(shape, at)[index * CELL_BYTES : (index + 1) * CELL_BYTES]
+        layer_path, step_path = merkle_range_proof(leaves[at], index, index + 1), merkle_range_proof(roots, at, at + 1)
+        self._cells[step, layer] = Cell(step, layer, data, tuple(layer_path), tuple(step_path))
 
-    def _value(self, step: int, layer: int, op: str, row: int, count: int) -> None:
-        """Rows of a value that is right, under the accused's own op root."""
-        if (step, layer) not in self._cells:
-            self._cell(step, layer)
-        values = self._recomputed.values(step, min(layer, self._checked.end - 1) - self._checked.start, op)
-        rows = [_bytes(line) for line in values]
-        siblings = merkle_range_proof([leaf_hash(each) for each in rows], row, row + count)
-        self._rows[step, layer, op, row] = Rows(step, layer, op, row, b"".join(rows[row : row + count]), tuple(siblings))
-
-    def _input(self, step: int) -> None:
+    def _show_input(self, step: int) -> None:
         self._inputs[step] = self._payload(self._accused.inputs, step)
 
-    def _output_payload(self, step: int) -> None:
+    def _show_output(self, step: int) -> None:
         self._outputs[step] = self._payload(self._accused.outputs, step)
 
     def _payload(self, payloads: Sequence[bytes], step: int) -> Payload:
-        step0, n = self._receipt.step0, self._receipt.n
-        leaves = [leaf_hash(payload) for payload in payloads[step0 : step0 + n]]
-        return Payload(step, payloads[step], tuple(merkle_range_proof(leaves, step - step0, step - step0 + 1)))
+        leaves = [leaf_hash(payload) for payload in payloads[self._steps.start : self._steps.stop]]
+        at = step - self._steps.start
+        return Payload(step, payloads[step], tuple(merkle_range_proof(leaves, at, at + 1)))
 
-    def _log_records(self, head: int, start: int, end: int) -> None:
-        """Records of the window before, under its log root."""
-        layer = self._at.layer
-        records = self._recomputed.records(layer, head, end)
-        siblings = merkle_range_proof([leaf_hash(record) for record in records], start, end)
-        path = self._log_path(self._at.window - 1, head)
-        data = b"".join(records[start:end])
-        self._records.append(LogRecords(1, self._layer, head, start, data, tuple(siblings), path))
+    def _show_answers(self, step: int) -> None:
+        """The tokens before a step, where the sampler's choice depends on them."""
+        if self._accused.terms.repetition_penalty != MICRO:
+            self._previous = self._window
+            self._answers = b"".join(self._accused.outputs[: self._steps.start])
+            for earlier in range(self._steps.start, step):
+                self._show_output(earlier)
 
-    def _log_path(self, window: int, head: int) -> tuple[bytes, ...]:
+    def _log_path(self, window: int, layer: int, head: int) -> tuple[bytes, ...]:
         logs = self._accused.traces[window].logs
         roots = [logs[at : at + HASH_BYTES] for at in range(0, len(logs), HASH_BYTES)]
-        number = self._at.layer * self._checked.shape.kv_heads + head
+        number = (layer - self._checked.start) * self._checked.shape.kv_heads + head
         return tuple(merkle_range_proof(roots, number, number + 1))
+
+    def _tokens(self, step: int) -> int:
+        return len(self._accused.inputs[step]) // self._checked.input_bytes
+
+
+class _Recomputing(_Showing):
+    """A whole value, whose root is wrong: what it was computed from is known, and what it should be follows from that."""
+
+    def __init__(self, accused: AccusedStage, recomputed: Recomputed, difference: Difference) -> None:
+        super().__init__(accused, difference.window)
+        self._recomputed, self._at = recomputed, difference
+        self._layer = self._checked.start + difference.layer
+
+    def proof(self) -> Proof:
+        at, step = self._at, self._at.step
+        if at.op == LOG:
+            self._show_log()
+            return self._proof(Claim(LOG, step, self._layer, 0, 0, at.head, 0))
+        if at.op == OUTPUT:
+            return self._output_proof()
+        self._show_cell(step, self._layer)
+        if not self._checked.causal:
+            self._show_input(step)
+        match at.op:
+            case "qkv":
+                self._show_x()
+            case "attention":
+                self._show_keys()
+            case "o":
+                self._show_value(step, self._layer, ATTENTION)
+                self._show_x()
+            case "gate_up":
+                self._show_value(step, self._layer, ATTENTION_OUT)
+            case "down":
+                self._show_value(step, self._layer, GATE_UP)
+                self._show_value(step, self._layer, ATTENTION_OUT)
+            case "logits":
+                self._show_value(step, self._layer - 1, DOWN, self._tokens(step) - 1)
+        return self._proof(Claim(at.op, step, self._layer, 0, 0, 0, 0))
+
+    def _show_x(self) -> None:
+        if self._at.layer:
+            self._show_value(self._at.step, self._layer - 1, DOWN)
+        else:
+            self._show_input(self._at.step)
+
+    def _show_value(self, step: int, layer: int, op: str, row: int = 0) -> None:
+        """Rows of a value from `row` on: they are right, so they are under the accused's own op root."""
+        self._show_cell(step, layer)
+        index = min(layer, self._checked.end - 1) - self._checked.start
+        rows = [_bytes(line) for line in self._recomputed.values(step, index, op).reshape(-1, self._checked.widths[op])]
+        siblings = merkle_range_proof([leaf_hash(each) for each in rows], row, len(rows))
+        self._rows[step, layer, op] = Rows(step, layer, op, row, b"".join(rows[row:]), tuple(siblings))
+
+    def _show_keys(self) -> None:
+        """The logs as they were a window before, as far as they are seen, and what the steps since then add to them."""
+        checked, at, step0 = self._checked, self._at, self._steps.start
+        if not checked.causal:
+            self._show_value(at.step, self._layer, QKV)
+            return
+        for step in range(step0, at.step + 1):
+            self._show_value(step, self._layer, QKV)
+        seen, end = checked.exact.layers[self._layer].window, checked.position(step0)
+        start = max(0, checked.position(at.step) + 1 - seen) if seen else 0
+        if start < end:
+            self._previous = 1
+            for head in range(checked.shape.kv_heads):
+                records = self._recomputed.records(at.layer, head, end)
+                siblings = merkle_range_proof([leaf_hash(record) for record in records], start, end)
+                path = self._log_path(self._window - 1, self._layer, head)
+                data = b"".join(records[start:end])
+                self._records.append(LogRecords(1, self._layer, head, start, data, tuple(siblings), path))
+
+    def _show_log(self) -> None:
+        at = self._at
+        for step in self._steps:
+            self._show_value(step, self._layer, QKV)
+        root = self._trace.log_root(self._checked.shape, at.layer, at.head)
+        log = LogRoot(self._layer, at.head, root, self._log_path(self._window, self._layer, at.head), (), ())
+        if self._window:
+            self._previous = 1
+            length = self._accused.receipts[self._window - 1].receipt.kv_len
+            peaks = merkle_peaks([leaf_hash(record) for record in self._recomputed.records(at.layer, at.head, length)])
+            log = replace(log, peaks=tuple(peaks), path_before=self._log_path(self._window - 1, self._layer, at.head))
+        self._logs.append(log)
+
+    def _output_proof(self) -> Proof:
+        """The token of one step, or what left the stage in one step where it is known, or else in the whole window."""
+        checked, outputs, right = self._checked, self._accused.outputs, self._recomputed.outputs
+        wrong = None
+        if payload_root(outputs[self._steps.start : self._steps.stop]) == self._receipt.out_root:
+            wrong = next(step for step in self._steps if outputs[step] != right[step])
+            self._show_output(wrong)
+        if checked.last and checked.causal:
+            if wrong is None:
+                raise NotFoundError("the tokens that the stage gave are not known", "Accuse it with the session's outputs")
+            self._show_value(wrong, checked.end, LOGITS)
+            self._show_answers(wrong)
+            return self._proof(Claim(SAMPLE, wrong, checked.end, 0, 0, 0, 0))
+        for step in self._steps if wrong is None else (wrong,):
+            if not checked.causal:
+                self._show_input(step)
+            self._show_value(step, checked.end - 1, DOWN)
+        if wrong is None:
+            return self._proof(Claim(OUTPUT, self._steps.start, checked.end - 1, 0, 0, 0, 0))
+        return self._proof(Claim(OUTPUT, wrong, checked.end - 1, 0, self._tokens(wrong), 0, 0))
+
+
+class _Opened(_Showing):
+    """One row, all of which the accused opened."""
+
+    def __init__(self, accused: AccusedStage, opened: Opening, op: str) -> None:
+        super().__init__(accused, _window_of(accused, opened.cell.step))
+        self._opened, self._op, self._step = opened, op, opened.cell.step
+        self._layer = self._checked.start + opened.cell.layer
+        self._is_result = opened.cell.layer >= self._checked.shape.layers
+        self._row = self._tokens(self._step) - 1 if self._is_result else opened.cell.row
+
+    def proof(self) -> Proof:
+        checked, step, layer, row = self._checked, self._step, self._layer, self._row
+        if not checked.causal:
+            self._show_input(step)
+        if self._is_result:
+            return self._result_proof()
+        if len(self._opened.values) != len(OPS):
+            raise MalformedError("the opening does not show every value of the row")
+        if self._op == OUTPUT:
+            self._outputs[step] = self._opened_payload(self._opened.output)
+            self._show_row(DOWN)
+            return self._proof(Claim(OUTPUT, step, layer, row, 1, 0, 0))
+        if self._op == LOG:
+            self._show_row(QKV)
+            self._show_records(checked.position(step) + row, checked.position(step) + row + 1)
+            return self._proof(Claim(LOG, step, layer, row, 1, self._opened.cell.head, 0))
+        element = elements = 0
+        self._show_row(self._op)
+        match self._op:
+            case "qkv":
+                self._show_x()
+            case "attention":
+                exact, head = checked.exact, self._opened.cell.head
+                elements = exact.heads // exact.kv_heads * exact.head_dim
+                element = head * elements
+                self._show_row(QKV)
+                if checked.causal:
+                    seen, end = exact.layers[layer].window, checked.position(step) + row + 1
+                    self._show_records(max(0, end - seen) if seen else 0, end)
+            case "o":
+                self._show_row(ATTENTION)
+                self._show_x()
+            case "gate_up":
+                self._show_row(ATTENTION_OUT)
+            case "down":
+                self._show_row(GATE_UP)
+                self._show_row(ATTENTION_OUT)
+            case _:
+                raise MalformedError(f"an opening of a row does not show {self._op!r}")
+        return self._proof(Claim(self._op, step, layer, row, 1, element, elements))
+
+    def _result_proof(self) -> Proof:
+        checked, step, end = self._checked, self._step, self._checked.end
+        if not checked.causal:
+            self._show_context(end - 1, DOWN)
+            self._show_output(step)
+            return self._proof(Claim(OUTPUT, step, end - 1, 0, self._tokens(step), 0, 0))
+        if len(self._opened.values) != 1:
+            raise MalformedError("the opening does not show the logits")
+        self._show_cell(step, end)
+        self._rows[step, end, LOGITS] = Rows(step, end, LOGITS, 0, self._opened.values[0].data, ())
+        if self._op == OUTPUT:
+            self._show_output(step)
+            self._show_answers(step)
+            return self._proof(Claim(SAMPLE, step, end, 0, 0, 0, 0))
+        self._show_opened(end - 1, DOWN, self._opened.x)
+        return self._proof(Claim(LOGITS, step, end, 0, 1, 0, 0))
+
+    def _show_x(self) -> None:
+        if self._opened.cell.layer:
+            self._show_opened(self._layer - 1, DOWN, self._opened.x)
+        elif self._checked.first:
+            self._show_input(self._step)
+        else:
+            self._inputs[self._step] = self._opened_payload(self._opened.x)
+
+    def _show_row(self, op: str) -> None:
+        if op == QKV and not self._checked.causal:
+            self._show_context(self._layer, QKV)
+        else:
+            self._show_opened(self._layer, op, self._opened.values[OPS.index(op)])
+
+    def _show_opened(self, layer: int, op: str, row: OpenedRow) -> None:
+        self._show_cell(self._step, layer)
+        siblings = _left_to_right(self._tokens(self._step), self._row, row.siblings)
+        self._rows[self._step, layer, op] = Rows(self._step, layer, op, self._row, row.data, siblings)
+
+    def _show_context(self, layer: int, op: str) -> None:
+        """All rows of an encoder's text."""
+        self._show_cell(self._step, layer)
+        self._rows[self._step, layer, op] = Rows(self._step, layer, op, 0, b"".join(self._opened.context), ())
+
+    def _opened_payload(self, row: OpenedRow) -> Payload:
+        return Payload(self._step, row.data, _left_to_right(self._receipt.n, self._step - self._steps.start, row.siblings))
+
+    def _show_records(self, start: int, end: int) -> None:
+        """Of the cell's head, out of its log to the end of the window."""
+        raw, head = self._opened.records, self._opened.cell.head
+        size = record_bytes(self._checked.exact, ATTENTION in self._checked.exact.layers[self._layer].wide)
+        records = [raw[at : at + size] for at in range(0, len(raw), size)]
+        if len(records) != self._receipt.kv_len:
+            raise MalformedError(f"the opening shows {len(records)} records of {self._receipt.kv_len}")
+        siblings = merkle_range_proof([leaf_hash(record) for record in records], start, end)
+        path = self._log_path(self._window, self._layer, head)
+        self._records.append(LogRecords(0, self._layer, head, start, b"".join(records[start:end]), tuple(siblings), path))
+
+
+def _window_of(accused: AccusedStage, step: int) -> int:
+    for number, signed in enumerate(accused.receipts):
+        if signed.receipt.step0 <= step < signed.receipt.step0 + signed.receipt.n:
+            return number
+    raise NotFoundError(f"the stage signed no receipt for step {step}", "Accuse it with all its receipts")
 
 
 def _bytes(values: NDArray[np.float32]) -> bytes:
@@ -384,17 +476,14 @@ def _bytes(values: NDArray[np.float32]) -> bytes:
 
 
 def _layer_leaves(cells: bytes, shape: TraceShape) -> list[bytes]:
-    """The leaves of a step's tree."""
+    """The leaves of a step's tree: a layer's op roots each, then the hash of the logits where there are any."""
     return [leaf_hash(cells[at : at + CELL_BYTES]) for at in range(0, len(cells), CELL_BYTES)]
 
 
-def _left_to_right(size: int, index: int, path: Sequence[bytes]) -> list[bytes]:
+def _left_to_right(size: int, index: int, path: Sequence[bytes]) -> tuple[bytes, ...]:
     """Siblings as `nexus.core.hashing.verify_merkle_proof` takes them, from the leaf up, in the order of a range."""
-    sides, low, high = [], 0, size
-    while high - low > 1:
-        middle = low + (1 << ((high - low - 1).bit_length() - 1))
-        sides.append(index >= middle)
-        low, high = (middle, high) if index >= middle else (low, middle)
-    lefts = [sibling for sibling, left in zip(path, reversed(sides), strict=False) if left]
-    rights = [sibling for sibling, left in zip(path, reversed(sides), strict=False) if not left]
-    return [*reversed(lefts), *rights]
+    lefts: list[bytes] = []
+    rights: list[bytes] = []
+    for sibling, left in zip(path, sibling_sides(size, index), strict=False):
+        (lefts if left else rights).append(sibling)
+    return (*reversed(lefts), *rights)

@@ -35,8 +35,11 @@ from nexus.proof.trace import ATTENTION, ATTENTION_OUT, DOWN, GATE_UP, LOGITS, Q
 # Claims beside those about a value (`nexus.proof.trace`): what leaves the stage, and the logs of keys and values.
 SAMPLE, OUTPUT, LOG, APPEND = "sample", "output", "log", "append"
 KV_CLAIMS = (LOG, APPEND)
-# Multiplications of one verdict: about three seconds of one core.
-WORK_MAX = 1 << 34
+# Of one verdict, in multiplications of a matrix product: some six seconds of one core (docs/evidence.md, "Bounds").
+WORK_MAX = 1 << 37
+# What else takes time, in the same unit: a weight that is read, a query of one head and each position that it sees, a record of
+# keys and values, a token's embedding.
+_WEIGHT_WORK, _HEAD_WORK, _SEEN_WORK, _RECORD_WORK, _TOKEN_WORK = 32, 1 << 21, 1 << 10, 1 << 17, 1 << 20
 # Of a value that is computed whole, in numbers.
 NUMBERS_MAX = 1 << 25
 PREVIOUS_MAX = 4096
@@ -52,9 +55,9 @@ class Claim(Record):
     """What is said to be wrong: of value `op` of a layer in a step the elements [element, element + elements) of the rows
     [row, row + rows). No `elements` are all of a row; no `rows` are all of a step, which were not opened: then their root is wrong.
 
-    `layer`: of the whole model. SAMPLE and OUTPUT: the payload of the step; of OUTPUT with no `rows` that of some step of the
-    window. LOG: the record of row `row` for key-value head `element`; with no `rows` the root of that log. APPEND: the record of
-    position `row` is not what it was a window before.
+    `layer`: of the whole model. SAMPLE and OUTPUT: the payload of the step; of OUTPUT these rows of it, or with no `rows` that of
+    some step of the window. LOG: the record of row `row` for key-value head `element`; with no `rows` the root of that log.
+    APPEND: the record of position `row` is not what it was a window before.
     """
 
     op: str = text(16)
@@ -104,21 +107,30 @@ def operation_verdict(evidence: Evidence, source: WeightSource | None) -> Verdic
     weights = Weights(case, proof.weights, source)
     with np.errstate(all="ignore"):  # what is not a number is refused where it comes up
         fault = Recomputation(case, exhibits, weights).fault(proof)
-    if not fault:
+    if fault is None:
         raise VerificationError(f"{proof.claim.op!r} is right, where the proof says that it is not")
     receipt, claim = case.receipt, proof.claim
     return Verdict(
         accused=receipt.node,
         kind=evidence.kind,
         evidence=evidence.id,
-        summary=f"{peer_id_of(receipt.node)} {fault}",
+        summary=f"{peer_id_of(receipt.node)} {fault.text}",
         session=receipt.session,
         model_root=receipt.model_root,
         stage=receipt.stage,
         step=claim.step,
         layer=None if claim.op in (SAMPLE, OUTPUT, LOGITS) else claim.layer,
         op=claim.op,
+        element=fault.element,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What the accused did, in words. `element`: of the row that was opened, the first wrong one."""
+
+    text: str
+    element: int | None = None
 
 
 def show(case: CheckedCase, proof: Proof) -> Exhibits:
@@ -147,8 +159,8 @@ class Recomputation:
         self._work = 0
         self._computed: dict[tuple[int, int, int], ops.Heads] = {}
 
-    def fault(self, proof: Proof) -> str:
-        """What the accused did, in words; empty where it did right."""
+    def fault(self, proof: Proof) -> Fault | None:
+        """What the accused did; None where it did right."""
         claim = proof.claim
         match claim.op:
             case "sample":
@@ -164,7 +176,7 @@ class Recomputation:
 
     # --- values -------------------------------------------------------------------------------------------------------------
 
-    def _value_fault(self, claim: Claim) -> str:
+    def _value_fault(self, claim: Claim) -> Fault | None:
         case, exhibits = self._case, self._exhibits
         layers = range(case.end, case.end + 1) if claim.op == LOGITS else range(case.start, case.end)
         if claim.op not in case.widths or claim.layer not in layers or not case.has_step(claim.step):
@@ -182,14 +194,15 @@ class Recomputation:
         lines = [line.tobytes() for line in right.astype("<f4", copy=False)]
         if not claim.rows:
             wrong = op_root_of(lines) != exhibits.root(claim.step, claim.layer, claim.op)
-            return f"computed {claim.op!r} wrongly {where}" if wrong else ""
+            return Fault(f"computed {claim.op!r} wrongly {where}") if wrong else None
         for row, line in enumerate(lines, claim.row):
             said = exhibits.committed(claim.step, claim.layer, claim.op, row)[4 * part.element : 4 * (part.element + elements)]
             if said != line:
                 at = next(at for at in range(elements) if said[4 * at : 4 * at + 4] != line[4 * at : 4 * at + 4])
                 got, due = (np.frombuffer(each, "<f4")[at] for each in (said, line))
-                return f"computed element {part.element + at} of {claim.op!r} wrongly {where}: {got!r} where {due!r} is right"
-        return ""
+                element = part.element + at
+                return Fault(f"computed element {element} of {claim.op!r} wrongly {where}: {got} where {due} is right", element)
+        return None
 
     def _right(self, op: str, part: _Part) -> Array:
         """What an honest stage commits to: float32 [rows, elements]."""
@@ -306,7 +319,7 @@ class Recomputation:
     def _product(self, piece: str, name: str, x: Array, first: int, count: int, wide: bool) -> Array:
         """Rows [first, first + count) of a linear part, applied to x."""
         depth = self._weights.section(piece, name).depth
-        self._spend(len(x) * count * depth * (2 if wide else 1))
+        self._spend(count * depth * (len(x) * (2 if wide else 1) + _WEIGHT_WORK))
         self._bound(len(x), count)
         out = np.empty((len(x), count), np.float32)
         for at, rows in self._weights.linear(piece, name, first, count):
@@ -318,6 +331,7 @@ class Recomputation:
         plan, weights = self._plan, self._weights
         if max(ids) >= plan.vocab:
             raise VerificationError("an honest node reads no token that the model does not know")
+        self._spend(len(ids) * _TOKEN_WORK)
         rows = {}
         for token in set(ids):
             ((_, rows[token]),) = weights.linear(EMBEDDING, EMBED, token, 1)
@@ -339,16 +353,18 @@ class Recomputation:
         own = self._heads(part.step, part.layer, part.row, part.rows)
         end = first + part.rows if self._case.causal else self._exhibits.tokens(part.step)
         start = max(0, first + 1 - layer.window) if layer.window else 0
-        self._spend(2 * part.rows * len(heads) * size * (end - start))
+        self._spend(part.rows * len(heads) * (_HEAD_WORK + (end - start) * (2 * size + _SEEN_WORK)))
         for group in sorted({head // each for head in heads}):
-            keys = self._keys(part, group, start, end)
+            k, sk, v, sv = self._keys(part, group, start, end)
             for row in range(part.rows):
                 upto = (first + row + 1 if self._case.causal else end) - start
                 since = max(0, upto - layer.window) if layer.window else 0
-                k, sk, v, sv = (each_part[since:upto] for each_part in keys)
+                seen = slice(since, upto)
                 for head in (head for head in heads if head // each == group):
                     at, q, sq = (head - heads.start) * size, own.q[row, head], own.sq[row, head]
-                    out[row, at : at + size] = ops.attend_head(plan, layer, q, sq, k, sk, v, sv, self._tables)
+                    out[row, at : at + size] = ops.attend_head(
+                        plan, layer, q, sq, k[seen], sk[seen], v[seen], sv[seen], self._tables
+                    )
         return out
 
     def _heads(self, step: int, layer: int, row: int, count: int) -> ops.Heads:
@@ -391,6 +407,7 @@ class Recomputation:
 
     def _own_records(self, step: int, layer: int, group: int, count: int) -> list[bytes]:
         """What the first `count` tokens of a step add to a log."""
+        self._spend(count * _RECORD_WORK)
         key = step, layer, count
         if key not in self._computed:
             self._computed[key] = self._heads(step, layer, 0, count)
@@ -399,7 +416,7 @@ class Recomputation:
 
     # --- keys and values ----------------------------------------------------------------------------------------------------
 
-    def _log_fault(self, claim: Claim, logs: Sequence[LogRoot]) -> str:
+    def _log_fault(self, claim: Claim, logs: Sequence[LogRoot]) -> Fault | None:
         case, exhibits = self._case, self._exhibits
         if not case.causal or not case.start <= claim.layer < case.end or claim.element >= case.shape.kv_heads:
             raise VerificationError("the receipt's stage keeps no such log")
@@ -411,7 +428,7 @@ class Recomputation:
             heads = self._heads(claim.step, claim.layer, claim.row, 1)
             wide = WIDE_ATTENTION in self._plan.layers[claim.layer].wide
             right = ops.kv_record(heads, 0, claim.element, wide) == exhibits.record(0, claim.layer, claim.element, position)
-            return "" if right else f"keeps other keys and values {what} at position {position} than it computed"
+            return None if right else Fault(f"keeps other keys and values {what} at position {position} than it computed")
         if len(logs) != 1 or (logs[0].layer, logs[0].head) != (claim.layer, claim.element):
             raise MalformedError("the proof does not show the root of the log")
         before = exhibits.check_log_root(logs[0])
@@ -422,17 +439,19 @@ class Recomputation:
         root_before, root = appended_roots(size, logs[0].peaks, leaves)
         if before:
             exhibits.check_log_before(logs[0], root_before)
-        return "" if root == logs[0].root else f"signed for a log {what} that is not the one before with what it computed since"
+        if root == logs[0].root:
+            return None
+        return Fault(f"signed for a log {what} that is not the one before with what it computed since")
 
-    def _append_fault(self, claim: Claim) -> str:
+    def _append_fault(self, claim: Claim) -> Fault | None:
         now, before = (self._exhibits.record(when, claim.layer, claim.element, claim.row) for when in (0, 1))
         if now == before:
-            return ""
-        return f"changed the keys and values of layer {claim.layer}, key-value head {claim.element} at position {claim.row}"
+            return None
+        return Fault(f"changed the keys and values of layer {claim.layer}, key-value head {claim.element} at position {claim.row}")
 
     # --- what leaves the stage ----------------------------------------------------------------------------------------------
 
-    def _sample_fault(self, step: int, answers: bytes) -> str:
+    def _sample_fault(self, step: int, answers: bytes) -> Fault | None:
         case, exhibits = self._case, self._exhibits
         if not (case.last and case.causal) or not case.has_step(step):
             raise VerificationError("the receipt's stage draws no tokens")
@@ -443,8 +462,8 @@ class Recomputation:
         token = sample_exact(np.ascontiguousarray(logits), sampling, step, tables, seen)
         said = exhibits.output(step)
         if said == tokens_to_bytes([token]):
-            return ""
-        return f"gave another token in step {step} than the {token} that its logits and the session's terms make"
+            return None
+        return Fault(f"gave another token in step {step} than the {token} that its logits and the session's terms make")
 
     def _answers_before(self, step: int, answers: bytes) -> list[int]:
         """The tokens of all steps before: of the windows before under their receipts' roots, of this one as they were opened."""
@@ -457,21 +476,28 @@ class Recomputation:
                 raise VerificationError("the tokens before the window are not the ones that were signed for")
         return tokens_from_bytes(answers + b"".join(exhibits.output(earlier) for earlier in range(case.receipt.step0, step)))
 
-    def _output_fault(self, claim: Claim) -> str:
+    def _output_fault(self, claim: Claim) -> Fault | None:
         """What leaves the stage is the last layer's x, or an encoder's vector made of it."""
         case, exhibits = self._case, self._exhibits
         if case.last and case.causal:
             raise VerificationError("tokens that leave the last stage are a matter of the sampler")
         if claim.rows:
-            right = exhibits.output(claim.step) == self._payload(claim.step)
-            return "" if right else f"sent on something else in step {claim.step} than it computed"
+            right, start = self._payload(claim.step, claim.row, claim.rows), claim.row * 4 * self._plan.hidden
+            if exhibits.output(claim.step)[start : start + len(right)] == right:
+                return None
+            return Fault(f"sent on something else in step {claim.step} than it computed")
         steps = range(case.receipt.step0, case.receipt.step0 + case.receipt.n)
-        right = payload_root(self._payload(step) for step in steps) == case.receipt.out_root
-        return "" if right else f"sent on something else in steps {steps[0]} to {steps[-1]} than it computed"
+        if payload_root(self._payload(step, 0, exhibits.tokens(step)) for step in steps) == case.receipt.out_root:
+            return None
+        return Fault(f"sent on something else in steps {steps[0]} to {steps[-1]} than it computed")
 
-    def _payload(self, step: int) -> bytes:
+    def _payload(self, step: int, row: int, rows: int) -> bytes:
+        """What these rows of a step are sent on as. Of an encoder's last stage all rows make one vector."""
         exhibits, end = self._exhibits, self._case.end
-        x = exhibits.values(step, end - 1, DOWN, 0, exhibits.tokens(step))[:, -self._plan.hidden :]
+        tokens = exhibits.tokens(step)
+        if row + rows > tokens or (self._case.last and rows != tokens):
+            raise VerificationError(f"step {step} has {tokens} rows")
+        x = exhibits.values(step, end - 1, DOWN, row, rows)[:, -self._plan.hidden :]
         if self._case.last:
             x = ops.pooled(self._plan, x)
             if not np.isfinite(x).all():

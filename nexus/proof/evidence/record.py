@@ -58,7 +58,8 @@ class Evidence(Record):
 class Verdict:
     """Evidence that convicts. `accused`: public key. `evidence`: its id. `summary`: what was done, in words.
 
-    `session` is empty for a FORK. `stage`, `step`, `layer` (of the whole model), `op` say where, None or empty where nothing fits.
+    `session` is empty for a FORK. `stage`, `step`, `layer` (of the whole model), `op` and, where one row was opened, `element`, the
+    first wrong one, say where; None or empty where nothing fits.
     """
 
     accused: bytes
@@ -71,6 +72,7 @@ class Verdict:
     step: int | None = None
     layer: int | None = None
     op: str = ""
+    element: int | None = None
 
     @property
     def peer_id(self) -> str:

@@ -64,9 +64,9 @@ class BrokenChain(Record):
     """A receipt and the one record that it names, or the session's terms, which it does not go with.
 
     `named`: the receipt that is `receipt.parent` or `receipt.prev`; its signature is not needed, for its id names it. For what
-    comes back to the first stage of a causal model both are given, the parent first. `inputs`: leaf hashes under `receipt.in_root`, of
-    that case preceded by those of the previous receipt; `outputs`: those under the parent's `out_root`. `terms`: alone, where
-    the first input is not the session's prompt.
+    comes back to the first stage of a causal model both are given, the parent first. `inputs`: the leaf hashes under
+    `receipt.in_root`, in that case behind those of the previous receipt; `outputs`: those under the parent's `out_root`.
+    `terms`: alone, where the first input is not the session's prompt.
     """
 
     receipt: SignedReceipt = nested(SignedReceipt)
@@ -112,7 +112,7 @@ def _prev_fault(receipt: Receipt, prev: Receipt) -> str:
         return "and names a receipt of another stage, session or model as its previous one"
     if prev.step0 + prev.n != receipt.step0:
         return f"and names a receipt for {_steps(prev)} as its previous one"
-    # A causal model has the prompt's tokens in its cache at least, and reads one in every later step; an encoder has no cache.
+    # A causal model has the prompt's tokens in its cache at least, and reads one per later step; an encoder has no cache.
     if receipt.kv_len != (prev.kv_len + receipt.n if prev.kv_len else 0):
         return f"and for {receipt.kv_len} tokens in its cache after {prev.kv_len}"
     return ""
