@@ -20,12 +20,13 @@ from nexus.core.manifest import Manifest
 from nexus.core.plan import Plan
 from nexus.proof.arithmetic.ops import record_bytes
 from nexus.proof.arithmetic.rows import WeightProof
-from nexus.proof.audit import OpenedRow, Opening
+from nexus.proof.audit import OpenedRow, Opening, SignedAuditAnswer
+from nexus.proof.evidence.answer import FalseResponse, ShownRow, answer_verdict
 from nexus.proof.evidence.case import Case, CheckedCase, check_case
-from nexus.proof.evidence.exhibits import Cell, LogRecords, LogRoot, Payload, Rows
+from nexus.proof.evidence.exhibits import Cell, Exhibits, LogRecords, LogRoot, Payload, Rows
 from nexus.proof.evidence.operation import LOG, OUTPUT, PREVIOUS_MAX, SAMPLE, Claim, Proof, operation_verdict
 from nexus.proof.evidence.record import GOSSIP_BYTES_MAX, Evidence
-from nexus.proof.evidence.weights import WeightSource
+from nexus.proof.evidence.weights import Weights, WeightSource
 from nexus.proof.receipts import MICRO, SignedReceipt, Terms, payload_root
 from nexus.proof.trace import ATTENTION, ATTENTION_OUT, CELL_BYTES, DOWN, GATE_UP, LOGITS, OPS, QKV, TraceShape, WindowTrace
 
@@ -149,6 +150,26 @@ def accuse_opening(accused: AccusedStage, opened: Opening, op: str, weights: Wei
             claim = replace(claim, element=element // exact.head_dim * exact.head_dim, elements=exact.head_dim)
         proof = replace(proof, claim=claim)
     return with_weights(proof, weights)
+
+
+def accuse_answer(
+    accused: AccusedStage, answer: SignedAuditAnswer, opened: Opening, part: str, weights: WeightSource, *, sums: bool = False
+) -> Evidence:
+    """Evidence that an opening which the accused signed for does not lead to what its receipts say, or shows wrong sums.
+
+    `part`: one of OPS, "x", LOG or OUTPUT; with `sums` the linear operation (one of OPS) whose sums are wrong. Raises as
+    `accuse_opening` does.
+    """
+    showing = _Answered(accused, opened)
+    body = showing.body(answer, part)
+    if sums:
+        case, exhibits = check_case(body.case), showing.exhibits()
+        rows = case.exact.linear_shapes().get(part, (0, 0))[0]
+        element = ShownRow(case, exhibits, opened).first_wrong_sum(part, 0, rows, Weights(case, (), weights))
+        body = replace(body, is_sum=1, element=element or 0)
+    recorder = _Recorder(weights)
+    answer_verdict(body.evidence(), recorder)
+    return replace(body, weights=tuple(recorder.proofs.values())).evidence()
 
 
 def with_weights(proof: Proof, weights: WeightSource) -> Evidence:
@@ -462,6 +483,48 @@ class _Opened(_Showing):
         siblings = merkle_range_proof([leaf_hash(record) for record in records], start, end)
         path = self._log_path(self._window, self._layer, head)
         self._records.append(LogRecords(0, self._layer, head, start, b"".join(records[start:end]), tuple(siblings), path))
+
+
+class _Answered(_Showing):
+    """An opening that is wrong in itself."""
+
+    def __init__(self, accused: AccusedStage, opened: Opening) -> None:
+        super().__init__(accused, _window_of(accused, opened.cell.step))
+        cell, shape = opened.cell, self._checked.shape
+        layer = self._checked.start + cell.layer
+        self._opened = opened
+        if not self._checked.causal:
+            self._show_input(cell.step)
+        for each in {max(layer - 1, self._checked.start), layer}:
+            self._show_cell(cell.step, each)
+        if self._checked.causal:
+            root = self._trace.log_root(shape, cell.layer, cell.head)
+            self._logs.append(LogRoot(layer, cell.head, root, self._log_path(self._window, layer, cell.head), (), ()))
+
+    def body(self, answer: SignedAuditAnswer, part: str) -> FalseResponse:
+        following = [signed.receipt for signed in self._accused.receipts[self._window + 1 :]]
+        last = next((at for at, receipt in enumerate(following, 1) if receipt.id == answer.answer.receipt), 0)
+        return FalseResponse(
+            case=self._case,
+            answer=answer,
+            opening=self._opened.to_bytes(),
+            following=tuple(following[:last]),
+            part=part,
+            is_sum=0,
+            element=0,
+            cells=tuple(self._cells.values()),
+            inputs=tuple(self._inputs.values()),
+            logs=tuple(self._logs),
+            weights=(),
+        )
+
+    def exhibits(self) -> Exhibits:
+        exhibits = Exhibits(self._checked, ())
+        for payload in self._inputs.values():
+            exhibits.add_input(payload)
+        for cell in self._cells.values():
+            exhibits.add_cell(cell)
+        return exhibits
 
 
 def _window_of(accused: AccusedStage, step: int) -> int:

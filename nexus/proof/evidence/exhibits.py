@@ -193,13 +193,13 @@ class Exhibits:
     def _logs(self) -> int:
         return self.case.shape.layers * self.case.shape.kv_heads
 
-    def check_log_root(self, log: LogRoot) -> Receipt | None:
-        """That the log has this root now; what it hung under before is checked by `appended_roots`."""
+    def check_log_root(self, log: LogRoot) -> None:
+        """That the log has this root at the end of the window."""
         receipt, number = self._log(0, log.layer, log.head)
         verify_merkle_range(receipt.kv_root, self._logs, number, [log.root], log.path)
-        return self.before
 
     def check_log_before(self, log: LogRoot, root: bytes) -> None:
+        """That the log had `root` at the end of the window before."""
         receipt, number = self._log(1, log.layer, log.head)
         verify_merkle_range(receipt.kv_root, self._logs, number, [root], log.path_before)
 

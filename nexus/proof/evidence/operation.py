@@ -431,7 +431,8 @@ class Recomputation:
             return None if right else Fault(f"keeps other keys and values {what} at position {position} than it computed")
         if len(logs) != 1 or (logs[0].layer, logs[0].head) != (claim.layer, claim.element):
             raise MalformedError("the proof does not show the root of the log")
-        before = exhibits.check_log_root(logs[0])
+        exhibits.check_log_root(logs[0])
+        before = exhibits.before
         part = _Part(claim.step, claim.layer, 0, 1, 0, 0)
         steps = range(case.receipt.step0, case.receipt.step0 + case.receipt.n)
         leaves = [leaf_hash(record) for step in steps for record in self._step_records(step, part, claim.element)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from nexus.core.errors import MalformedError, NexusError, NotFoundError, VerificationError
 from nexus.proof.accounts import Fork
+from nexus.proof.evidence.answer import answer_verdict
 from nexus.proof.evidence.operation import operation_verdict
-from nexus.proof.evidence.record import CHAIN, EQUIVOCATION, FORK, KV, OP, Evidence, Verdict
+from nexus.proof.evidence.record import CHAIN, EQUIVOCATION, FALSE_RESPONSE, FORK, KV, OP, Evidence, Verdict
 from nexus.proof.evidence.statements import chain_verdict, equivocation_verdict
 from nexus.proof.evidence.weights import WeightSource
 
@@ -36,6 +37,8 @@ def _verdict(evidence: Evidence, weights: WeightSource | None) -> Verdict:
         return equivocation_verdict(evidence)
     if evidence.kind == CHAIN:
         return chain_verdict(evidence)
+    if evidence.kind == FALSE_RESPONSE:
+        return answer_verdict(evidence, weights)
     if evidence.kind == FORK:
         fork = Fork.from_bytes(evidence.body)
         return Verdict(fork.check(), FORK, evidence.id, fork.summary)
