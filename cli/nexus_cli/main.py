@@ -14,7 +14,25 @@ from typing import NoReturn
 import click
 
 from nexus.core.errors import LocalError, NexusError, UsageError
-from nexus_cli import audit, demo, doctor, engine, judge, lifecycle, model, node, peers, receipts, run, settings, show, testnet
+from nexus_cli import (
+    audit,
+    demo,
+    doctor,
+    engine,
+    evidence,
+    judge,
+    ledger,
+    lifecycle,
+    model,
+    node,
+    peers,
+    receipts,
+    run,
+    settings,
+    show,
+    slashed,
+    testnet,
+)
 from nexus_cli.options import NexusGroup, Shared
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -43,6 +61,9 @@ for command in (
     run.embed,
     audit.audit,
     judge.judge,
+    evidence.evidence,
+    slashed.slashed,
+    ledger.ledger,
     engine.engine,
     engine.bench,
     testnet.testnet,

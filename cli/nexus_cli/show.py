@@ -66,6 +66,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def moment(unix_ms: int) -> str:
+    """When, in UTC: "2026-11-21 01:39:36"."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S") if unix_ms else "-"
+
+
 def layers(ranges: Iterable[tuple[int, int]]) -> str:
     """Layer ranges, the last one included, as people count: "0-3, 6"."""
     return ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in ranges) or "none"

@@ -24,11 +24,15 @@ from nexus.node.api import (
     AuditView,
     Embedding,
     EmbedRequest,
+    EntryView,
     Event,
+    EvidenceFile,
+    EvidenceView,
     FidelityRequest,
     Finished,
     GenerateRequest,
     JudgementView,
+    LedgerView,
     ModelView,
     NodeStatus,
     Notice,
@@ -37,14 +41,18 @@ from nexus.node.api import (
     PlanView,
     Progress,
     SessionView,
+    SlashedView,
     StageAuditView,
     StageSummary,
     StageView,
     Token,
 )
+from nexus.proof.accounts import Fork, Share, SignedEntry
 from nexus.proof.bundle import Bundle, make_requests
+from nexus.proof.evidence import FORK, Evidence, verify_evidence
 from nexus.proof.receipts import FLOAT, MICRO, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
 from nexus.proof.solver import Proven
+from nexus.swarm.ledger import Account, Cost, pay_entry
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 FIDELITY = Fidelity(
@@ -155,6 +163,36 @@ def session_view() -> SessionView:
     return SessionView(proof.terms.session, "nano", proof.manifest.root, 1_700_000_000_000, 5, 2, (audit_view(),))
 
 
+def fork() -> Evidence:
+    """Real evidence: SECOND told two stories about its first payment."""
+    stories = []
+    for session in (b"1", b"2"):
+        entry = pay_entry(Account(SECOND.public_key), session * 32, Cost(100, (Share(FIRST.public_key, 90),)))
+        stories.append(SignedEntry.sign(entry, SECOND))
+    return Evidence(1, FORK, SECOND.public_key, Fork.of(*stories).to_bytes())
+
+
+def evidence_view() -> EvidenceView:
+    proof, verdict = fork(), verify_evidence(fork())
+    return EvidenceView(
+        proof.id,
+        proof.kind,
+        proof.peer_id,
+        "node\x1b[31m",
+        1_700_000_000_000,
+        FIRST.peer_id,
+        len(proof.to_bytes()),
+        "believed",
+        verdict.summary,
+        b"",
+        b"",
+        None,
+        None,
+        None,
+        "",
+    )
+
+
 class FakeNode:
     """`prompt` steers it: "fail at once", "fail half way", "crash", "wait" (for ever), "unverified",
     "cheated"; anything else is answered."""
@@ -165,6 +203,7 @@ class FakeNode:
         self.running = 0
         self.cancelled = 0
         self.drained = False
+        self.burned = False
         self.idle = trio.Event()
         self.requests: list[GenerateRequest | EmbedRequest | FidelityRequest] = []
 
@@ -272,6 +311,58 @@ class FakeNode:
         view = await self.session(session)
         yield Progress(FIRST.peer_id, "auditing", 0, 0)
         yield replace(view.audits[0], stages=tuple(replace(stage, mode=mode) for stage in view.audits[0].stages))
+
+    async def evidence(self) -> list[EvidenceView]:
+        return [evidence_view()]
+
+    async def evidence_of(self, evidence: str) -> EvidenceView:
+        if not evidence_view().id.hex().startswith(evidence):
+            raise NotFoundError(f"no evidence {evidence!r} is kept here", "`nexus evidence list` shows what is")
+        return evidence_view()
+
+    async def evidence_file(self, evidence: str) -> EvidenceFile:
+        return EvidenceFile((await self.evidence_of(evidence)).id, fork().to_file())
+
+    async def slashed(self) -> list[SlashedView]:
+        view = evidence_view()
+        state = "slashed" if self.burned else "suspended"
+        return [SlashedView(view.accused, view.name, state, view.kind, view.id, view.known_ms, view.summary)]
+
+    async def resume_burning(self) -> int:
+        self.burned = True
+        return 1
+
+    async def ledger(self, peer: str | None) -> LedgerView:
+        if peer == "nobody":
+            raise NotFoundError("no peer in reach is called 'nobody'", "See: nexus peers")
+        entries = (
+            EntryView(0, "PAY", 200, bundle().terms.session, (FIRST.peer_id, SECOND.peer_id)),
+            EntryView(1, "EARN", 90, bundle().terms.session, ()),
+        )
+        if peer is None:
+            frozen = "" if self.ready else "it is older than what this node signed"
+            return LedgerView(COORDINATOR.peer_id, "fake", "good", "", 0, -200, 90, 90, 200, 2, 2, 0, 0, 0, 0.5, 1, frozen, entries)
+        cause = "3 of its first 20 executions are right"
+        return LedgerView(
+            FIRST.peer_id,
+            "node\x1b[31m",
+            "probation",
+            cause,
+            0,
+            1_500_000,
+            0,
+            90,
+            0,
+            20_000,
+            16_384,
+            70,
+            3,
+            1,
+            0.66,
+            2,
+            "",
+            entries,
+        )
 
     async def drain(self) -> None:
         self.drained = True

@@ -69,6 +69,7 @@ records = st.builds(
         ),
         max_size=8,
     ).map(tuple),
+    price=st.integers(0, 10**9),
 )
 
 

@@ -6,6 +6,7 @@ A change of any vector is a change of the protocol: it needs a new spec number, 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from nexus.core.hashing import leaf_hash, merkle_proof, merkle_range_proof, merk
 from nexus.core.keys import Identity
 from nexus.core.manifest import EXACT, blob_root
 from nexus.core.record import Record
+from nexus.node.evidence import MESSAGES as EVIDENCE_MESSAGES
+from nexus.node.evidence import EvidenceAsk, EvidenceFound, ListAsk, Listed, ListPage
 from nexus.node.infer.messages import (
     INFER_MESSAGES,
     LINK_MESSAGES,
@@ -30,8 +33,12 @@ from nexus.node.infer.messages import (
     OwnTrace,
     Push,
 )
+from nexus.node.ledger import MESSAGES as LEDGER_MESSAGES
+from nexus.node.ledger import ChainAsk, ChainPage, Declined, Earned, Head, HeadAsk, PageItem, Pay
+from nexus.proof.accounts import EARN, PAY, Entry, Fork, Share, SignedEntry
 from nexus.proof.arithmetic.sampler import Sampling, sample_exact
 from nexus.proof.arithmetic.tables import exp_tables
+from nexus.proof.evidence import FORK, Evidence
 from nexus.proof.receipts import Refusal, SignedRefusal, millionths
 from nexus.proof.trace import WindowTrace
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
@@ -201,9 +208,48 @@ def sampling_vectors() -> dict[str, object]:
     }
 
 
+def ledger_vectors() -> dict[str, object]:
+    """A payment and two earnings, a fork of the payer's account, and the messages that carry them."""
+    payer, one, two = identity(1), identity(2), identity(3)
+    shares = (Share(one.public_key, 90), Share(two.public_key, 45))
+    pay = SignedEntry.sign(Entry(1, payer.public_key, 0, b"", PAY, leaf_hash(b"session"), 151, shares, b""), payer)
+    earned = [
+        SignedEntry.sign(
+            Entry(1, node.public_key, 0, b"", EARN, pay.entry.session, pay.entry.share_of(node.public_key), (), pay.entry.id), node
+        )
+        for node in (one, two)
+    ]
+    other = SignedEntry.sign(replace(pay.entry, session=leaf_hash(b"another")), payer)
+    evidence = Evidence(1, FORK, payer.public_key, Fork.of(pay, other).to_bytes())
+    listed = Listed(payer.public_key, evidence.id)
+    for signed in (pay, *earned, other):
+        signed.verify()
+    return {
+        "entries": [_record(signed, id=signed.entry.id.hex()) for signed in (pay, *earned)],
+        "fork": {"file": evidence.to_file().hex(), "id": evidence.id.hex(), "accused": evidence.peer_id},
+        "/nexus/ledger/1": {
+            "Pay": LEDGER_MESSAGES.pack(Pay(pay)).hex(),
+            "Earned": LEDGER_MESSAGES.pack(Earned(earned[0])).hex(),
+            "Declined": LEDGER_MESSAGES.pack(Declined("nothing is taken from a convicted node")).hex(),
+            "HeadAsk": LEDGER_MESSAGES.pack(HeadAsk(payer.public_key)).hex(),
+            "Head": LEDGER_MESSAGES.pack(Head((pay,))).hex(),
+            "ChainAsk": LEDGER_MESSAGES.pack(ChainAsk(0)).hex(),
+            "ChainPage": LEDGER_MESSAGES.pack(ChainPage((PageItem(earned[0], (pay,)),), 1)).hex(),
+        },
+        "/nexus/evidence/1": {
+            "ListAsk": EVIDENCE_MESSAGES.pack(ListAsk(b"")).hex(),
+            "ListPage": EVIDENCE_MESSAGES.pack(ListPage((listed,), 0)).hex(),
+            "EvidenceAsk": EVIDENCE_MESSAGES.pack(EvidenceAsk(evidence.id)).hex(),
+            "EvidenceFound": EVIDENCE_MESSAGES.pack(EvidenceFound(evidence.to_bytes())).hex(),
+        },
+        "gossip nexus/evidence/1": listed.to_bytes().hex(),
+    }
+
+
 FILES = {
     "arithmetic.json": arithmetic_vectors,
     "core.json": core_vectors,
+    "ledger.json": ledger_vectors,
     "sampling.json": sampling_vectors,
     "session.json": session_vectors,
     "wire.json": wire_vectors,

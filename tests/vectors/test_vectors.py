@@ -9,9 +9,12 @@ import pytest
 from nexus.core.encoding import decode
 from nexus.core.errors import MalformedError
 from nexus.core.manifest import EXACT
+from nexus.proof.accounts import SignedEntry
 from nexus.proof.bundle import Bundle, verify_bundle
+from nexus.proof.evidence import Evidence, verify_evidence
 from nexus.proof.receipts import SignedReceipt
 from nexus.proof.trace import TraceShape, WindowTrace, check_trace
+from nexus.swarm.ledger import Book
 from tests.vectors.make import DIRECTORY, FILES, text_of
 
 
@@ -47,3 +50,15 @@ def test_what_the_vectors_call_no_encoding_is_refused() -> None:
     for data in vectors["not encodings"]:
         with pytest.raises(MalformedError):
             decode(bytes.fromhex(data))
+
+
+def test_the_ledger_in_the_vectors_holds_and_its_fork_convicts() -> None:
+    vectors = json.loads((DIRECTORY / "ledger.json").read_text(encoding="utf-8"))
+    book = Book()
+    for entry in vectors["entries"]:
+        signed = SignedEntry.from_bytes(bytes.fromhex(entry["bytes"]))
+        assert book.apply(signed).id.hex() == entry["id"]
+    assert (book.totals().vault, book.totals().sum) == (16, 0)
+    evidence = Evidence.from_file(bytes.fromhex(vectors["fork"]["file"]))
+    verdict = verify_evidence(evidence)
+    assert (verdict.evidence.hex(), verdict.peer_id) == (vectors["fork"]["id"], vectors["fork"]["accused"])
