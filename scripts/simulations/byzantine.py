@@ -1,7 +1,7 @@
 """A swarm of which a part cheats: who is found out, by which proof, after how long, and whether an honest node is ever harmed.
 
-Sessions, receipts, audits, evidence, standing and ledger are the program's own code; what is simulated is who meets whom. One request
-follows the other, and between two of them nodes gossip. Everything follows from the seed.
+Sessions, receipts, audits, evidence, standing and ledger are the program's own code; what is simulated is who meets whom. One
+request follows the other, and between two of them nodes gossip. Everything follows from the seed.
 
 The asker of a session audits it. Malicious askers audit nothing, tell nobody of each other, and pass nothing on.
 """
@@ -128,7 +128,7 @@ class Swarm:
         self.rng = Random(options.seed)
         self.book = Book()
         self.counts = Counts()
-        chosen = [one for one in STRATEGIES if not options.strategies or one.name in options.strategies]
+        chosen = [one for one in STRATEGIES if (one.name in options.strategies if options.strategies else one.mixed)]
         bad = round(options.nodes * options.malicious)
         strategies: list[Strategy | None] = [chosen[number % len(chosen)] for number in range(bad)]
         strategies += [None] * (options.nodes - bad)
@@ -172,7 +172,7 @@ class Swarm:
             runs = self._plan(asker)
             probation = self.options.policy.probation_sessions
             on_probation = any(asker.tally(node.key).audits_ok < probation for run in runs for node in run)
-            sessions = [self._hold(asker, run, prompt) for run in runs]
+            sessions = [self._hold(asker, run, prompt, others) for run, others in zip(runs, reversed(runs), strict=True)]
             # Each is looked at, also where another one is refused already: whoever is found out is found out.
             believed = [self._examine(asker, session) for session in sessions]
             if not all(believed):
@@ -199,14 +199,16 @@ class Swarm:
         chosen += self.rng.sample(rest, wanted - len(chosen))
         return [chosen[at : at + len(STAGES)] for at in range(0, wanted, len(STAGES))]
 
-    def _hold(self, asker: Node, nodes: Sequence[Node], prompt: int) -> Session:
+    def _hold(self, asker: Node, nodes: Sequence[Node], prompt: int, others: Sequence[Node] = ()) -> Session:
+        """One session over these nodes. `others`: who does the same in the other run of the request, or the same ones."""
         parts = []
         probation = self.options.policy.probation_sessions
-        for node in nodes:
+        for node, other in zip(nodes, others or nodes, strict=True):
             if node.strategy is None:
                 parts.append(Part(node.identity, HONEST))
             else:
-                parts.append(node.strategy.part(node.identity, node.executions[asker.number], probation, self.rng))
+                executions, twin = node.executions[asker.number], other is not node and other.strategy is node.strategy
+                parts.append(node.strategy.part(node.identity, executions, probation, self.rng, twin=twin))
             node.executions[asker.number] += 1
         session = hold_session(self.model, self.rng, asker.identity, parts, prompt)
         self.counts.sessions += 1

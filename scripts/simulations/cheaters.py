@@ -13,35 +13,36 @@ from nexus.proof.evidence.statements import BrokenChain, Equivocation
 from scripts.simulations.model import FORGED, HONEST, LAZY, ONE_BIT, RANDOM, REWRITTEN
 from scripts.simulations.sessions import Part, Session, Signs, breaks_the_chain, signs_honestly, signs_twice
 
-ALWAYS, AFTER_PROBATION, RARELY = "always", "after probation", "rarely"
-RARELY_SHARE = 0.02
+# When a node cheats: on everybody, only on those who trust it already, and of these only where an accomplice does the same work in
+# the second run of a request.
+ALWAYS, AFTER_PROBATION, WITH_TWIN = "always", "after probation", "with a twin"
+# A sleeper cannot see whether an asker trusts it already. It waits for so many executions more.
+PATIENCE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """`act`: what it computes when it cheats (`nexus.engine.exact.tampering`, or of `scripts.simulations.model`). `when`: how often
-    that is. `changes`: whether that may change answers. `accuses`, `forks`: what it does as the asker of a session."""
+    """`act`: what it computes when it cheats (`nexus.engine.exact.tampering`, or of `scripts.simulations.model`). `when`: to whom
+    it does that; `share`: how often. `changes`: whether that may change answers. `accuses`, `forks`: what it does as the asker of
+    a session. `mixed`: whether it is in the mix unless others are asked for."""
 
     name: str
     act: str = HONEST
     when: str = ALWAYS
+    share: float = 1.0
     signs: Signs = signs_honestly
     withholds: bool = False
     changes: bool = False
     accuses: bool = False
     forks: bool = False
+    mixed: bool = True
 
-    @property
-    def computes_falsely(self) -> bool:
-        return self.act != HONEST or self.signs is not signs_honestly or self.withholds
-
-    def part(self, identity: Identity, executions: int, probation: int, rng: Random) -> Part:
-        """What the node does in a session of somebody for whom it did `executions` before."""
-        cheats = {
-            ALWAYS: True,
-            AFTER_PROBATION: executions >= probation,
-            RARELY: rng.random() < RARELY_SHARE,
-        }[self.when]
+    def part(self, identity: Identity, executions: int, probation: int, rng: Random, *, twin: bool) -> Part:
+        """What the node does in a session of somebody for whom it did `executions` before. `twin`: whether an accomplice does the
+        same stage in the other run of a request."""
+        trusted = executions >= probation + PATIENCE
+        ready = {ALWAYS: True, AFTER_PROBATION: trusted, WITH_TWIN: trusted and twin}[self.when]
+        cheats = ready and rng.random() < self.share
         return Part(identity, self.act, self.signs, self.withholds) if cheats else Part(identity, HONEST)
 
 
@@ -54,8 +55,9 @@ STRATEGIES = (
     Strategy("double-spender", forks=True),
     Strategy("one-bit", ONE_BIT, changes=True),
     Strategy("forged-trace", FORGED),
-    Strategy("rare-cheater", "skipped-layer", RARELY, changes=True),
+    Strategy("rare-cheater", "skipped-layer", share=0.02, changes=True),
     Strategy("withheld-trace", withholds=True),
+    Strategy("rare-sleeper", "skipped-layer", AFTER_PROBATION, share=0.2, changes=True),
     Strategy("swapped-weights", "swapped-weights", changes=True),
     Strategy("pruned-weights", "pruned-weights", changes=True),
     Strategy("flipped-bit", "flipped-bit", changes=True),
@@ -65,6 +67,7 @@ STRATEGIES = (
     Strategy("lazy-copy", LAZY, changes=True),
     Strategy("rewritten-log", REWRITTEN),
     Strategy("broken-chain", signs=breaks_the_chain),
+    Strategy("twin", "requantised-weights", WITH_TWIN, changes=True, mixed=False),
 )
 
 

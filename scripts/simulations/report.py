@@ -95,16 +95,17 @@ def as_json(swarm: Swarm) -> dict[str, object]:
         "options": told,
         "strategies": rows_of(swarm),
         "summary": summary,
-        "held": held(summary),
+        "held": held(swarm, summary),
     }
 
 
-def held(summary: Mapping[str, object]) -> bool:
+def held(swarm: Swarm, summary: Mapping[str, object]) -> bool:
     """Whether everything came out as it has to: who changed answers is out, hardly any wrong answer was accepted after probation,
     none at all that ran twice, no honest node was harmed, and no credit was made or lost."""
     return (
         summary["changers"] == summary["changers_evicted"]
         and float(str(summary["wrong_share_after_probation"])) < WRONG_GOAL
+        and not (swarm.options.dual and swarm.counts.wrong_before + swarm.counts.wrong_after)
         and not summary["honest_slashed"]
         and not summary["honest_harmed"]
         and bool(summary["slashed_sets_equal"])
@@ -163,7 +164,7 @@ def _totals(swarm: Swarm) -> list[tuple[str, str]]:
         ("broken off", f"{counts.broken} sessions, with {counts.unpaid_broken} executions of honest stages that nobody pays"),
         ("ledger", f"sums to {summary['ledger_sum']}; vault {summary['vault']}, burned {summary['burned']} micro-credits"),
         ("double spending", f"cost honest nodes {counts.unpaid_forks} micro-credits before it was proven"),
-        ("holds", "yes" if held(summary) else "NO"),
+        ("holds", "yes" if held(swarm, summary) else "NO"),
     ]
 
 
