@@ -228,6 +228,11 @@ def packed_bytes(rows: int, depth: int) -> int:
     return -(-rows // 32) * 32 * -(-depth // 64) * 64
 
 
+def linear_bytes(rows: int, depth: int) -> int:
+    """Memory of a linear layer's weights: packed, and the check of its sums."""
+    return packed_bytes(rows, depth) + 4 * depth
+
+
 def _aligned(size: int) -> Array:
     """Uninitialised bytes that begin at a multiple of 64."""
     whole = np.empty(size + _ALIGNMENT, np.uint8)

@@ -309,11 +309,11 @@ def loaded_bytes(pieces: Sequence[Path]) -> int:
 
     specs = [item for path in pieces for item in check_safetensors(path).items()]
     if compiled_kernel():
-        from nexus.engine.exact.native import packed_bytes
+        from nexus.engine.exact.native import linear_bytes
 
         # Gate and up are filled up each by itself: at most one block more than both together.
         return sum(
-            packed_bytes(spec.shape[0] + 32 * (name == "gate_up.weight"), spec.shape[1])
+            linear_bytes(spec.shape[0] + 32 * (name == "gate_up.weight"), spec.shape[1])
             if spec.dtype == "I8" and len(spec.shape) == 2
             else spec.size
             for name, spec in specs
