@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,7 @@ log = structlog.get_logger("nexus.audit")
 
 ASK_TIMEOUT_S = 15.0
 SEND_TIMEOUT_S = 60.0
+READ_OUT_S = 2.0
 WORKING_EVERY_S = 2.0
 # Of one peer: so many at once, and so many per second after that.
 ASKS_BURST = 16
@@ -111,7 +112,8 @@ class AuditAnswers:
             log.info("audit_declined", peer_id=stream.peer_id, reason=error.cause)
             await self._decline(stream, request, error)
             if isinstance(error, PeerError) and error.peer == stream.peer_id:
-                raise
+                await _read_out(stream)
+                raise  # it counts against the peer, and resets the stream
         else:
             self.answered += 1
 
@@ -243,6 +245,12 @@ class AuditAnswers:
                 await stream.close()
             except UnreachableError:
                 await stream.reset()  # whoever asked is gone
+
+
+async def _read_out(stream: Stream) -> None:
+    """Until the peer has had the time to read why."""
+    with trio.move_on_after(READ_OUT_S), suppress(trio.EndOfChannel, PeerError):
+        await stream.receive()
 
 
 @asynccontextmanager

@@ -1,0 +1,8 @@
+"""Tiny models of the exact profile, made as the engine's tests make them."""
+
+from __future__ import annotations
+
+from tests.engine.conftest import make_model
+from tests.engine.exact.conftest import exact_model
+
+__all__ = ["exact_model", "make_model"]
