@@ -8,18 +8,14 @@ from functools import partial
 
 import trio
 
-from nexus.core.errors import VerificationError
 from nexus.core.hashing import tagged_hash
-from nexus.core.manifest import EXACT, EXACT_PLAN, Manifest
+from nexus.core.manifest import EXACT, Manifest
 from nexus.core.plan import DTYPES, STAGES_MAX, Plan
 from nexus.network.transport import PeerAddress
 from nexus.node.models import Models
-from nexus.proof.arithmetic.plan import ExactPlan
 from nexus.proof.judge import Judgement, judge
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.placement import Candidate, Placement, place
-
-EXACT_PLAN_BYTES_MAX = 4 << 20
 
 
 class Judge:
@@ -37,18 +33,11 @@ class Judge:
     async def __call__(self, plan: Plan, manifest: Manifest, copies: Sequence[Plan] = ()) -> Judgement:
         """`copies`: the plans of the other replicas. Raises VerificationError that names what is not so; NotFoundError or
         TimedOutError where the model's exact.json cannot be had."""
-        exact = await self._exact_plan(manifest) if manifest.profile == EXACT else None
+        exact = None
+        if manifest.profile == EXACT:
+            exact = await self._models.exact_plan(manifest, self._sources(manifest.root))
         work = partial(judge, plan, manifest, exact, 1 + len(copies), tuple(copies), clock=time.perf_counter)
         return await trio.to_thread.run_sync(work, limiter=self._limiter)
-
-    async def _exact_plan(self, manifest: Manifest) -> ExactPlan:
-        blob = manifest.file(EXACT_PLAN)
-        if blob is None or blob.size > EXACT_PLAN_BYTES_MAX:
-            raise VerificationError("the model's exact.json is missing or larger than any", "Add the model again")
-        from nexus.proof.arithmetic.plan import plan_from_json
-
-        files = await self._models.files(manifest, self._sources(manifest.root), _ignore_progress)
-        return plan_from_json(await trio.to_thread.run_sync(files[EXACT_PLAN].read_bytes))
 
 
 def imagined_placement(manifest: Manifest, own: NodeRecord, nodes: int, context: int) -> Placement:
@@ -72,7 +61,3 @@ def imagined_placement(manifest: Manifest, own: NodeRecord, nodes: int, context:
     stages = min(nodes, manifest.layers, STAGES_MAX)
     dtype = DTYPES[manifest.profile][0]
     return place(manifest, candidates, coordinator=own.node, stages=stages, dtype=dtype, context=context)
-
-
-async def _ignore_progress(phase: str, done: int, total: int) -> None:
-    pass

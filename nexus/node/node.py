@@ -137,6 +137,7 @@ class Node:
             nursery,
             options.sessions_max,
             self._import_builtin,
+            self._judge,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0

@@ -25,7 +25,7 @@ from nexus.core.errors import (
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest, stage_pieces
-from nexus.core.plan import DTYPES
+from nexus.core.plan import DTYPES, Plan
 from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
@@ -99,7 +99,8 @@ class _Clock:
 
 
 class Runner:
-    """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say."""
+    """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
+    raises for a plan that is not proven sound, and then it does not run."""
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class Runner:
         nursery: trio.Nursery,
         sessions_max: int,
         import_builtin: Callable[[str], Awaitable[None]],
+        judge: Callable[[Plan, Manifest], Awaitable[object]],
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -120,6 +122,7 @@ class Runner:
         self._nursery = nursery
         self._sessions_max = sessions_max
         self._import_builtin = import_builtin
+        self._judge = judge
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
         self.live = Live()
 
@@ -301,6 +304,7 @@ class Runner:
             exact = await self._models.exact_plan(job.manifest, self.sources(root)) if commits else None
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 placement = await self.place(job.manifest, job.stages, without)
+                await self._judge(placement.plan, job.manifest)
                 coordinator = self._coordinator(job, placement, exact)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
                 started = False
