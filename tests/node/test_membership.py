@@ -38,7 +38,8 @@ class Node:
         self.models: tuple[Holding, ...] = ()
         self.described = 0
         self.skew_ms = skew_ms
-        self.membership = Membership(transport, identity, self._describe, self.now_ms)
+        self.slashed: set[bytes] = set()
+        self.membership = Membership(transport, identity, self._describe, self.now_ms, lambda key: key in self.slashed)
         self.scope = trio.CancelScope()
 
     @property
@@ -127,6 +128,23 @@ class TestExchange:
             await one.transport.connect(other.address)
         everyone = {node.peer_id for node in nodes}
         await until(lambda: all(node.knows().keys() | {node.peer_id} == everyone for node in nodes), 300)
+
+    async def test_convicted_nodes_are_neither_listed_nor_introduced(self, swarm: Swarm, autojump_clock: Clock) -> None:
+        one, two, three = [await swarm.node() for _ in range(3)]
+        await one.transport.connect(two.address)
+        await until(lambda: len(one.knows()) == 1, 5)
+        one.slashed.add(two.identity.public_key)
+        assert one.knows() == {}
+        assert one.membership.names() == {two.peer_id: "node2"}
+        await three.transport.connect(one.address)
+        await until(lambda: three.knows() == {one.peer_id: "node1"}, 5)
+        await trio.sleep(30)
+        assert three.knows() == {one.peer_id: "node1"}
+        # Nor does it help to be introduced by somebody else.
+        three.slashed.add(two.identity.public_key)
+        await three.transport.connect(two.address)
+        await trio.sleep(30)
+        assert three.knows() == {one.peer_id: "node1"}
 
     async def test_news_travels_by_gossip_well_before_the_next_round(self, swarm: Swarm, autojump_clock: Clock) -> None:
         nodes = [await swarm.node() for _ in range(4)]
