@@ -43,4 +43,6 @@ def judge(shared: Shared, name: str, nodes: int | None) -> None:
 
 def bound(proof: Proven) -> str:
     """The most that a quantity reaches, and what it stays below."""
-    return f"{proof.value:,} < {proof.limit:,}" if proof.limit else ""
+    from nexus.proof.solver import shown
+
+    return f"{shown(proof.value)} < {shown(proof.limit)}" if proof.limit else ""

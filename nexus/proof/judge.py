@@ -180,7 +180,7 @@ def prove_distinct(solver: Solver, replicas: Sequence[Sequence[PlanStage]]) -> P
         obligations.append((within, node != _entry(solver, there, named)))
     return solver.prove(
         "plan.nodes",
-        f"the {len(nodes)} places are on {len(nodes)} different nodes",
+        f"no node has more than one of the {len(nodes)} places",
         obligations,
         fix="Ask for fewer replicas or stages, or add a node",
         explain=lambda example: f"node {nodes[int(example['there'])].hex()[:16]} is in the plan twice",

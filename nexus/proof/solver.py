@@ -184,7 +184,7 @@ class Solver:
         so_far = [count >= 0, count <= terms, self.within(total, count * worst)]
         return self.prove(
             name,
-            f"{what} stay below {limit:,} in magnitude",
+            f"{what} stay below {shown(limit)} in magnitude",
             [
                 (ranges, self.within(one, worst)),
                 ([*so_far, count + 1 <= terms, self.within(next_one, worst)], self.within(total + next_one, (count + 1) * worst)),
@@ -197,6 +197,11 @@ class Solver:
                 f"{terms:,} terms of up to {worst:,} reach {terms * worst:,}" if "terms" in example else _listed(example)
             ),
         )
+
+
+def shown(number: int) -> str:
+    """For people: powers of two as such."""
+    return f"2^{number.bit_length() - 1}" if number > 1024 and not number & (number - 1) else f"{number:,}"
 
 
 def _listed(example: Mapping[str, str]) -> str:
