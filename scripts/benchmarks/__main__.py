@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from scripts.benchmarks import decode, engine, memory, receipts
+from scripts.benchmarks import decode, engine, memory, receipts, verify
 from scripts.benchmarks.result import Result
 
 SWARM: dict[str, Callable[[int, int, bool], Result]] = {"decode": decode.run, "receipts": receipts.run}
@@ -30,12 +30,14 @@ def main() -> int:
     engine.add_arguments(bench)
     bench = benches.add_parser("memory", parents=[common], help="what a fragment and a conversion take in memory")
     memory.add_arguments(bench)
+    bench = benches.add_parser("verify", parents=[common], help="what proving, replaying and checking cost")
+    verify.add_arguments(bench)
     options = parser.parse_args()
     if options.bench in SWARM:
         rounds = min(options.rounds, 3) if options.quick else options.rounds
         result = SWARM[options.bench](rounds, options.tokens, options.quick)
     else:
-        result = {"engine": engine.run, "memory": memory.run}[options.bench](options)
+        result = {"engine": engine.run, "memory": memory.run, "verify": verify.run}[options.bench](options)
     if options.json:
         print(json.dumps(result.as_dict()))
     else:

@@ -28,7 +28,8 @@ from nexus.proof.arithmetic.plan import trace_shape, value_widths
 from nexus.proof.arithmetic.sampler import GREEDY, Sampling
 from nexus.proof.trace import LOGITS, OPS, WindowTrace, kv_root_of
 
-ROWS_PER_PASS = 256
+# More go no faster: the activations of so many fit the caches.
+ROWS_PER_PASS = 128
 # Memory of the logits, and of what is committed to, of one pass.
 PASS_BYTES_MAX = 64 << 20
 # Tokens whose records are hashed at once.
