@@ -39,6 +39,8 @@ from nexus.proof.bundle import (
     make_requests,
     request_for,
 )
+from nexus.proof.evidence import Evidence
+from nexus.proof.evidence.statements import find_contradiction
 from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, tokens_from_bytes
 from nexus.proof.trace import Sealed, TraceShape, WindowTrace, check_trace
 
@@ -107,6 +109,14 @@ class SendOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ShowParent:
+    """Show the coordinator the receipt that this stage's next one names as its parent: a stage that signed another one for the
+    coordinator's eyes has then signed against itself."""
+
+    receipt: SignedReceipt
+
+
+@dataclass(frozen=True, slots=True)
 class ShowReceipt:
     """Show this stage's receipt to the coordinator."""
 
@@ -136,7 +146,18 @@ class Close:
 
 
 StageAction: TypeAlias = (
-    Compute | Seal | Sign | SendStep | SendReceipt | SendOutput | ShowTrace | ShowReceipt | SendFinish | SendDone | Close
+    Compute
+    | Seal
+    | Sign
+    | SendStep
+    | SendReceipt
+    | SendOutput
+    | ShowTrace
+    | ShowParent
+    | ShowReceipt
+    | SendFinish
+    | SendDone
+    | Close
 )
 
 
@@ -145,6 +166,7 @@ class _Signing:
     """A receipt on its way to the disk. `goes_on`: the next stage of the ring waits for it."""
 
     trace: WindowTrace | None
+    parent: SignedReceipt | None
     goes_on: bool
 
 
@@ -178,7 +200,7 @@ class StageSession:
         self._sealed: Sealed | None = None  # the engine's word on the open window
         self._fed_back: list[bytes] = []  # first stage: leaf hashes of the tokens that came back, the last stage's outputs
         self._prev: Receipt | None = None
-        self._parent: Receipt | None = None  # the newest receipt of the stage before this one in the ring
+        self._parent: SignedReceipt | None = None  # the newest receipt of the stage before this one in the ring
         self._parent_signed = False  # later stages: that receipt is for the open window
         self._awaited: bytes | None = None  # first stage: the root that the last stage's next receipt must have
         self._signing: _Signing | None = None
@@ -264,6 +286,8 @@ class StageSession:
         actions: list[StageAction] = [SendReceipt(own)] if self._signing.goes_on else []
         if self._signing.trace:
             actions.append(ShowTrace(self._signing.trace))
+        if self._signing.parent:
+            actions.append(ShowParent(self._signing.parent))
         actions.append(ShowReceipt(own))
         self._signing, held, self._held = None, self._held, []
         return actions + held + self._proceed()
@@ -359,7 +383,7 @@ class StageSession:
         if (receipt.n, receipt.kv_len, receipt.out_root) != (self._terms.window, tokens, self._awaited):
             raise VerificationError("the last stage signed for other tokens than those that it sent")
         self._awaited = None
-        self._parent = receipt
+        self._parent = signed
 
     def _check_parent(self, signed: SignedReceipt) -> None:
         """At a later stage: the stage before signed for what it pushed in the open window. Ours will build on it."""
@@ -368,19 +392,19 @@ class StageSession:
         receipt = self._check_before(signed)
         if (receipt.n, receipt.kv_len) != (len(self._inputs), self.kv_len) or receipt.out_root != merkle_root(self._inputs):
             raise VerificationError(f"stage {self.before} signed for other bytes than those that it sent")
-        self._parent, self._parent_signed = receipt, True
+        self._parent, self._parent_signed = signed, True
 
     def _check_before(self, signed: SignedReceipt) -> Receipt:
         """A receipt of the stage before this one: signed by it, in this session, next after its previous one."""
         receipt = signed.verify()
-        previous = self._parent
+        previous = self._parent.receipt if self._parent else None
         check_place(receipt, self._manifest.kind, self._plan, self._terms, self.before, self._request_before, previous)
         return receipt
 
     def _sign(self) -> Sign:
         """Sign for the open window, and start the next."""
-        parent = None if self._first and not self._feeds_back else self._parent
-        sealed = self._sealed
+        shown = None if self._first and not self._feeds_back else self._parent
+        parent, sealed = shown.receipt if shown else None, self._sealed
         receipt = Receipt(
             spec=1,
             profile=self._plan.profile,
@@ -403,7 +427,7 @@ class StageSession:
         self._window += receipt.n
         self._inputs, self._outputs, self._sealed, self._parent_signed = [], [], None, False
         goes_on = not self._last or (self._feeds_back and not self._ended and receipt.n == self._terms.window)
-        self._signing = _Signing(sealed.trace if sealed else None, goes_on)
+        self._signing = _Signing(sealed.trace if sealed else None, shown if self._commits else None, goes_on)
         return Sign(receipt)
 
     def _ends(self, step: int, output: bytes) -> bool:
@@ -444,8 +468,20 @@ class Verified:
 CoordinatorAction: TypeAlias = Feed | Result | AskFinish | Verified
 
 
+@dataclass(slots=True)
+class _Shown:
+    """What a stage shows of one window."""
+
+    receipt: SignedReceipt | None = None
+    trace: WindowTrace | None = None
+    parent: SignedReceipt | None = None
+
+
 class CoordinatorSession:
-    """The asker's part: it feeds the inputs, takes the results in order and accepts nothing that the receipts do not bear out."""
+    """The asker's part: it feeds the inputs, takes the results in order and accepts nothing that the receipts do not bear out.
+
+    `evidence`: what convicts a stage by its receipts alone, if the session ended over it.
+    """
 
     def __init__(
         self,
@@ -473,15 +509,16 @@ class CoordinatorSession:
         self._waiting = set(range(len(plan.stages)))
         self._chain = ChainVerifier(manifest, plan, terms, [signed.request for signed in self.requests])
         self._asked_to_finish = False
-        self._early: list[deque[tuple[SignedReceipt, WindowTrace | None]]] = [deque() for _ in plan.stages]
+        self._early: list[deque[_Shown]] = [deque() for _ in plan.stages]
         ahead = STEPS_AHEAD_MAX // terms.window if manifest.kind == ENCODER and terms.window else 0
         self._early_max = EARLY_MAX + ahead
         self._shapes = tuple(shapes)
-        self._shown: list[WindowTrace | None] = [None] * len(plan.stages)  # of the receipt that comes next
+        self._next: list[_Shown] = [_Shown() for _ in plan.stages]  # what goes with the receipt that comes next
         self._traces: list[list[WindowTrace]] = [[] for _ in plan.stages]
         self._traces_bytes = 0
         self._done = False
         self._verified = False
+        self.evidence: list[Evidence] = []
 
     @property
     def receipts_verified(self) -> int:
@@ -514,35 +551,56 @@ class CoordinatorSession:
 
     def trace(self, stage: int, trace: WindowTrace) -> None:
         """The hashes behind the stage's next receipt, from the stage itself."""
-        if not self._shapes or self._shown[stage] is not None or self._verified:
+        if not self._shapes or self._next[stage].trace is not None or self._verified:
             raise VerificationError(f"stage {stage} shows a trace that is not due")
         steps, rest = divmod(len(trace.cells), self._shapes[stage].step_bytes)
         if rest or not 0 < steps <= self._terms.window or len(trace.logs) != self._shapes[stage].logs_bytes:
             raise MalformedError(f"stage {stage} shows a trace that is not of its layers")
-        self._shown[stage] = trace
+        self._next[stage].trace = trace
+
+    def parent(self, stage: int, signed: SignedReceipt) -> None:
+        """The receipt that the stage's next one names as its parent, as the stage itself was given it."""
+        if not self._shapes or self._next[stage].parent is not None or self._verified:
+            raise VerificationError(f"stage {stage} shows a parent that is not due")
+        self._next[stage].parent = signed
 
     def receipt(self, stage: int, signed: SignedReceipt) -> list[CoordinatorAction]:
         """A receipt from the stage itself. Stages' streams are not in step with each other: it may have to wait for others."""
         waiting = self._early[stage]
         if self._verified or signed.receipt.stage != stage or len(waiting) >= self._early_max:
             raise VerificationError(f"a receipt came from stage {stage} that is not due, or not its own")
-        trace, self._shown[stage] = self._shown[stage], None
-        if self._shapes and trace is None:
+        shown, self._next[stage] = self._next[stage], _Shown()
+        if self._shapes and shown.trace is None:
             raise VerificationError(f"stage {stage} signed without showing what it computed")
-        waiting.append((signed, trace))
+        if self._shapes and (shown.parent.receipt.id if shown.parent else b"") != signed.receipt.parent:
+            raise VerificationError(f"stage {stage} signed without showing the receipt that it names as its parent")
+        shown.receipt = signed
+        waiting.append(shown)
         while self._early[self._chain.due_stage]:
             due = self._chain.due_stage
-            self._accept(due, *self._early[due].popleft())
+            self._accept(due, self._early[due].popleft())
         return self._verify_if_complete()
 
-    def _accept(self, stage: int, signed: SignedReceipt, trace: WindowTrace | None) -> None:
+    def _accept(self, stage: int, shown: _Shown) -> None:
+        signed, trace = shown.receipt, shown.trace
+        assert signed is not None
+        before = self._receipts[-1] if self._receipts and (stage or self._manifest.kind == CAUSAL) else None
         try:
+            if self._shapes and shown.parent != before:
+                raise VerificationError(f"stage {stage} was given another receipt as its parent than the coordinator")
             receipt = self._chain.accept(signed)
             if trace is not None:
                 check_trace(trace, self._shapes[stage], receipt.n, receipt.trace_root, receipt.kv_root)
         except PeerError as error:
-            error.peer = peer_id_of(self._plan.stages[stage].node)  # it may be looked at when another stage's receipt comes
-            raise
+            prev = next((one for one in reversed(self._receipts) if one.receipt.stage == stage), None)
+            found = find_contradiction(signed, shown.parent, before, prev)
+            if found is None:
+                # It may be looked at when another stage's receipt comes.
+                error.peer = peer_id_of(self._plan.stages[stage].node)
+                raise
+            evidence, verdict = found
+            self.evidence.append(evidence)
+            raise VerificationError(verdict.summary, "It is convicted by what it signed", verdict.peer_id) from error
         self._receipts.append(signed)
         if trace is None:
             return

@@ -40,6 +40,7 @@ from nexus.swarm.session import (
     SendOutput,
     SendReceipt,
     SendStep,
+    ShowParent,
     ShowReceipt,
     ShowTrace,
     Sign,
@@ -195,6 +196,8 @@ class Ring:
                         send(stage, -1, ("output", step, payload))
                     case ShowTrace(trace):
                         send(stage, -1, ("trace", stage, trace))
+                    case ShowParent(receipt):
+                        send(stage, -1, ("parent", stage, receipt))
                     case ShowReceipt(receipt):
                         send(stage, -1, ("receipt", stage, receipt))
                     case SendFinish():

@@ -41,11 +41,13 @@ from nexus.node.infer.messages import (
     Output,
     OwnReceipt,
     OwnTrace,
+    ParentReceipt,
     Report,
     at_stage,
     first_cause,
 )
 from nexus.proof.bundle import Bundle
+from nexus.proof.evidence import Evidence
 from nexus.proof.receipts import Terms
 from nexus.proof.trace import TraceShape, WindowTrace
 from nexus.swarm.session import AskFinish, CoordinatorAction, CoordinatorSession, Feed, Result, Verified
@@ -160,6 +162,11 @@ class Coordinator:
         self._is_unwanted.set()
         return True
 
+    @property
+    def evidence(self) -> Sequence[Evidence]:
+        """What convicts a stage by its receipts alone, if the session ended over it."""
+        return self._machine.evidence
+
     async def _watch_nodes(self) -> None:
         await self._is_unwanted.wait()
         if self._unwanted and not self._bundle:
@@ -244,6 +251,8 @@ class Coordinator:
                         await self._emit(action)
             case OwnTrace(trace):
                 self._machine.trace(stage, trace)
+            case ParentReceipt(receipt):
+                self._machine.parent(stage, receipt)
             case OwnReceipt(receipt):
                 self._conclude(self._machine.receipt(stage, receipt))
             case Done() if last:

@@ -112,6 +112,13 @@ class OwnTrace(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class ParentReceipt(Record):
+    """The receipt that the one that comes next names as its parent, as the sender was given it."""
+
+    receipt: SignedReceipt = nested(SignedReceipt)
+
+
+@dataclass(frozen=True, slots=True)
 class Done(Record):
     """Every step is shown and receipted."""
 
@@ -148,7 +155,7 @@ class Alive(Record):
 
 
 INFER_MESSAGES = MessageSet(
-    Open, OpenProgress, Accepted, FeedInput, Finish, Output, OwnReceipt, Done, Report, Failed, Alive, OwnTrace
+    Open, OpenProgress, Accepted, FeedInput, Finish, Output, OwnReceipt, Done, Report, Failed, Alive, OwnTrace, ParentReceipt
 )
 LINK_MESSAGES = MessageSet(Hello, Push, OwnReceipt, Finish)
 

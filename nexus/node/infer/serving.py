@@ -47,6 +47,7 @@ from nexus.node.infer.messages import (
     Output,
     OwnReceipt,
     OwnTrace,
+    ParentReceipt,
     Push,
     Report,
     address_of,
@@ -69,6 +70,7 @@ from nexus.swarm.session import (
     SendOutput,
     SendReceipt,
     SendStep,
+    ShowParent,
     ShowReceipt,
     ShowTrace,
     Sign,
@@ -520,6 +522,8 @@ class _Served:
                     await self._send_control(Output(step, payload))
                 case ShowTrace(trace):
                     await self._send_control(OwnTrace(trace))
+                case ShowParent(parent):
+                    await self._send_control(ParentReceipt(parent))
                 case ShowReceipt(own):
                     await self._send_control(OwnReceipt(own))
                 case SendDone():

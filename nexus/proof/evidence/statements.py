@@ -98,6 +98,26 @@ def chain_verdict(evidence: Evidence) -> Verdict:
     return _verdict(evidence, receipt, f"{peer_id_of(receipt.node)} signed for {_steps(receipt)}, {fault}")
 
 
+def find_contradiction(
+    signed: SignedReceipt, parent: SignedReceipt | None, before: SignedReceipt | None, prev: SignedReceipt | None
+) -> tuple[Evidence, Verdict] | None:
+    """What convicts somebody among the receipts of a session as its coordinator has them, if anything does.
+
+    `signed`: a stage's newest receipt. `parent`: the one that the stage was given as its parent. `before`: the one that the same
+    node gave the coordinator for those steps. `prev`: the stage's own one before.
+    """
+    found: list[Evidence] = []
+    if parent and before and parent != before:
+        found.append(Equivocation.of(parent, before).evidence())
+    found += [BrokenChain(signed, (named.receipt,), (), (), ()).evidence() for named in (parent, prev) if named]
+    for evidence in found:
+        try:
+            return evidence, (equivocation_verdict if evidence.kind == EQUIVOCATION else chain_verdict)(evidence)
+        except (MalformedError, VerificationError):
+            continue  # as it is with all honest receipts
+    return None
+
+
 def _named_fault(receipt: Receipt, named: Receipt) -> str:
     if named.id == receipt.prev:
         return _prev_fault(receipt, named)
