@@ -20,6 +20,7 @@ from nexus.core.manifest import Manifest
 from nexus.core.plan import Plan
 from nexus.proof.arithmetic.ops import record_bytes
 from nexus.proof.arithmetic.rows import WeightProof
+from nexus.proof.audit import Cell as AuditedCell
 from nexus.proof.audit import OpenedRow, Opening, SignedAuditAnswer
 from nexus.proof.evidence.answer import FalseResponse, ShownRow, answer_verdict
 from nexus.proof.evidence.case import Case, CheckedCase, check_case
@@ -130,7 +131,12 @@ def accuse(accused: AccusedStage, recomputed: Recomputed, weights: WeightSource,
             return accuse_opening(accused, opened, difference.op, weights)
         except (MalformedError, VerificationError):
             pass
-    return with_weights(_Recomputing(accused, recomputed, difference).proof(), weights)
+    return with_weights(prove_difference(accused, recomputed, difference), weights)
+
+
+def prove_difference(accused: AccusedStage, recomputed: Recomputed, difference: Difference) -> Proof:
+    """The proof of a first difference without the accused's help and without weights."""
+    return _Recomputing(accused, recomputed, difference).proof()
 
 
 def accuse_opening(accused: AccusedStage, opened: Opening, op: str, weights: WeightSource) -> Evidence:
@@ -387,6 +393,7 @@ class _Opened(_Showing):
         self._layer = self._checked.start + opened.cell.layer
         self._is_result = opened.cell.layer >= self._checked.shape.layers
         self._row = self._tokens(self._step) - 1 if self._is_result else opened.cell.row
+        _check_cell(opened.cell, self._checked, self._tokens(self._step))
 
     def proof(self) -> Proof:
         checked, step, layer, row = self._checked, self._step, self._layer, self._row
@@ -401,6 +408,8 @@ class _Opened(_Showing):
             self._show_row(DOWN)
             return self._proof(Claim(OUTPUT, step, layer, row, 1, 0, 0))
         if self._op == LOG:
+            if not checked.causal:
+                raise MalformedError("an encoder keeps no logs")
             self._show_row(QKV)
             self._show_records(checked.position(step) + row, checked.position(step) + row + 1)
             return self._proof(Claim(LOG, step, layer, row, 1, self._opened.cell.head, 0))
@@ -493,6 +502,9 @@ class _Answered(_Showing):
         cell, shape = opened.cell, self._checked.shape
         layer = self._checked.start + cell.layer
         self._opened = opened
+        _check_cell(cell, self._checked, self._tokens(cell.step))
+        if cell.layer == shape.layers:
+            raise MalformedError("the opening is not of a row of a layer")
         if not self._checked.causal:
             self._show_input(cell.step)
         for each in {max(layer - 1, self._checked.start), layer}:
@@ -525,6 +537,12 @@ class _Answered(_Showing):
         for cell in self._cells.values():
             exhibits.add_cell(cell)
         return exhibits
+
+
+def _check_cell(cell: AuditedCell, checked: CheckedCase, tokens: int) -> None:
+    """That the stage has it: an opening comes from the accused."""
+    if cell.row >= tokens or cell.layer > checked.shape.layers or cell.head >= checked.exact.kv_heads:
+        raise MalformedError("the opening is of a cell that the stage does not have")
 
 
 def _window_of(accused: AccusedStage, step: int) -> int:

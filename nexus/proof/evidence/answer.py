@@ -38,8 +38,8 @@ class FalseResponse(Record):
     """The body of evidence of kind FALSE-RESPONSE: one opening of a cell that the accused signed for, and what is wrong with it.
 
     `case`: with the receipt of the cell's window. `following`: the accused's receipts after it, in order, to the one that the
-    answer is to. `part`: one of OPS, X, LOG or OUTPUT for what does not lead to its root; with `is_sum` 1 one of LINEARS, whose sum number
-    `element` is wrong. `cells`, `inputs`, `logs`: the roots, and of an encoder the text, as far as they are needed.
+    answer is to. `part`: one of OPS, X, LOG or OUTPUT for what does not lead to its root; with `is_sum` 1 one of LINEARS, whose
+    sum number `element` is wrong. `cells`, `inputs`, `logs`: the roots, and of an encoder the text, as far as they are needed.
     """
 
     case: Case = nested(Case)
