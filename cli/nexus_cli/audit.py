@@ -52,32 +52,22 @@ def audit_run(shared: Shared, session: str, mode: str) -> None:
 @audit.command("list")
 @pass_shared
 def audit_list(shared: Shared) -> None:
-    """Sessions that are kept, and what their last audits came to."""
+    """Sessions that are kept, so that they can be audited."""
     from nexus.gateway.wire import to_json
-    from nexus.node.api import SessionView
+    from nexus.node.api import SessionSummary
     from nexus_cli.client import connected
 
     with connected(shared) as daemon:
-        found = daemon.get_list(SessionView, "/v0/audits", "sessions")
+        found = daemon.get_list(SessionSummary, "/v0/audits", "sessions")
     if shared.json:
         show.print_json({"sessions": to_json(found)})
         return
     if not found:
         click.echo("no sessions are kept; a model of the exact profile leaves one: nexus run MODEL PROMPT", err=True)
         return
-    rows = [
-        (
-            one.session.hex()[:16],
-            _moment(one.ended_ms),
-            one.model,
-            str(one.steps),
-            str(one.stages),
-            _summary(one.audits[-1].stages) if one.audits else "not audited",
-        )
-        for one in found
-    ]
-    columns = ("session", "ended", "model", "steps", "stages", "last audit")
-    show.console(shared).print(show.table(columns, rows, right=("steps", "stages"), wrap=("last audit",)))
+    rows = [(one.session.hex()[:16], _moment(one.ended_ms), one.model, show.size(one.size), str(one.audits)) for one in found]
+    columns = ("session", "ended", "model", "size", "audits")
+    show.console(shared).print(show.table(columns, rows, right=("size", "audits")))
 
 
 @audit.command("show")

@@ -217,6 +217,17 @@ class AuditView:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """A session of this node's users that is kept. `size`: bytes on the disk. `audits`: how many there were."""
+
+    session: bytes
+    model: str
+    ended_ms: int
+    size: int
+    audits: int
+
+
+@dataclass(frozen=True, slots=True)
 class SessionView:
     """A session of this node's users that is kept, and what came of its audits, the latest last. `ended_ms`: when it ended."""
 
@@ -383,7 +394,7 @@ class NodeApi(Protocol):
 
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]: ...
 
-    async def sessions(self) -> list[SessionView]:
+    async def sessions(self) -> list[SessionSummary]:
         """Sessions of this node's users that are kept, the latest first."""
         ...
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import structlog
 import trio
 
+from nexus.core.audits import CONVICTED, OK
 from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, PeerError, TimedOutError, UsageError
 from nexus.core.fidelity import Fidelity
 from nexus.core.keys import Identity, parse_peer_id, peer_id_of
@@ -25,6 +26,7 @@ from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
+    AuditView,
     EmbedRequest,
     Event,
     EvidenceFile,
@@ -39,8 +41,13 @@ from nexus.node.api import (
     PeerView,
     PlanView,
     Progress,
+    SessionSummary,
+    SessionView,
     SlashedView,
 )
+from nexus.node.audit.answering import AuditAnswers
+from nexus.node.audit.asking import Auditor, Callbacks
+from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
@@ -50,13 +57,16 @@ from nexus.node.options import NodeOptions
 from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.node.signing import DurableSigner
 from nexus.node.trust import Trust, open_trust
-from nexus.proof.evidence import verify_evidence
+from nexus.proof.audit import StageAudit
+from nexus.proof.evidence import Evidence, verify_evidence
+from nexus.storage.audit_keys import AuditKeys
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
 from nexus.storage.journal import ImportJournal
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
+from nexus.swarm.audit_policy import AuditPolicy
 from nexus.swarm.membership import HOLDINGS_MAX, Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
@@ -127,6 +137,19 @@ class Node:
             sessions_max=options.sessions_max,
             may_open=trust.may_open,
         )
+        self._audit_answers = AuditAnswers(transport, identity, self._models, sessions)
+        policy = options.audit
+        self._auditor = Auditor(
+            transport,
+            identity,
+            self._models,
+            AuditKeys(home.audit_keys),
+            AuditPolicy(policy.policy, policy.rate, policy.probation_sessions, policy.cells),
+            policy.timeout_s,
+            Callbacks(lambda node: trust.standings.tally(node).audits_ok, self._submit_evidence, self._note_silence),
+            _now_ms,
+        )
+        self._session_audits = SessionAudits(self._auditor, sessions, self._audit_sources, self.names, self._note_audit, _now_ms)
         self._judge = Judge(self._models, lambda root: self._runner.sources(root))
         self._runner = Runner(
             transport,
@@ -138,6 +161,7 @@ class Node:
             options.sessions_max,
             self._import_builtin,
             self._judge,
+            self._session_audits,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
@@ -147,17 +171,20 @@ class Node:
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         self._blob_service.start()
         self._infer.start()
+        self._audit_answers.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
             nursery.start_soon(self._trust.run)
             nursery.start_soon(self._meet_again)
             nursery.start_soon(self._keep_book)
+            if self._options.audit.canary_every_s:
+                nursery.start_soon(self._send_canaries)
             task_status.started()
             await trio.sleep_forever()
 
     def _workers(self) -> list[NodeRecord]:
         """The nodes that may be planned with: neither convicted nor suspended."""
-        return [record for record in self._membership.records() if self._trust.standings.may_work(record.node)]
+        return self._trust.workers(self._membership.records())
 
     def _end_work_with(self, node: bytes) -> None:
         """A node was convicted: what runs with it ends here."""
@@ -167,6 +194,34 @@ class Node:
         )
         if ended:
             log.warning("sessions_ended", because_of=peer_id, sessions=ended)
+
+    def _audit_sources(self, model_root: bytes) -> list[PeerAddress]:
+        """Where the stages of a model may be, and its weights."""
+        holders = {source.peer_id: source for source in self._runner.sources(model_root)}
+        everybody = {record.peer_id: PeerAddress(record.peer_id, record.addresses) for record in self._membership.records()}
+        return list((holders | everybody).values())
+
+    async def _submit_evidence(self, evidence: Evidence) -> None:
+        """A proof that an audit made and verified: kept, believed, and told to others."""
+        await self._trust.evidence.submit(evidence)
+
+    async def _note_silence(self, node: bytes, session: bytes, reason: str) -> None:
+        """Not to answer is no proof of anything; a node that does it often is planned with last."""
+        if node != self._identity.public_key:
+            self._trust.standings.note_run(node, flaky=True)
+
+    def _note_audit(self, stage: StageAudit) -> None:
+        if stage.node != self._identity.public_key and stage.verdict in (OK, CONVICTED):
+            self._trust.standings.note_audit(stage.node, stage.verdict == OK)
+
+    async def _send_canaries(self) -> None:
+        """Now and then a short prompt that is nobody's, run and audited as any other: others cannot tell it from a user's."""
+        while True:
+            await trio.sleep(self._options.audit.canary_every_s)
+            try:
+                await self._runner.canary()
+            except NexusError as error:
+                log.info("canary_failed", reason=error.cause)
 
     def names(self) -> dict[str, str]:
         """What the nodes in reach call themselves, this one too, by peer id."""
@@ -489,6 +544,40 @@ class Node:
         peer_id = self._identity.peer_id if peer is None else self._find_peer(peer)
         prices = {record.peer_id: record.price for record in (self._describe(), *self._membership.records())}
         return await self._trust.ledger_view(peer_id, prices.get(peer_id, 0))
+
+    async def sessions(self) -> list[SessionSummary]:
+        return await self._session_audits.listed()
+
+    async def session(self, session: str) -> SessionView:
+        return await self._session_audits.shown(session)
+
+    async def audit(self, session: str, mode: str) -> AsyncGenerator[Progress | AuditView, None]:
+        """Audit a kept session, in a task of the node: an audit may take as long as the session did."""
+        send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
+        done: list[AuditView] = []
+        failure: list[NexusError] = []
+        scope = trio.CancelScope()
+
+        async def progress(phase: str, done_bytes: int, total: int) -> None:
+            _offer(send, Progress(self._identity.peer_id, phase, done_bytes, total))
+
+        async def run() -> None:
+            with scope, send:
+                try:
+                    done.append(await self._session_audits.audit(session, mode, progress))
+                except NexusError as error:
+                    failure.append(error)
+
+        self._nursery.start_soon(run)
+        try:
+            async with receive:
+                async for event in receive:
+                    yield event
+        finally:
+            scope.cancel()
+        if failure:
+            raise failure[0]
+        yield done[0]
 
     async def drain(self) -> None:
         self._draining = True

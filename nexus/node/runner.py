@@ -5,16 +5,18 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from secrets import randbits, token_bytes
+from secrets import choice, randbelow, randbits, token_bytes
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
+from nexus.core.audits import DUAL, LIGHT, OFF
 from nexus.core.errors import (
     CapacityError,
+    LocalError,
     NexusError,
     NotFoundError,
     PeerError,
@@ -29,6 +31,7 @@ from nexus.core.plan import DTYPES, Plan
 from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
+    AuditView,
     Embedding,
     EmbedRequest,
     Event,
@@ -41,13 +44,16 @@ from nexus.node.api import (
     StageView,
     Token,
 )
+from nexus.node.audit.sessions import SessionAudits
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
+from nexus.proof.bundle import Bundle
 from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
+from nexus.swarm.audit_policy import can_audit, other_nodes
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.placement import Candidate, Placement, place
 from nexus.swarm.session import Result
@@ -63,6 +69,10 @@ AVOID_S = 60.0
 EVENTS_MAX = 64
 # What a session may grow to is planned for; a longer answer is refused by the stage whose memory it would not fit.
 PLANNED_TOKENS = 2048
+
+
+# What canaries ask about.
+_WORDS = ["why", "what", "when", "how", "where", "who", "does", "is", "are", "can", "will", "the", "a", "my", "your", "this", "that", "water", "light", "house", "river", "music", "winter", "letter", "garden", "story", "bread", "stone", "cloud", "mother", "number", "answer", "question", "morning", "market", "machine", "window", "colour", "people", "country", "summer", "paper", "road"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,7 @@ class _Job:
     seed: int = 0
     end_tokens: tuple[int, ...] = ()
     receipts: bool = True
+    verify: str | None = None
 
 
 @dataclass
@@ -100,7 +111,7 @@ class _Clock:
 
 class Runner:
     """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
-    raises for a plan that is not proven sound, and then it does not run."""
+    raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended."""
 
     def __init__(
         self,
@@ -113,6 +124,7 @@ class Runner:
         sessions_max: int,
         import_builtin: Callable[[str], Awaitable[None]],
         judge: Callable[[Plan, Manifest], Awaitable[object]],
+        audits: SessionAudits,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -123,6 +135,7 @@ class Runner:
         self._sessions_max = sessions_max
         self._import_builtin = import_builtin
         self._judge = judge
+        self._audits = audits
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
         self.live = Live()
 
@@ -238,7 +251,9 @@ class Runner:
             end_tokens=tuple(tokenizer.end_tokens),
             stages=request.stages,
             receipts=request.receipts,
+            verify=request.verify,
         )
+        self._check_auditable(job)
         answer = _Answer(tokenizer, request.stop)
         clock = _Clock()
         async with aclosing(self._run(job)) as events:
@@ -257,7 +272,9 @@ class Runner:
                         if rest:
                             yield Token(answer.steps - 1, answer.last_token, rest)
                         reason = "stop" if answer.stopped or answer.ended else "length"
-                        yield self._finished(event, reason, len(prompt), answer.steps, clock)
+                        total_s = clock.total_s
+                        audit = await self._audit(job, event)
+                        yield self._finished(event, reason, len(prompt), answer.steps, clock, total_s, audit)
                     case _:
                         yield event
 
@@ -270,7 +287,9 @@ class Runner:
                 raise UsageError(
                     f"text {number + 1} has {len(tokens)} tokens; {name} reads {manifest.context}", "Split it into shorter texts"
                 )
-        job = _Job(name, manifest, tuple(tokens_to_bytes(tokens) for tokens in texts), len(texts), request.stages)
+        inputs = tuple(tokens_to_bytes(tokens) for tokens in texts)
+        job = _Job(name, manifest, inputs, len(texts), request.stages, verify=request.verify)
+        self._check_auditable(job)
         clock = _Clock()
         async with aclosing(self._run(job)) as events:
             async for event, _ in events:
@@ -279,9 +298,68 @@ class Runner:
                         clock.first()
                         yield Embedding(step, _vector(payload))
                     case Ended():
-                        yield self._finished(event, "stop", sum(map(len, texts)), 0, clock)
+                        total_s = clock.total_s
+                        audit = await self._audit(job, event)
+                        yield self._finished(event, "stop", sum(map(len, texts)), 0, clock, total_s, audit)
                     case _:
                         yield event
+
+    def _check_auditable(self, job: _Job) -> None:
+        """What a user asked to have audited and cannot be is refused before it runs. Raises UsageError."""
+        if job.verify in (None, OFF):
+            return
+        if not job.receipts:
+            raise UsageError("without receipts nothing can be audited", "Ask for receipts, or for no audit")
+        if not can_audit(job.manifest.profile, str(job.verify)):
+            raise UsageError(
+                f"{job.name} is in the float profile, whose arithmetic nobody can repeat exactly",
+                "Add the model with --profile exact, or ask with --verify off",
+            )
+
+    async def _audit(self, job: _Job, ended: Ended) -> AuditView | None:
+        """Keep the session, and audit it as was asked or as the settings say."""
+        if self._audits.mode(job.verify) != DUAL or not ended.traces:
+            return await self._audits.ended(ended.bundle, ended.traces, job.verify)
+        began_s = trio.current_time()
+        second = await self._run_again(job, ended.bundle)
+        took_s = trio.current_time() - began_s
+        return await self._audits.compared(ended.bundle, ended.traces, second.bundle, second.traces, took_s)
+
+    async def _run_again(self, job: _Job, first: Bundle) -> Ended:
+        """The same job on other nodes, as far as the first run went."""
+        placement = await self._place_again(job, first.plan)
+        again = replace(job, steps_max=len(first.outputs))
+        exact = await self._models.exact_plan(job.manifest, self.sources(job.manifest.root))
+        async with aclosing(self._drive(self._coordinator(again, placement, exact))) as events:
+            async for event in events:
+                if isinstance(event, Ended):
+                    return event
+        raise LocalError("the second run ended without a word", "Run it again")
+
+    async def _place_again(self, job: _Job, plan: Plan, without: frozenset[bytes] = frozenset()) -> Placement:
+        """A plan with none of the other nodes of `plan` in it. Raises CapacityError."""
+        try:
+            placement = await self.place(job.manifest, job.stages, without | other_nodes(plan, self._identity.public_key))
+        except CapacityError as error:
+            raise CapacityError(
+                f"a dual execution needs two sets of nodes with nothing in common, and there is one: {error.cause}",
+                "Start more nodes, or ask with --verify light",
+            ) from error
+        await self._judge(placement.plan, job.manifest)
+        return placement
+
+    async def canary(self) -> None:
+        """Run a short made-up prompt on others and audit it. Raises NotFoundError where there is no model to do it with."""
+        others = {holding.model_root for record in self._records() for holding in record.models}
+        known = [(name, root) for name, root in self._models.catalog.names().items() if root in others]
+        models = [name for name, root in known if _is_exact_causal(self._models.catalog.manifest(root))]
+        if not models:
+            raise NotFoundError("no model of the exact profile is held by anybody else")
+        prompt = " ".join(choice(_WORDS) for _ in range(4 + randbelow(12)))
+        request = GenerateRequest(choice(models), prompt, max_tokens=4 + randbelow(28), verify=LIGHT)
+        async with aclosing(self.generate(replace(request, stages=2))) as events:
+            async for _ in events:
+                pass
 
     async def _open_model(self, name: str, kind: str) -> tuple[str, Manifest, Tokenizer]:
         from nexus.engine.tokenizer import Tokenizer
@@ -305,6 +383,8 @@ class Runner:
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 placement = await self.place(job.manifest, job.stages, without)
                 await self._judge(placement.plan, job.manifest)
+                if commits and self._audits.mode(job.verify) == DUAL:
+                    await self._place_again(job, placement.plan, without)  # better now than when the answer is there
                 coordinator = self._coordinator(job, placement, exact)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
                 started = False
@@ -391,7 +471,16 @@ class Runner:
             return Progress(peer_id_of(placement.plan.stages[event.stage].node), event.phase, event.done, event.total)
         return event
 
-    def _finished(self, ended: Ended, reason: str, prompt_tokens: int, completion_tokens: int, clock: _Clock) -> Finished:
+    def _finished(
+        self,
+        ended: Ended,
+        reason: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        clock: _Clock,
+        total_s: float,
+        audit: AuditView | None,
+    ) -> Finished:
         names = {record.node: record.name for record in (self._own(), *self._records())}
         bundle = ended.bundle
         signed = [sum(r.receipt.stage == i for r in bundle.receipts) for i in range(len(bundle.plan.stages))]
@@ -399,8 +488,8 @@ class Runner:
             reason=reason,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
-            first_token_s=clock.first_s or clock.total_s,
-            total_s=clock.total_s,
+            first_token_s=clock.first_s or total_s,
+            total_s=total_s,
             receipts=len(bundle.receipts),
             receipts_verified=ended.receipts_verified,
             stages=tuple(
@@ -417,6 +506,7 @@ class Runner:
                 for number, (stage, report) in enumerate(zip(bundle.plan.stages, ended.reports, strict=True))
             ),
             bundle=bundle,
+            audit=audit,
         )
 
 
@@ -466,6 +556,10 @@ class _Answer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _is_exact_causal(manifest: Manifest) -> bool:
+    return manifest.profile == EXACT and manifest.kind == CAUSAL
 
 
 def _check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) -> None:

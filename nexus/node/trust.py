@@ -5,14 +5,16 @@ The parts are `nexus.node.evidence`, `nexus.node.standing` and `nexus.node.ledge
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import structlog
 import trio
 
-from nexus.core.errors import LocalError, NotAllowedError, NotFoundError, PeerError, UsageError
+from nexus.core.audits import CONVICTED, MISMATCH, OK, UNANSWERED
+from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, PeerError, UsageError
 from nexus.core.keys import Identity, peer_id_of, public_key_of
 from nexus.network.transport import Transport
 from nexus.node.api import EntryView, EvidenceFile, EvidenceView, LedgerView, SlashedView
@@ -21,15 +23,19 @@ from nexus.node.ledger import Chain, LedgerService
 from nexus.node.options import LedgerOptions
 from nexus.node.standing import Standings
 from nexus.proof.accounts import Entry
+from nexus.proof.audit import StageAudit
+from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence, Verdict
 from nexus.storage.evidence import EvidenceStore, StoredEvidence
 from nexus.storage.home import Home
 from nexus.storage.ledger import LedgerStore
-from nexus.swarm.standing import GOOD, Fuse, Standing
+from nexus.swarm.membership import NodeRecord
+from nexus.swarm.standing import DEMOTED, GOOD, Fuse, Standing
 
 log = structlog.get_logger("nexus.trust")
 
 PREFIX_MIN = 4
+DEMOTED_SLOWDOWN = 16
 BELIEVED, WAITING, NOT_BELIEVED = "believed", "waiting", "not believed"
 
 
@@ -69,6 +75,54 @@ class Trust:
         refusal = self.ledger.refusal(node)
         if refusal:
             raise NotAllowedError(refusal, "It takes payments at once: `nexus ledger` on that node shows what keeps it from paying")
+
+    def workers(self, records: Iterable[NodeRecord]) -> list[NodeRecord]:
+        """The nodes that may be planned with: neither convicted nor suspended. One that is demoted counts as much slower than it
+        says, so that it gets little where others can do the work."""
+        found = []
+        for record in records:
+            standing = self.standings.of(record.node)
+            if standing.state == DEMOTED:
+                found.append(replace(record, speed=record.speed // DEMOTED_SLOWDOWN))
+            elif standing.may_work:
+                found.append(record)
+        return found
+
+    # --- what sessions and audits come to ----------------------------------------------------------------------------------------
+
+    def executions(self, node: bytes) -> int:
+        """How many executions of the node with this key were audited here and found right."""
+        return self.standings.tally(node).audits_ok
+
+    async def accuse(self, evidence: Evidence) -> None:
+        """Evidence that an audit of this node found: kept, told to others, acted on. That it cannot be kept is only logged."""
+        try:
+            await self.evidence.submit(evidence)
+        except NexusError as error:
+            log.error("evidence_not_kept", accused=evidence.peer_id, reason=error.cause, fix=error.fix)
+
+    async def settle(self, bundle: Bundle, prices: Mapping[bytes, int], audits: Sequence[StageAudit]) -> None:
+        """A session of this node's users is over, verified and audited: remember how its stages did, and pay those that did right.
+
+        Call it once per session. `prices`: by node, as its record said when the plan was made. `audits`: of the stages that were
+        audited; one that is convicted, or did not answer, forfeits its pay, and one whose float results differ does not: nothing is
+        proven against it. That a payment fails is logged: the answer stands.
+        """
+        differing, forfeited = set(), set()
+        for audit in audits:
+            if audit.verdict == MISMATCH:
+                differing.add(audit.node)
+            elif audit.verdict in (OK, CONVICTED, UNANSWERED):
+                self.standings.note_audit(audit.node, audit.verdict == OK)
+                if audit.verdict != OK:
+                    forfeited.add(audit.node)
+        for stage in bundle.plan.stages:
+            if stage.node != self._identity.public_key:
+                self.standings.note_run(stage.node, mismatched=stage.node in differing)
+        try:
+            await self.ledger.pay_for(bundle, prices, forfeited)
+        except NexusError as error:
+            log.warning("session_not_paid", session=bundle.terms.session.hex()[:16], reason=error.cause, fix=error.fix)
 
     # --- what is shown -----------------------------------------------------------------------------------------------------------
 

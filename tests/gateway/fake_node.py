@@ -40,6 +40,7 @@ from nexus.node.api import (
     Planned,
     PlanView,
     Progress,
+    SessionSummary,
     SessionView,
     SlashedView,
     StageAuditView,
@@ -299,8 +300,9 @@ class FakeNode:
             yield Embedding(index, (0.5, -0.25, 1e-9))
         yield finished()
 
-    async def sessions(self) -> list[SessionView]:
-        return [session_view()]
+    async def sessions(self) -> list[SessionSummary]:
+        view = session_view()
+        return [SessionSummary(view.session, view.model, view.ended_ms, 3000, len(view.audits))]
 
     async def session(self, session: str) -> SessionView:
         if not session_view().session.hex().startswith(session):
