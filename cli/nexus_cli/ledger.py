@@ -49,8 +49,9 @@ def _lines(view: LedgerView) -> list[tuple[str, str]]:
     from nexus.swarm.ledger import BOND_ENTRIES, in_credits
 
     checked = "" if view.checked == view.entries else f", of which the first {view.checked} were read and count here"
-    audits = f"{show.count(view.audits_ok + view.audits_bad, 'audit')} here"
+    audited = view.audits_ok + view.audits_bad
     bad = f", {view.audits_bad} of them bad" if view.audits_bad else ""
+    known = f"{view.reputation:.2f} after {show.count(audited, 'audit')} here{bad}"
     entries = f"{view.entries} {'entry' if view.entries == 1 else 'entries'}"
     lines = [
         ("node", f"{view.peer_id} {view.name}".rstrip()),
@@ -62,7 +63,10 @@ def _lines(view: LedgerView) -> list[tuple[str, str]]:
         ("paid", in_credits(view.paid)),
         ("owes you", in_credits(view.owed) if view.owed else ""),
         ("price", f"{view.price} millionths of a credit per token and layer"),
-        ("reputation", f"{view.reputation:.2f} after {audits}{bad}"),
+        (
+            "reputation",
+            known if audited else "no audit of it here yet",
+        ),
         ("chain", f"{entries}{checked}"),
     ]
     return [(name, value) for name, value in lines if value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -11,13 +12,16 @@ from typing import cast
 import pytest
 import trio
 
+from nexus.core.audits import CONVICTED, MISMATCH, OK, UNANSWERED, UNAUDITED
 from nexus.core.errors import NexusError, NotAllowedError, NotFoundError, UsageError
 from nexus.core.keys import Identity
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.node.options import LedgerOptions
 from nexus.node.trust import Trust, open_trust
+from nexus.proof.audit import StageAudit
 from nexus.proof.evidence import OP, Evidence, Verdict, verify_evidence
 from nexus.storage.home import Home, create_home
+from nexus.swarm.membership import NodeRecord
 from nexus.swarm.standing import GOOD, PROBATION, SLASHED, SUSPENDED
 from tests.node.test_evidence import CHEATERS, fork, identity_of
 from tests.node.test_ledger import Node, bundle
@@ -137,6 +141,39 @@ async def test_an_account_is_shown_with_what_is_thought_of_its_owner(homes: tupl
         assert (burned.standing, burned.bond, burned.earned) == (SLASHED, 0, 900)
         with pytest.raises(NexusError):
             await one.ledger_view(CHEATERS[0].peer_id, 0)
+
+
+async def test_a_session_is_settled(homes: tuple[Home, Home]) -> None:
+    network, three = SimulatedNetwork(1), identity_of(3)
+    async with opened(network, homes[0], ONE) as (one, _):
+        nodes = [cast(Node, SimpleNamespace(key=identity.public_key)) for identity in (ONE, TWO, three)]
+
+        def audit(identity: Identity, verdict: str) -> StageAudit:
+            return StageAudit(1, identity.public_key, "light", verdict, 1, 1, 1, b"", "")
+
+        prices = {TWO.public_key: 10, three.public_key: 10}
+        for number, (verdict, paid) in enumerate(((OK, 2), (MISMATCH, 2), (UNAUDITED, 2), (CONVICTED, 1), (UNANSWERED, 1))):
+            await one.settle(bundle(bytes([number]) * 32, *nodes), prices, [audit(TWO, verdict)])
+            chain = await one.ledger.own_chain()
+            assert (len(chain.latest), len(chain.latest[-1].entry.shares)) == (number + 1, paid), verdict
+        tally = one.standings.tally(TWO.public_key)
+        assert (tally.audits_ok, tally.audits_bad, tally.runs, tally.mismatched) == (1, 2, 5, 1)
+        assert one.executions(TWO.public_key) == 1
+        assert one.standings.tally(ONE.public_key).runs == 0
+        # A ledger that does not work spoils no answer.
+        one.ledger.frozen = "broken"
+        await one.settle(bundle(b"x" * 32, *nodes), prices, [])
+        assert one.standings.tally(TWO.public_key).runs == 6
+
+
+async def test_who_is_planned_with(homes: tuple[Home, Home]) -> None:
+    async with opened(SimulatedNetwork(1), homes[0], ONE) as (one, _):
+        records = [NodeRecord(1, identity_of(n).public_key, 0, "", "", (), 0, 1600, 1, (), 0) for n in (2, 3, 1000)]
+        for _ in range(20):
+            one.standings.note_run(records[1].node, flaky=True)
+        await one.accuse(fork(CHEATERS[0]))
+        await one.accuse(replace(fork(CHEATERS[1]), accused=TWO.public_key))  # convicts nobody
+        assert [(record.node, record.speed) for record in one.workers(records)] == [(records[0].node, 1600), (records[1].node, 100)]
 
 
 async def test_a_foreign_ledger_freezes_payments_and_nothing_else(homes: tuple[Home, Home]) -> None:
