@@ -10,7 +10,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from nexus.core.audits import DUAL, REPLICA
+from nexus.core.audits import DUAL, LIGHT, REPLICA
 from nexus.swarm.audit_policy import AuditPolicy
 from nexus_config.settings import default_text
 from scripts.simulations.byzantine import Options, Swarm
@@ -33,10 +33,14 @@ def main() -> int:
     one.add_argument(
         "--rate", type=float, default=defaults["rate"], help="audited after probation [default: %(default)s, the setting]"
     )
+    one.add_argument("--light", action="store_true", help="audit some cells of each stage instead of computing all again")
+    one.add_argument("--cells", type=int, default=defaults["cells"], help="of a light audit [default: %(default)s, the setting]")
     one.add_argument("--dual", action="store_true", help="run every request on two sets of nodes and compare")
     one.add_argument("--strategies", default="", help=f"only these, by comma: {', '.join(one.name for one in STRATEGIES)}")
     one.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
+    if options.light and options.dual:
+        parser.error("--light and --dual exclude each other")
     chosen = tuple(name for name in options.strategies.split(",") if name)
     if set(chosen) - {strategy.name for strategy in STRATEGIES}:
         parser.error(f"there is no strategy {sorted(set(chosen) - {strategy.name for strategy in STRATEGIES})[0]!r}")
@@ -46,7 +50,8 @@ def main() -> int:
         parser.error(f"{honest} honest nodes are too few: there are to be {options.askers} askers, and {wanted} for a request")
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nexus-simulation-") as directory:
-        policy = AuditPolicy(DUAL if options.dual else REPLICA, options.rate, options.probation, 0)
+        mode = DUAL if options.dual else LIGHT if options.light else REPLICA
+        policy = AuditPolicy(mode, options.rate, options.probation, options.cells)
         told = Options(options.seed, options.nodes, options.requests, options.malicious, options.askers, policy, chosen)
         swarm = Swarm(told, Model(Path(directory)))
         swarm.run()

@@ -13,20 +13,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from nexus.core.audits import DUAL, OFF
+from nexus.core.audits import DUAL, LIGHT, REPLICA
 from nexus.core.errors import VerificationError
 from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity
 from nexus.node.evidence import INVALID_MAX
 from nexus.proof.accounts import Fork, SignedEntry
-from nexus.proof.audit import challenge
+from nexus.proof.audit import Cell, challenge
 from nexus.proof.evidence import FORK, Evidence
 from nexus.swarm.audit_policy import AuditPolicy, stage_policy
 from nexus.swarm.ledger import Book, earn_entry, pay_entry, session_cost
 from nexus.swarm.standing import DEMOTED, SlashedSet, Standing, Tally, standing_of
 from scripts.simulations.cheaters import STRATEGIES, Strategy, accusations
 from scripts.simulations.model import HONEST, LAYERS, STAGES, TOKENS, Model
-from scripts.simulations.sessions import Part, Session, audit, convicts, evidence_of_broken, hold_session, signs_honestly
+from scripts.simulations.sessions import (
+    Part,
+    Session,
+    audit,
+    convicts,
+    evidence_of_broken,
+    hold_session,
+    light_cells,
+    light_fault,
+    signs_honestly,
+)
 
 ATTEMPTS_MAX = 8
 # Of the honest nodes those that ask a random other one for news between two requests.
@@ -113,6 +123,7 @@ class Counts:
     broken: int = 0
     layers_computed: int = 0
     layers_audited: int = 0
+    cells: int = 0
     stages_audited: int = 0
     stages_run: int = 0
     accusations: int = 0
@@ -139,6 +150,7 @@ class Swarm:
         self.askers = self.honest[: options.askers]
         self.found = {node.number: Found() for node in self.nodes if not node.honest}
         self._verdicts: dict[bytes, bool] = {}
+        self._faults: dict[tuple[tuple[str, ...], bytes, int, Cell], bool] = {}
         self._earlier: Session | None = None
         self._request = 0
 
@@ -230,16 +242,32 @@ class Swarm:
         for part in session.parts:
             self._note_run(asker, part.node, flaky=False)
         policy = self.options.policy
-        wanted = []
+        replicas = []
         for stage, part in enumerate(session.parts):
             drawn = challenge(session.shown[stage][-1].receipt.id, session.challenge.reveal(0))
             decision = stage_policy(policy, None, drawn, asker.tally(part.node).audits_ok, is_own=part.node == asker.key)
-            if decision.mode != OFF:
-                wanted.append(stage)
-        guilty = self._audit(asker, session, wanted)
+            if decision.mode == REPLICA or (decision.mode == LIGHT and self._light_finds(asker, session, stage, drawn)):
+                replicas.append(stage)
+        guilty = self._audit(asker, session, replicas)
         # Who is convicted gets nothing; the others did their part.
         self._pay(asker, session, guilty)
         return not guilty
+
+    def _light_finds(self, asker: Node, session: Session, stage: int, drawn: bytes) -> bool:
+        """Whether one of the cells that the challenge picks is wrong; then all is computed again."""
+        cells = light_cells(self.model, session, stage, drawn, self.options.policy.cells)
+        self.counts.stages_audited += 1
+        self.counts.cells += len(cells)
+        acts = tuple(part.act for part in session.parts)
+        for cell in cells:
+            key = acts, session.prompt, stage, cell
+            if key not in self._faults:
+                self._faults[key] = light_fault(self.model, session, stage, cell)
+            if self._faults[key]:
+                return True
+        node = session.parts[stage].node
+        asker.tallies[node] = asker.tally(node).audited(True)
+        return False
 
     def _audit(self, asker: Node, session: Session, wanted: Sequence[int]) -> frozenset[bytes]:
         """Looks at these stages; who is convicted by what it finds."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -17,8 +18,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from nexus.core.hashing import HASH_BYTES, leaf_hash
+from nexus.core.hashing import HASH_BYTES, leaf_hash, tagged_hash
 from nexus.core.manifest import EXACT_PLAN, Manifest
+from nexus.engine.exact.audit import StageWeights, auditor_keys, read_piece_keys
 from nexus.engine.exact.replay import Replay, replay
 from nexus.engine.exact.stage import ExactStage
 from nexus.engine.exact.tampering import TAMPERINGS, load_tampered_stage
@@ -26,6 +28,8 @@ from nexus.engine.exact.weight_rows import StoredWeights
 from nexus.engine.importer import import_model
 from nexus.engine.stage import load_stage
 from nexus.proof.arithmetic.plan import plan_from_json, trace_shape
+from nexus.proof.audit_check import AuditorKeys
+from nexus.proof.audit_open import Shown
 from nexus.proof.receipts import tokens_to_bytes
 from nexus.proof.trace import CELL_BYTES, TraceShape, WindowTrace
 from nexus.storage.blobs import BlobStore
@@ -68,6 +72,17 @@ class Work:
     traces: tuple[WindowTrace, ...]
 
 
+class _Shown:
+    """A cheater's own computation, with the honest input of its first layer."""
+
+    def __init__(self, own: Replay, honest: Replay) -> None:
+        self._own = own
+        self.stage_input = honest.stage_input
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
 class Model:
     """The model on disk in `directory`, made anew, and its stages, honest and not."""
 
@@ -87,6 +102,8 @@ class Model:
         ]
         # Kept per model, not per process: a method's cache would keep the model alive.
         self.session = lru_cache(maxsize=KEPT)(self._session)
+        self.shown = lru_cache(maxsize=KEPT)(self._shown)
+        self.keys = lru_cache(maxsize=None)(self._keys)
         self.recomputed = lru_cache(maxsize=KEPT)(self._recomputed)
         self._stage = lru_cache(maxsize=None)(self._load)
 
@@ -116,6 +133,24 @@ class Model:
     def _recomputed(self, stage: int, inputs: tuple[bytes, ...]) -> Replay:
         """What an auditor gets who computes it all again from these inputs."""
         return replay(self._stage(HONEST, stage), inputs, None, WINDOWS)
+
+    def _shown(self, act: str, stage: int, inputs: tuple[bytes, ...]) -> Shown:
+        """What a stage that acts so shows of its work: what it computed, on the embedding as everybody knows it."""
+        if act not in TAMPERINGS:
+            return self.recomputed(stage, inputs)
+        return _Shown(replay(self._stage(act, stage), inputs, None, WINDOWS), self.recomputed(stage, inputs))
+
+    @cached_property
+    def stage_weights(self) -> StageWeights:
+        return StageWeights(self.manifest, self.exact, self._files)
+
+    def _keys(self, pieces: tuple[tuple[str, tuple[str, ...]], ...]) -> AuditorKeys:
+        """Freivalds' keys of these pieces."""
+        made = {
+            name: read_piece_keys(self._files[name], self.exact, name, linears, tagged_hash("simulated keys", name.encode()))
+            for name, linears in pieces
+        }
+        return auditor_keys(self.exact, self._files, made)
 
     def _session(self, acts: tuple[str, ...], prompt: int) -> tuple[Work, ...]:
         """A whole session over stages that act so, round the ring as the real one goes."""

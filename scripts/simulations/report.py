@@ -160,6 +160,7 @@ def _totals(swarm: Swarm) -> list[tuple[str, str]]:
         ("honest nodes", f"{summary['honest_slashed']} slashed, {summary['honest_harmed']} slashed, suspended or demoted anywhere"),
         ("accusations", f"{counts.accusations} false ones, {counts.accusations_believed} believed"),
         ("audits", f"{counts.stages_audited} of {counts.stages_run} executions; {audited:.1%} of the work computed again"),
+        ("cells", f"{counts.cells} looked at by light audits"),
         ("sessions", f"{counts.sessions}; {counts.refused} more refused to askers that are convicted"),
         ("broken off", f"{counts.broken} sessions, with {counts.unpaid_broken} executions of honest stages that nobody pays"),
         ("ledger", f"sums to {summary['ledger_sum']}; vault {summary['vault']}, burned {summary['burned']} micro-credits"),

@@ -12,7 +12,9 @@ from nexus.core.keys import Identity
 from nexus.core.manifest import EXACT
 from nexus.core.plan import Plan, PlanStage
 from nexus.proof.accuse import AccusedStage, accuse
-from nexus.proof.audit import ChallengeChain, chain_of
+from nexus.proof.audit import Cell, ChallengeChain, chain_of, pick_cells
+from nexus.proof.audit_check import AuditedStage, find_fault
+from nexus.proof.audit_open import open_cell
 from nexus.proof.bundle import ChainVerifier, first_stage_inputs, make_requests
 from nexus.proof.evidence import Evidence, verify_evidence
 from nexus.proof.evidence.statements import BrokenChain, Equivocation
@@ -237,6 +239,42 @@ def _gave(session: Session, stage: int, outputs: Sequence[bytes]) -> bool:
     """Whether a stage signed for these outputs."""
     signed = [signed.receipt.out_root for signed in session.shown[stage]]
     return signed == [payload_root(outputs[step0 : step0 + n]) for step0, n in WINDOWS]
+
+
+def light_cells(model: Model, session: Session, stage: int, drawn: bytes, count: int) -> tuple[Cell, ...]:
+    """The cells that a light audit of a stage looks at."""
+    subject = _subject(model, session, stage)
+    return pick_cells(drawn, subject.rows, subject.shape.layers, model.exact.kv_heads, subject.is_last, count)
+
+
+def light_fault(model: Model, session: Session, stage: int, cell: Cell) -> bool:
+    """Whether what a stage shows of a cell is not what the model computes, or it has nothing to show."""
+    subject = _subject(model, session, stage)
+    own = replace(subject, inputs=session.works[stage].inputs, traces=(), results=())
+    try:
+        opening = open_cell(
+            own, model.shown(session.parts[stage].act, stage, session.works[stage].inputs), model.stage_weights, cell
+        )
+        keys = model.keys(tuple(sorted(subject.pieces([cell]).items())))
+        return find_fault(subject, keys, opening) is not None
+    except NexusError:
+        return True
+
+
+def _subject(model: Model, session: Session, stage: int) -> AuditedStage:
+    inputs = first_stage_inputs(model.manifest, [session.prompt], session.answer)
+    return AuditedStage(
+        manifest=model.manifest,
+        exact=model.exact,
+        plan=session.plan,
+        terms=session.terms,
+        stage=stage,
+        receipts=[signed.receipt for signed in session.shown[stage]],
+        traces=session.works[stage].traces,
+        inputs=inputs,
+        results=session.answer,
+        rows=[len(payload) // 4 for payload in inputs],
+    )
 
 
 def convicts(evidence: Evidence, model: Model) -> bool:
