@@ -72,7 +72,7 @@ static void end_gathering(const worker *me, const int32_t *key, int tokens, int 
             const int64_t *lanes = gathered(me, token, part);
             int64_t *found = &me->s->ws.found[part * me->s->rows + token], sum = 0;
             for (int i = 0; i < CHECK_LANES; i++)
-                sum += lanes[i] % CHECK_PRIME;
+                sum += FOLD(lanes[i]);
             if (me->s->team.threads == 1)
                 *found += sum;
             else
@@ -115,6 +115,8 @@ static int8_t *operand_row(const step *s, const operand *o, int row) {
 static int quantise_token(const step *s, const nx_linear *w, const operand *o, int index, const float *values) {
     const int row = index * o->parts;
     const integers to = {operand_row(s, o, row), w->wide ? operand_row(s, o, row + 1) : NULL, o->tiles ? TILE_BYTES : 64, 1};
+    if (s->b->commit && w->check) /* asked for in time: every step reads it from memory */
+        fetch_lines((const uint8_t *)w->check, ((size_t)w->k * sizeof *w->check + 63) / 64);
     const int good = quantise(values, w->k, w->wide, to, &s->ws.scale[index], &s->ws.sum[row]);
     for (int part = 0; s->b->commit && w->check && part < o->parts; part++) {
         const int8_t *x = part ? to.low : to.high;
