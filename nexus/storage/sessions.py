@@ -19,10 +19,10 @@ from typing import TypeVar
 from nexus.core.errors import CapacityError, LocalError, MalformedError, NotFoundError, UsageError
 from nexus.core.hashing import HASH_BYTES, tagged_hash
 from nexus.core.plan import Plan
-from nexus.core.record import Record, digest, nested, optional_digest, raw, text, uint
+from nexus.core.record import Record, digest, many, nested, optional_digest, raw, text, uint
 from nexus.proof.audit import AuditReport
 from nexus.proof.bundle import Bundle
-from nexus.proof.receipts import STEPS_MAX, Receipt, SignedRequest, Terms
+from nexus.proof.receipts import STEPS_MAX, WINDOW_MAX, Receipt, SignedRequest, Terms
 from nexus.proof.trace import WindowTrace
 from nexus.storage.database import Cell, Database, row_hash
 
@@ -30,8 +30,11 @@ AUDITS_PER_SESSION_MAX = 1024
 # Ids of sessions whose receipts are gone: 40 MiB.
 FORGOTTEN_MAX = 1 << 20
 # Making room is paid for by whoever signs next: so much of it at a time.
-DROPPED_AT_ONCE = 8
+DROPPED_AT_ONCE = 32
+SIGNED_PER_DROP = 8
 PREFIX_MIN = 4
+# An input came in one frame.
+PAYLOAD_BYTES_MAX = 64 * 1024 * 1024
 # What a row takes beside its content: hashes and numbers.
 ROW_BYTES = 128
 LISTED_MAX = 1000
@@ -49,8 +52,8 @@ CREATE TABLE IF NOT EXISTS receipt (
     content BLOB NOT NULL, hash BLOB NOT NULL, PRIMARY KEY (session, stage, step0, question)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS input (
-    number INTEGER PRIMARY KEY, session BLOB NOT NULL, stage INTEGER NOT NULL, step INTEGER NOT NULL,
-    content BLOB NOT NULL, hash BLOB NOT NULL, UNIQUE (session, stage, step)
+    number INTEGER PRIMARY KEY, session BLOB NOT NULL, stage INTEGER NOT NULL, step0 INTEGER NOT NULL,
+    content BLOB NOT NULL, hash BLOB NOT NULL, UNIQUE (session, stage, step0)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS forgotten (
     number INTEGER PRIMARY KEY, session BLOB NOT NULL, stage INTEGER NOT NULL, UNIQUE (session, stage)
@@ -143,6 +146,11 @@ class KeptSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class _Inputs(Record):
+    payloads: tuple[bytes, ...] = many(raw(most=PAYLOAD_BYTES_MAX), WINDOW_MAX)
+
+
+@dataclass(frozen=True, slots=True)
 class _Question(Record):
     """Everything of a receipt that was asked for, and nothing that was answered."""
 
@@ -182,6 +190,7 @@ class SessionStore:
         self._keep_max_bytes = keep_max_bytes
         self._keep_ms = int(keep_s * 1000)
         self._now_ms = now_ms
+        self._signed = 0  # since room was made
         self.tidy()
 
     def close(self) -> None:
@@ -201,7 +210,10 @@ class SessionStore:
             with self._database.transaction() as connection:
                 now_ms = self._now_ms()
                 answers = [self._note(connection, window, now_ms) for window in windows]
-                self._drop_served(connection, now_ms)
+                self._signed += len(windows)
+                if self._signed >= SIGNED_PER_DROP:
+                    self._drop_served(connection, now_ms)
+                    self._signed = 0
         except LocalError as error:
             return [error] * len(windows)
         return answers
@@ -222,12 +234,13 @@ class SessionStore:
                     (session, stage),
                 )
             )
-            inputs = tuple(
-                self._checked("input", (session, stage, step), content, hash_)
-                for step, content, hash_ in connection.execute(
-                    "SELECT step, content, hash FROM input WHERE session = ? AND stage = ? ORDER BY step", (session, stage)
+            windows = [
+                self._read(_Inputs, "input", (session, stage, step0), content, hash_).payloads
+                for step0, content, hash_ in connection.execute(
+                    "SELECT step0, content, hash FROM input WHERE session = ? AND stage = ? ORDER BY step0", (session, stage)
                 )
-            )
+            ]
+        inputs = tuple(payload for payloads in windows for payload in payloads)
         if len(inputs) != sum(receipt.n for receipt in receipts):
             raise NotFoundError("the inputs of that session are not kept here", "It was asked for more than once, or broke off")
         return ServedWork(served, receipts, inputs)
@@ -245,13 +258,17 @@ class SessionStore:
             except LocalError as error:
                 return error
             return None if same else _contradiction(receipt)
-        if connection.execute("SELECT 1 FROM forgotten WHERE session = ? AND stage = ?", (session, stage)).fetchone():
-            return LocalError("this node served that session before and has forgotten its answers", "Ask again in a new session")
-        asked = window.served.to_bytes()
-        connection.execute(
-            "INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?, 0, 1)",
-            (session, stage, asked, row_hash("served", session, stage, asked), now_ms),
-        )
+        known = connection.execute("SELECT shows FROM served WHERE session = ? AND stage = ?", (session, stage)).fetchone()
+        size = len(content) + ROW_BYTES
+        if known is None:
+            if connection.execute("SELECT 1 FROM forgotten WHERE session = ? AND stage = ?", (session, stage)).fetchone():
+                return LocalError("this node served that session before and has forgotten its answers", "Ask in a new session")
+            asked = window.served.to_bytes()
+            size += len(asked)
+            connection.execute(
+                "INSERT INTO served VALUES (?, ?, ?, ?, ?, 0, 1)",
+                (session, stage, asked, row_hash("served", session, stage, asked), now_ms),
+            )
         connection.execute(
             "INSERT INTO receipt VALUES (?, ?, ?, ?, ?, ?)",
             (
@@ -263,16 +280,14 @@ class SessionStore:
                 row_hash("receipt", session, stage, receipt.step0, question, content),
             ),
         )
-        (shows,) = connection.execute("SELECT shows FROM served WHERE session = ? AND stage = ?", (session, stage)).fetchone()
-        size = len(asked) * (receipt.step0 == 0) + len(content) + ROW_BYTES
-        if shows:
-            for step, payload in enumerate(window.inputs, receipt.step0):
-                # Of a session that is asked for twice the first inputs count; where they differ, its roots say so.
-                connection.execute(
-                    "INSERT OR IGNORE INTO input (session, stage, step, content, hash) VALUES (?, ?, ?, ?, ?)",
-                    (session, stage, step, payload, row_hash("input", session, stage, step, payload)),
-                )
-                size += len(payload) + ROW_BYTES
+        if known is None or known[0]:
+            inputs = _Inputs(window.inputs).to_bytes()
+            size += len(inputs) + ROW_BYTES
+            # Of a session that is asked for twice the first inputs count; where they differ, its roots say so.
+            connection.execute(
+                "INSERT OR IGNORE INTO input (session, stage, step0, content, hash) VALUES (?, ?, ?, ?, ?)",
+                (session, stage, receipt.step0, inputs, row_hash("input", session, stage, receipt.step0, inputs)),
+            )
         connection.execute(
             "UPDATE served SET used_ms = ?, size = size + ? WHERE session = ? AND stage = ?", (now_ms, size, session, stage)
         )
