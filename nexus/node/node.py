@@ -136,6 +136,7 @@ class Node:
             serve=options.serve,
             sessions_max=options.sessions_max,
             may_open=trust.may_open,
+            note_served=trust.ledger.note_served,
         )
         self._audit_answers = AuditAnswers(transport, identity, self._models, sessions)
         policy = options.audit
@@ -150,7 +151,7 @@ class Node:
             _now_ms,
         )
         self._session_audits = SessionAudits(self._auditor, sessions, self._audit_sources, self.names, self._note_audit, _now_ms)
-        self._judge = Judge(self._models, lambda root: self._runner.sources(root))
+        self._judge = Judge(identity.public_key, self._models, lambda root: self._runner.sources(root))
         self._runner = Runner(
             transport,
             identity,
@@ -162,6 +163,7 @@ class Node:
             self._import_builtin,
             self._judge,
             self._session_audits,
+            trust.settle,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0

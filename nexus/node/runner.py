@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from nexus.core.audits import DUAL, LIGHT, OFF
+from nexus.core.audits import CONVICTED, DUAL, LIGHT, OFF, UNANSWERED
 from nexus.core.errors import (
     CapacityError,
     LocalError,
@@ -25,7 +25,7 @@ from nexus.core.errors import (
     UsageError,
 )
 from nexus.core.hashing import leaf_hash
-from nexus.core.keys import Identity, peer_id_of
+from nexus.core.keys import Identity, peer_id_of, public_key_of
 from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest, stage_pieces
 from nexus.core.plan import DTYPES, Plan
 from nexus.models import BUILTIN_NAMES
@@ -71,8 +71,15 @@ EVENTS_MAX = 64
 PLANNED_TOKENS = 2048
 
 
+# Pays for a session: the prices of its nodes, and who forfeited the pay.
+Settle = Callable[[Bundle, Mapping[bytes, int], Collection[bytes]], Awaitable[None]]
+
 # What canaries ask about.
-_WORDS = ["why", "what", "when", "how", "where", "who", "does", "is", "are", "can", "will", "the", "a", "my", "your", "this", "that", "water", "light", "house", "river", "music", "winter", "letter", "garden", "story", "bread", "stone", "cloud", "mother", "number", "answer", "question", "morning", "market", "machine", "window", "colour", "people", "country", "summer", "paper", "road"]
+_WORDS = (
+    *("why", "what", "when", "how", "where", "who", "does", "is", "are", "can", "will", "the", "a", "my", "your", "this", "that"),
+    *("water", "light", "house", "river", "music", "winter", "letter", "garden", "story", "bread", "stone", "cloud", "mother"),
+    *("number", "answer", "question", "morning", "market", "machine", "window", "colour", "people", "country", "summer", "road"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,8 @@ class _Clock:
 
 class Runner:
     """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
-    raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended."""
+    raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended.
+    `settle`: pays for it; None: nobody is paid."""
 
     def __init__(
         self,
@@ -125,6 +133,7 @@ class Runner:
         import_builtin: Callable[[str], Awaitable[None]],
         judge: Callable[[Plan, Manifest], Awaitable[object]],
         audits: SessionAudits,
+        settle: Settle | None = None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -136,6 +145,8 @@ class Runner:
         self._import_builtin = import_builtin
         self._judge = judge
         self._audits = audits
+        self._settle = settle
+        self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
         self.live = Live()
 
@@ -317,13 +328,29 @@ class Runner:
             )
 
     async def _audit(self, job: _Job, ended: Ended) -> AuditView | None:
-        """Keep the session, and audit it as was asked or as the settings say."""
+        """Keep the session, audit it as was asked or as the settings say, and pay for it."""
+        prices = self._prices.get(ended.bundle.terms.session, {})
         if self._audits.mode(job.verify) != DUAL or not ended.traces:
-            return await self._audits.ended(ended.bundle, ended.traces, job.verify)
+            audit = await self._audits.ended(ended.bundle, ended.traces, job.verify)
+            self._settle_soon(ended.bundle, prices, _forfeited(audit))
+            return audit
         began_s = trio.current_time()
         second = await self._run_again(job, ended.bundle)
         took_s = trio.current_time() - began_s
-        return await self._audits.compared(ended.bundle, ended.traces, second.bundle, second.traces, took_s)
+        audit = await self._audits.compared(ended.bundle, ended.traces, second.bundle, second.traces, took_s)
+        self._settle_soon(ended.bundle, prices, _forfeited(audit))
+        self._settle_soon(second.bundle, self._prices_of(second.bundle.plan), ())  # who is convicted gets nothing in any case
+        return audit
+
+    def _settle_soon(self, bundle: Bundle, prices: Mapping[bytes, int], forfeited: Collection[bytes]) -> None:
+        """Nobody waits for the bill to see the answer."""
+        if self._settle is not None:
+            self._nursery.start_soon(self._settle, bundle, prices, forfeited)
+
+    def _prices_of(self, plan: Plan) -> dict[bytes, int]:
+        """What the nodes of a plan ask now, in micro-credits per token and layer."""
+        nodes = {stage.node for stage in plan.stages}
+        return {record.node: record.price for record in self._records() if record.node in nodes}
 
     async def _run_again(self, job: _Job, first: Bundle) -> Ended:
         """The same job on other nodes, as far as the first run went."""
@@ -340,7 +367,7 @@ class Runner:
         """A plan with none of the other nodes of `plan` in it. Raises CapacityError."""
         try:
             placement = await self.place(job.manifest, job.stages, without | other_nodes(plan, self._identity.public_key))
-        except CapacityError as error:
+        except (CapacityError, UsageError) as error:  # too little memory, or too few nodes for the stages asked for
             raise CapacityError(
                 f"a dual execution needs two sets of nodes with nothing in common, and there is one: {error.cause}",
                 "Start more nodes, or ask with --verify light",
@@ -386,6 +413,7 @@ class Runner:
                 if commits and self._audits.mode(job.verify) == DUAL:
                     await self._place_again(job, placement.plan, without)  # better now than when the answer is there
                 coordinator = self._coordinator(job, placement, exact)
+                self._prices[coordinator.session] = self._prices_of(placement.plan)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
                 started = False
                 try:
@@ -405,6 +433,8 @@ class Runner:
                         raise
                     log.warning("replanned", without=peer_id_of(failed), error=str(error))
                     without |= {failed}
+                finally:
+                    del self._prices[coordinator.session]
 
     def _coordinator(self, job: _Job, placement: Placement, exact: ExactPlan | None) -> Coordinator:
         """`exact`: what the model computes; None where the stages are not to commit to it."""
@@ -556,6 +586,12 @@ class _Answer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _forfeited(audit: AuditView | None) -> set[bytes]:
+    """Stages that get no pay: proven wrong, or silent when they were asked to show their work."""
+    stages = audit.stages if audit is not None else ()
+    return {public_key_of(stage.peer_id) for stage in stages if stage.verdict in (CONVICTED, UNANSWERED)}
 
 
 def _is_exact_causal(manifest: Manifest) -> bool:

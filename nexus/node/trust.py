@@ -5,7 +5,7 @@ The parts are `nexus.node.evidence`, `nexus.node.standing` and `nexus.node.ledge
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import structlog
 import trio
 
-from nexus.core.audits import CONVICTED, MISMATCH, OK, UNANSWERED
 from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, PeerError, UsageError
 from nexus.core.keys import Identity, peer_id_of, public_key_of
 from nexus.network.transport import Transport
@@ -23,7 +22,6 @@ from nexus.node.ledger import Chain, LedgerService
 from nexus.node.options import LedgerOptions
 from nexus.node.standing import Standings
 from nexus.proof.accounts import Entry
-from nexus.proof.audit import StageAudit
 from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence, Verdict
 from nexus.storage.evidence import EvidenceStore, StoredEvidence
@@ -90,35 +88,15 @@ class Trust:
 
     # --- what sessions and audits come to ----------------------------------------------------------------------------------------
 
-    def executions(self, node: bytes) -> int:
-        """How many executions of the node with this key were audited here and found right."""
-        return self.standings.tally(node).audits_ok
+    async def settle(self, bundle: Bundle, prices: Mapping[bytes, int], forfeited: Collection[bytes]) -> None:
+        """A session of this node's users is over and verified: note that its stages came to the end of it, and pay them.
 
-    async def accuse(self, evidence: Evidence) -> None:
-        """Evidence that an audit of this node found: kept, told to others, acted on. That it cannot be kept is only logged."""
-        try:
-            await self.evidence.submit(evidence)
-        except NexusError as error:
-            log.error("evidence_not_kept", accused=evidence.peer_id, reason=error.cause, fix=error.fix)
-
-    async def settle(self, bundle: Bundle, prices: Mapping[bytes, int], audits: Sequence[StageAudit]) -> None:
-        """A session of this node's users is over, verified and audited: remember how its stages did, and pay those that did right.
-
-        Call it once per session. `prices`: by node, as its record said when the plan was made. `audits`: of the stages that were
-        audited; one that is convicted, or did not answer, forfeits its pay, and one whose float results differ does not: nothing is
-        proven against it. That a payment fails is logged: the answer stands.
+        Call it once per session. `prices`: by node, as its record said when the plan was made. `forfeited`: stages that were proven
+        wrong or did not answer an audit. That a payment fails is logged: the answer stands.
         """
-        differing, forfeited = set(), set()
-        for audit in audits:
-            if audit.verdict == MISMATCH:
-                differing.add(audit.node)
-            elif audit.verdict in (OK, CONVICTED, UNANSWERED):
-                self.standings.note_audit(audit.node, audit.verdict == OK)
-                if audit.verdict != OK:
-                    forfeited.add(audit.node)
         for stage in bundle.plan.stages:
             if stage.node != self._identity.public_key:
-                self.standings.note_run(stage.node, mismatched=stage.node in differing)
+                self.standings.note_run(stage.node)
         try:
             await self.ledger.pay_for(bundle, prices, forfeited)
         except NexusError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -12,13 +11,11 @@ from typing import cast
 import pytest
 import trio
 
-from nexus.core.audits import CONVICTED, MISMATCH, OK, UNANSWERED, UNAUDITED
 from nexus.core.errors import NexusError, NotAllowedError, NotFoundError, UsageError
 from nexus.core.keys import Identity
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.node.options import LedgerOptions
 from nexus.node.trust import Trust, open_trust
-from nexus.proof.audit import StageAudit
 from nexus.proof.evidence import OP, Evidence, Verdict, verify_evidence
 from nexus.storage.home import Home, create_home
 from nexus.swarm.membership import NodeRecord
@@ -147,23 +144,15 @@ async def test_a_session_is_settled(homes: tuple[Home, Home]) -> None:
     network, three = SimulatedNetwork(1), identity_of(3)
     async with opened(network, homes[0], ONE) as (one, _):
         nodes = [cast(Node, SimpleNamespace(key=identity.public_key)) for identity in (ONE, TWO, three)]
-
-        def audit(identity: Identity, verdict: str) -> StageAudit:
-            return StageAudit(1, identity.public_key, "light", verdict, 1, 1, 1, b"", "")
-
         prices = {TWO.public_key: 10, three.public_key: 10}
-        for number, (verdict, paid) in enumerate(((OK, 2), (MISMATCH, 2), (UNAUDITED, 2), (CONVICTED, 1), (UNANSWERED, 1))):
-            await one.settle(bundle(bytes([number]) * 32, *nodes), prices, [audit(TWO, verdict)])
+        for number, (forfeited, paid) in enumerate((((), 2), ((TWO.public_key,), 1))):
+            await one.settle(bundle(bytes([number]) * 32, *nodes), prices, forfeited)
             chain = await one.ledger.own_chain()
-            assert (len(chain.latest), len(chain.latest[-1].entry.shares)) == (number + 1, paid), verdict
-        tally = one.standings.tally(TWO.public_key)
-        assert (tally.audits_ok, tally.audits_bad, tally.runs, tally.mismatched) == (1, 2, 5, 1)
-        assert one.executions(TWO.public_key) == 1
-        assert one.standings.tally(ONE.public_key).runs == 0
+            assert (len(chain.latest), len(chain.latest[-1].entry.shares)) == (number + 1, paid)
         # A ledger that does not work spoils no answer.
         one.ledger.frozen = "broken"
-        await one.settle(bundle(b"x" * 32, *nodes), prices, [])
-        assert one.standings.tally(TWO.public_key).runs == 6
+        await one.settle(bundle(b"x" * 32, *nodes), prices, ())
+        assert [one.standings.tally(identity.public_key).runs for identity in (ONE, TWO)] == [0, 3]
 
 
 async def test_who_is_planned_with(homes: tuple[Home, Home]) -> None:
@@ -171,8 +160,7 @@ async def test_who_is_planned_with(homes: tuple[Home, Home]) -> None:
         records = [NodeRecord(1, identity_of(n).public_key, 0, "", "", (), 0, 1600, 1, (), 0) for n in (2, 3, 1000)]
         for _ in range(20):
             one.standings.note_run(records[1].node, flaky=True)
-        await one.accuse(fork(CHEATERS[0]))
-        await one.accuse(replace(fork(CHEATERS[1]), accused=TWO.public_key))  # convicts nobody
+        await one.evidence.submit(fork(CHEATERS[0]))
         assert [(record.node, record.speed) for record in one.workers(records)] == [(records[0].node, 1600), (records[1].node, 100)]
 
 
