@@ -131,7 +131,7 @@ class Runner:
         nursery: trio.Nursery,
         sessions_max: int,
         import_builtin: Callable[[str], Awaitable[None]],
-        judge: Callable[[Plan, Manifest], Awaitable[object]],
+        judge: Callable[[Plan, Manifest, Sequence[Plan]], Awaitable[object]],
         audits: SessionAudits,
         settle: Settle | None = None,
     ) -> None:
@@ -372,7 +372,7 @@ class Runner:
                 f"a dual execution needs two sets of nodes with nothing in common, and there is one: {error.cause}",
                 "Start more nodes, or ask with --verify light",
             ) from error
-        await self._judge(placement.plan, job.manifest)
+        await self._judge(placement.plan, job.manifest, (plan,))
         return placement
 
     async def canary(self) -> None:
@@ -409,7 +409,7 @@ class Runner:
             exact = await self._models.exact_plan(job.manifest, self.sources(root)) if commits else None
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 placement = await self.place(job.manifest, job.stages, without)
-                await self._judge(placement.plan, job.manifest)
+                await self._judge(placement.plan, job.manifest, ())
                 if commits and self._audits.mode(job.verify) == DUAL:
                     await self._place_again(job, placement.plan, without)  # better now than when the answer is there
                 coordinator = self._coordinator(job, placement, exact)

@@ -1,0 +1,192 @@
+"""A user's request from end to end over real stages on a simulated network: it is run, kept and audited."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from nexus.core.audits import CONVICTED, DUAL, LIGHT, OFF, OK, REPLICA, UNAUDITED
+from nexus.core.errors import CapacityError, UsageError
+from nexus.core.manifest import Manifest
+from nexus.core.plan import Plan
+from nexus.node.api import Finished, GenerateRequest
+from nexus.node.audit.asking import Auditor
+from nexus.node.audit.sessions import SessionAudits
+from nexus.node.runner import Runner
+from nexus.proof.audit import StageAudit
+from nexus.proof.bundle import Bundle
+from nexus.storage.sessions import SessionStore
+from nexus.swarm.membership import Holding, LayerRange, NodeRecord
+from tests.engine.conftest import Folder
+from tests.node.audited_swarm import AuditedSwarm, Tampered, audited_swarm
+from tests.swarm.ring import identity
+
+Models = Callable[[str], tuple[Manifest, Folder]]
+NOW_MS = 1_700_000_000_000
+
+
+@dataclass
+class Home:
+    """A node that runs requests, with the rest of the swarm around it."""
+
+    nodes: AuditedSwarm
+    runner: Runner
+    audits: SessionAudits
+    noted: list[StageAudit]
+    judged: list[Plan]
+    unpaid: list[set[bytes]]
+
+    async def run(self, verify: str | None = None, receipts: bool = True, max_tokens: int = 12) -> Finished:
+        request = GenerateRequest("tiny", "abc def", max_tokens=max_tokens, stages=2, verify=verify, receipts=receipts)
+        with trio.fail_after(60):
+            async for event in self.runner.generate(request):
+                if isinstance(event, Finished):
+                    return event
+        raise AssertionError
+
+
+@asynccontextmanager
+async def home(
+    model: tuple[Manifest, Folder],
+    directory: Path,
+    others: int = 2,
+    cheats: Mapping[int, Tampered] | None = None,
+    auditor: Callable[[AuditedSwarm], Auditor] = AuditedSwarm.auditor,
+) -> AsyncIterator[Home]:
+    """`others`: nodes that serve; this one does not."""
+    manifest = model[0]
+    async with audited_swarm(model, directory, others, cheats) as nodes, trio.open_nursery() as nursery:
+
+        def record(number: int, serves: int) -> NodeRecord:
+            holding = Holding("tiny", manifest.root, (LayerRange(0, manifest.layers),))
+            addresses = nodes.sources[number - 1].addresses if number else nodes.transport.addresses
+            own = identity(number).public_key
+            return NodeRecord(1, own, NOW_MS, "test", f"n{number}", addresses, 1 << 30, 1000, serves, (holding,), 0)
+
+        async def import_builtin(name: str) -> None:
+            raise AssertionError
+
+        async def judge(plan: Plan, manifest: Manifest) -> None:
+            judged.append(plan)
+
+        async def settle(bundle: Bundle, prices: Mapping[bytes, int], forfeited: Collection[bytes]) -> None:
+            unpaid.append(set(forfeited))
+
+        unpaid: list[set[bytes]] = []
+        judged: list[Plan] = []
+        noted: list[StageAudit] = []
+        store = SessionStore(directory / "own.db", keep_max_bytes=1 << 30, keep_s=1e6, now_ms=lambda: NOW_MS)
+        audits = SessionAudits(
+            auditor(nodes), store, lambda _: nodes.sources, lambda: {identity(1).peer_id: "n1"}, noted.append, lambda: NOW_MS
+        )
+        runner = Runner(
+            nodes.transport,
+            identity(0),
+            nodes.models,
+            lambda: [record(number + 1, 1) for number in range(others)],
+            lambda: record(0, 0),
+            nursery,
+            4,
+            import_builtin,
+            judge,
+            audits,
+            settle,
+        )
+        try:
+            yield Home(nodes, runner, audits, noted, judged, unpaid)
+        finally:
+            nursery.cancel_scope.cancel()
+            store.close()
+
+
+@pytest.fixture
+def tiny(exact_model: Models) -> tuple[Manifest, Folder]:
+    return exact_model("llama")
+
+
+async def test_an_answer_is_kept_and_audited_by_the_policy(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with home(tiny, tmp_path) as here:
+        done = await here.run()
+        assert done.audit
+        assert [(stage.mode, stage.verdict) for stage in done.audit.stages] == [(LIGHT, OK)] * 2
+        assert len(here.judged) == 1
+        (listed,) = await here.audits.listed()
+        assert listed.session == done.audit.session == done.bundle.terms.session
+        assert listed.audits == 1
+        shown = await here.audits.shown(listed.session.hex()[:8])
+        assert shown.audits == (done.audit,)
+        assert shown.steps == 12
+
+        async def progress(phase: str, done: int, total: int) -> None:
+            pass
+
+        again = await here.audits.audit(listed.session.hex()[:8], REPLICA, progress)
+        assert [(stage.mode, stage.verdict) for stage in again.stages] == [(REPLICA, OK)] * 2
+        assert len((await here.audits.shown(listed.session.hex())).audits) == 2
+        assert [(one.node, one.verdict) for one in here.noted] == [(stage.node, OK) for stage in done.bundle.plan.stages] * 2
+
+
+async def test_off_is_off_and_said_so(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with home(tiny, tmp_path) as here:
+        done = await here.run(OFF)
+        assert done.audit
+        assert {stage.verdict for stage in done.audit.stages} == {UNAUDITED}
+        assert (await here.run(receipts=False)).audit is None
+        with pytest.raises(UsageError, match="without receipts"):
+            await here.run(LIGHT, receipts=False)
+
+
+async def test_a_cheated_answer_is_shown_as_one(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with home(tiny, tmp_path, cheats={0: Tampered("swapped-weights", tiny[1])}) as here:
+        done = await here.run(REPLICA)
+        assert done.audit
+        convicted = [stage for stage in done.audit.stages if stage.verdict == CONVICTED]
+        assert [stage.peer_id for stage in convicted] == [identity(1).peer_id]
+        assert convicted[0].name == "n1"
+        assert convicted[0].evidence == here.nodes.heard.evidence[0].id
+        await trio.testing.wait_all_tasks_blocked()
+        assert here.unpaid == [{identity(1).public_key}]
+
+
+async def test_a_dual_execution_compares_two_sets_of_nodes(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with home(tiny, tmp_path, others=4) as here:
+        done = await here.run(DUAL)
+        assert done.audit
+        assert [(stage.mode, stage.verdict) for stage in done.audit.stages] == [(DUAL, OK)] * 2
+        sessions = await here.audits.listed()
+        assert len(sessions) == 2
+        nodes = [stage.node for plan in {plan.root: plan for plan in here.judged}.values() for stage in plan.stages]
+        assert len(set(nodes)) == len(nodes) == 4
+
+
+@pytest.mark.parametrize("cheater", range(4))
+async def test_of_two_runs_that_differ_the_wrong_one_is_found(tiny: tuple[Manifest, Folder], tmp_path: Path, cheater: int) -> None:
+    async with home(tiny, tmp_path, others=4, cheats={cheater: Tampered("swapped-weights", tiny[1])}) as here:
+        done = await here.run(DUAL, max_tokens=24)
+        assert done.audit
+        assert [evidence.accused for evidence in here.nodes.heard.evidence] == [identity(cheater + 1).public_key]
+        mine = {stage.peer_id for stage in done.audit.stages}
+        wrong = [stage.peer_id for stage in done.audit.stages if stage.verdict == CONVICTED]
+        assert wrong == ([identity(cheater + 1).peer_id] if identity(cheater + 1).peer_id in mine else [])
+
+
+async def test_a_dual_execution_without_enough_nodes_does_not_begin(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with home(tiny, tmp_path, others=3) as here:
+        with pytest.raises(CapacityError, match="two sets of nodes"):
+            await here.run(DUAL)
+        assert not await here.audits.listed()
+
+
+async def test_a_canary_is_a_request_like_any_other(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with home(tiny, tmp_path) as here:
+        with trio.fail_after(60):
+            await here.runner.canary()
+        (kept,) = await here.audits.listed()
+        assert kept.audits == 1
+        assert {one.verdict for one in here.noted} == {OK}
