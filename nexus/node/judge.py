@@ -21,22 +21,26 @@ from nexus.swarm.placement import Candidate, Placement, place
 class Judge:
     """Proves a plan before it runs. What was proven of a shape and a plan is not proven again; see `nexus.proof.judge`.
 
-    `sources`: peers that have pieces of a model, by its root.
+    `own`: this node's key. `sources`: peers that have pieces of a model, by its root.
     """
 
-    def __init__(self, models: Models, sources: Callable[[bytes], Sequence[PeerAddress]]) -> None:
+    def __init__(self, own: bytes, models: Models, sources: Callable[[bytes], Sequence[PeerAddress]]) -> None:
+        self._trusted = frozenset({own})
         self._models = models
         self._sources = sources
         # Proofs take all of a core: two at once would only be in each other's way.
         self._limiter = trio.CapacityLimiter(1)
 
     async def __call__(self, plan: Plan, manifest: Manifest, copies: Sequence[Plan] = ()) -> Judgement:
-        """`copies`: the plans of the other replicas. Raises VerificationError that names what is not so; NotFoundError or
-        TimedOutError where the model's exact.json cannot be had."""
+        """`copies`: the plans of the other replicas, in which this node alone may have a part as well.
+
+        Raises VerificationError that names what is not so; NotFoundError or TimedOutError where exact.json cannot be had.
+        """
         exact = None
         if manifest.profile == EXACT:
             exact = await self._models.exact_plan(manifest, self._sources(manifest.root))
-        work = partial(judge, plan, manifest, exact, 1 + len(copies), tuple(copies), clock=time.perf_counter)
+        replicas = 1 + len(copies)
+        work = partial(judge, plan, manifest, exact, replicas, tuple(copies), self._trusted, clock=time.perf_counter)
         return await trio.to_thread.run_sync(work, limiter=self._limiter)
 
 

@@ -44,12 +44,14 @@ def judge(
     exact_plan: ExactPlan | None,
     replicas: int = 1,
     copies: Sequence[Plan] = (),
+    trusted: frozenset[bytes] = frozenset(),
     clock: Clock | None = None,
 ) -> Judgement:
     """Prove everything of a plan that may run. Raises VerificationError that names the layer, node or bound that is wrong.
 
     `exact_plan`: what the model's exact.json says, None in the float profile, which has no bounds. `replicas`: how many times every
-    layer is to be computed, by `plan` and by `copies` of it on other nodes. `clock`: seconds, to time the proofs with.
+    layer is to be computed, by `plan` and by `copies` of it on other nodes. `trusted`: nodes that may be in several of them, which
+    is the one that asks. `clock`: seconds, to time the proofs with.
 
     Takes some tenths of a second the first time, and next to nothing for a shape and rules that were proven before.
     """
@@ -59,7 +61,7 @@ def judge(
             raise VerificationError("the plan is not for this model in this profile", PLAN_FIX)
     if len(plans) != replicas:
         raise VerificationError(f"{len(plans)} of the {replicas} replicas that are asked for are planned", PLAN_FIX)
-    proofs = list(_plan_proofs(plans, manifest.layers, clock))
+    proofs = list(_plan_proofs(plans, manifest.layers, trusted, clock))
     if manifest.profile == EXACT:
         if exact_plan is None:
             raise VerificationError("the bounds of an exact model cannot be judged without its exact.json", "Fetch the model again")
@@ -82,10 +84,11 @@ def _solver(clock: Clock | None) -> Solver:
 
 
 @lru_cache(maxsize=CACHED_MAX)
-def _plan_proofs(plans: tuple[Plan, ...], layers: int, clock: Clock | None) -> tuple[Proven, ...]:
+def _plan_proofs(plans: tuple[Plan, ...], layers: int, trusted: frozenset[bytes], clock: Clock | None) -> tuple[Proven, ...]:
     solver = _solver(clock)
     replicas = [plan.stages for plan in plans]
-    return (prove_coverage(solver, replicas, layers), prove_chain(solver, replicas, layers), prove_distinct(solver, replicas))
+    distinct = prove_distinct(solver, replicas, trusted)
+    return (prove_coverage(solver, replicas, layers), prove_chain(solver, replicas, layers), distinct)
 
 
 @lru_cache(maxsize=CACHED_MAX)
@@ -168,12 +171,15 @@ def _entry(solver: Solver, index: Term, values: Sequence[int]) -> Term:
     return term
 
 
-def prove_distinct(solver: Solver, replicas: Sequence[Sequence[PlanStage]]) -> Proven:
-    """No node computes in two places: neither twice in a replica, nor in two replicas, where it could answer twice with one lie."""
+def prove_distinct(solver: Solver, replicas: Sequence[Sequence[PlanStage]], trusted: frozenset[bytes] = frozenset()) -> Proven:
+    """No node computes in two places: neither twice in a replica, nor, unless it is `trusted`, in two replicas, where it could
+    answer twice with one lie."""
     nodes = [stage.node for stages in replicas for stage in stages]
-    numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
+    # One that is trusted counts as another one in every replica.
+    places = [(stage.node, replica if stage.node in trusted else 0) for replica, stages in enumerate(replicas) for stage in stages]
+    numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
     here, there, node = solver.integers("here there node")
-    named = [numbers[one] for one in nodes]
+    named = [numbers[place] for place in places]
     obligations = []
     if len(nodes) > 1:
         within = [here >= 0, here < there, there < len(nodes), node == _entry(solver, here, named)]

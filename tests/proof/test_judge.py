@@ -186,6 +186,15 @@ def test_replicas_that_are_asked_for_must_be_there() -> None:
         judge(SOUND, MODEL, exact_plan(), 2, (SOUND,))
 
 
+def test_only_the_node_that_asks_may_be_in_both_replicas() -> None:
+    shared = plan_over(MODEL, (NODES[0], 0, 3), (NODES[3], 3, 4))
+    assert judge(SOUND, MODEL, exact_plan(), 2, (shared,), frozenset({NODES[0]}))
+    with pytest.raises(Disproven, match="in the plan twice"):
+        judge(SOUND, MODEL, exact_plan(), 2, (shared,), frozenset({NODES[1]}))
+    with pytest.raises(Disproven, match="in the plan twice"):
+        prove_distinct(Solver(), [stages((0, 1), (1, 2), nodes=[NODES[0]] * 2)], frozenset({NODES[0]}))
+
+
 def test_a_plan_for_another_model_or_a_model_of_another_shape_is_refused() -> None:
     with pytest.raises(VerificationError, match="not for this model"):
         judge(SOUND, manifest(hidden=128), exact_plan(hidden=128))
