@@ -61,7 +61,7 @@ def _lines(view: LedgerView) -> list[tuple[str, str]]:
         ("bond", f"{in_credits(view.bond)} (what it earned last, over {BOND_ENTRIES} entries; cannot be spent)"),
         ("earned", in_credits(view.earned)),
         ("paid", in_credits(view.paid)),
-        ("owes you", in_credits(view.owed) if view.owed else ""),
+        ("owes you", in_credits(view.owed) if view.owed > 0 else ""),
         ("price", f"{view.price} millionths of a credit per token and layer"),
         (
             "reputation",

@@ -300,7 +300,8 @@ class LedgerView:
     """An account as this node read and checked it, and what this node thinks of its owner. Amounts in micro-credits.
 
     `standing`: of `nexus.swarm.standing.STATES`, with its cause; `until_ms`: when it ends by itself, or 0. `bond`: 0 once it is
-    burned. `entries`: how many the account has, of which the first `checked` were checked. `owed`: what it owes this node for work.
+    burned. `entries`: how many the account has, of which the first `checked` were checked. `owed`: what it owes this node for work,
+    below 0 what it paid in advance.
     `reputation`: the chance that its next audit finds it right, after `audits_ok` and `audits_bad`. `price`: per token and layer.
     `frozen`: why this node's own ledger cannot be used, or "". `chain`: the newest entries, the oldest of them first.
     """

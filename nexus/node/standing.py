@@ -44,7 +44,7 @@ class Standings:
         self.slashed = SlashedSet()
         self._convictions: dict[bytes, Conviction] = {}
         self._resumed_ms = store.resumed_ms
-        self._held: frozenset[bytes] = frozenset()
+        self._held: frozenset[bytes] | None = None  # worked out when it is asked for
         self._suspensions: dict[bytes, Suspension] = store.suspensions(now_ms())
         self._tallies: OrderedDict[bytes, Tally] = OrderedDict(store.tallies())
         self._unsaved: dict[bytes, None] = {}
@@ -55,7 +55,7 @@ class Standings:
         self.slashed.add(offender, evidence_id)
         if fresh:
             self._convictions[offender] = Conviction(offender, profile_of(kind), known_ms)
-            self._held = self._fuse.held(self._convictions.values(), self._resumed_ms)
+            self._held = None
         return fresh
 
     def known_ms(self, offender: bytes) -> int:
@@ -65,21 +65,23 @@ class Standings:
     @property
     def held(self) -> frozenset[bytes]:
         """Convicted nodes whose bonds the fuse keeps from burning."""
+        if self._held is None:
+            self._held = self._fuse.held(self._convictions.values(), self._resumed_ms)
         return self._held
 
     @property
     def burned(self) -> frozenset[bytes]:
         """Nodes whose bonds are gone."""
-        return frozenset(self._convictions) - self._held
+        return frozenset(self._convictions) - self.held
 
     def resume(self) -> int:
         """An operator has looked: burn what the fuse held. How many that are. Blocks for the disk. Raises LocalError."""
-        held = len(self._held)
+        held = len(self.held)
         # Beyond every conviction so far, also where a clock was ahead.
         now_ms = max([self._now_ms(), *(one.known_ms for one in self._convictions.values())])
         self._store.resume(now_ms)
         self._resumed_ms = now_ms
-        self._held = self._fuse.held(self._convictions.values(), now_ms)
+        self._held = None
         return held
 
     def of(self, node: bytes) -> Standing:
@@ -87,7 +89,7 @@ class Standings:
         return standing_of(
             self._tallies.get(node, Tally()),
             evidence_id=self.slashed.evidence_of(node),
-            held=node in self._held,
+            held=node in self.held,
             suspension=self._suspensions.get(node),
             probation_runs=self._probation_runs,
             now_ms=self._now_ms(),

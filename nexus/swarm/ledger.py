@@ -273,23 +273,27 @@ class Tabs:
     def served(self, coordinator: bytes, cost: int) -> None:
         """A session's work at this node's price, its share of it only."""
         if cost > 0:
-            self._owed[coordinator] = self._owed.get(coordinator, 0) + cost
-        if len(self._owed) > self._most:
-            del self._owed[min(self._owed, key=lambda key: (self._owed[key], key))]
+            self.paid(coordinator, -cost)
 
     def paid(self, coordinator: bytes, amount: int) -> None:
-        """What is paid beyond the tab is a gift: it buys no later work, so nobody can pay in advance for refusing later."""
+        """A payment may come before the session's end is noted: what is paid beyond the tab counts for what comes next."""
         left = self._owed.get(coordinator, 0) - amount
-        if left > 0:
+        if left:
             self._owed[coordinator] = left
         else:
             self._owed.pop(coordinator, None)
+        self._trim()
+
+    def _trim(self) -> None:
+        if len(self._owed) > self._most:
+            del self._owed[min(self._owed, key=lambda key: (self._owed[key], key))]
 
     def all(self) -> list[tuple[bytes, int]]:
         """(coordinator, what it owes), sorted."""
         return sorted(self._owed.items())
 
     def owed(self, coordinator: bytes) -> int:
+        """Below 0: paid in advance."""
         return self._owed.get(coordinator, 0)
 
     def refusal(self, coordinator: bytes, credit: int) -> str:

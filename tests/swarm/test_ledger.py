@@ -331,9 +331,12 @@ class TestTabs:
         assert not tabs.refusal(KEYS[0], credit=0)
         tabs.paid(KEYS[0], 700)
         assert tabs.owed(KEYS[0]) == 500
-        tabs.paid(KEYS[0], 10**6)
-        tabs.served(KEYS[0], 1001)
+        tabs.paid(KEYS[0], 1500)  # before the end of the session that it is for is noted
+        assert tabs.owed(KEYS[0]) == -1000
+        tabs.served(KEYS[0], 2001)
         assert tabs.refusal(KEYS[0], credit=1000)
+        tabs.paid(KEYS[0], 1001)
+        assert tabs.all() == []
 
     def test_it_is_bounded(self) -> None:
         tabs = Tabs(most=2)
