@@ -1,6 +1,6 @@
 """Where a dishonest stage differs from an honest one: the one seam for attacks in tests and testnets.
 
-`InferService` builds every served session through a `Conduct`. A node's is `HONEST`; nothing that comes over the network changes it,
+`InferService` builds every served session through a `Conduct`. A node has `HONEST`; nothing that comes over the network changes it,
 testnets and tests/attacks give others.
 """
 
