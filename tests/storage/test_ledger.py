@@ -157,3 +157,19 @@ def test_what_was_acknowledged_is_there_after_a_kill(path: Path) -> None:
     assert acknowledged <= store.entries() <= acknowledged + 1
     check_chain(Account(OWNER.public_key), store.chain(0, 10**6))
     store.close()
+
+
+def test_a_full_disk_keeps_what_was_there_and_goes_on_when_there_is_room(store: LedgerStore) -> None:
+    connection, own = store._database._connection, Account(OWNER.public_key)
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    signed = pay(own, OWNER, OTHER)
+    with pytest.raises(LocalError, match="disk is full"):
+        while True:
+            store.append(signed)
+            signed = pay(own, OWNER, OTHER)
+    assert store.entries() == signed.entry.seq
+    connection.execute("PRAGMA max_page_count = 100000")
+    store.append(signed)
+    check_chain(Account(OWNER.public_key), store.chain(0, 1000))
+    assert store.entries() == own.entries
