@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from nexus.core.errors import NotFoundError
 from nexus.core.record import Record
 from nexus.node.signing import Signer
 from nexus.swarm.session import StageSession
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nexus.core.manifest import Manifest
     from nexus.engine.stage import Stage
     from nexus.node.infer.messages import Open
+    from nexus.proof.audit import Cell, Opening
+    from nexus.proof.audit_check import AuditedStage
 
 
 class Conduct(Protocol):
@@ -38,6 +43,10 @@ class Conduct(Protocol):
         """What goes out in place of a message to the coordinator, or else to the next stage: nothing, another one, or more."""
         ...
 
+    def show(self, stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        """What an audit of a session is shown. `stage`: the model's own. Blocks; called in a thread."""
+        ...
+
 
 class Honest:
     def stage(self, opened: Open, manifest: Manifest, stage: Stage) -> Stage:
@@ -51,6 +60,14 @@ class Honest:
 
     def send(self, opened: Open, message: Record, *, to_coordinator: bool) -> Sequence[Record]:
         return (message,)
+
+    def show(self, stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        from nexus.engine.exact.audit import answer
+        from nexus.engine.exact.stage import ExactStage
+
+        if not isinstance(stage, ExactStage):
+            raise NotFoundError("the stage is not one of the exact profile")
+        return answer(stage, subject, cells, files)
 
 
 HONEST = Honest()

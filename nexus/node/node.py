@@ -49,6 +49,7 @@ from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
+from nexus.node.cheating import HONEST, Conduct
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
@@ -92,7 +93,7 @@ SPEED_ROUNDS = 16
 
 
 class Node:
-    """A running node; see `NodeApi` for what its methods promise."""
+    """A running node; see `NodeApi` for what its methods promise. `conduct`: see `nexus.node.cheating`."""
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class Node:
         trust: Trust,
         nursery: trio.Nursery,
         speed: int,
+        conduct: Conduct = HONEST,
     ) -> None:
         self._options = options
         self._identity = identity
@@ -137,8 +139,9 @@ class Node:
             sessions_max=options.sessions_max,
             may_open=trust.may_open,
             note_served=trust.ledger.note_served,
+            conduct=conduct,
         )
-        self._audit_answers = AuditAnswers(transport, identity, self._models, sessions)
+        self._audit_answers = AuditAnswers(transport, identity, self._models, sessions, conduct.show)
         policy = options.audit
         self._auditor = Auditor(
             transport,

@@ -32,6 +32,7 @@ from nexus.core.manifest import EXACT, Manifest
 from nexus.network.limits import TokenBucket
 from nexus.network.transport import Stream, Transport
 from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Answer, Ask, Declined, Shown, Working
+from nexus.node.cheating import HONEST
 from nexus.node.models import Models
 from nexus.proof.audit import (
     CELLS,
@@ -76,12 +77,12 @@ WAITING_PER_PEER = 2
 
 
 class AuditAnswers:
-    """The answering end. `show`: who computes what is shown; tests and test networks give cheaters here."""
+    """The answering end. `show`: who computes what is shown; see `nexus.node.cheating`."""
 
     def __init__(
         self, transport: Transport, identity: Identity, models: Models, sessions: SessionStore, show: Show | None = None
     ) -> None:
-        self._show = show or _answer
+        self._show = show or HONEST.show
         self._transport = transport
         self._identity = identity
         self._models = models
@@ -300,15 +301,6 @@ def _subject(manifest: Manifest, exact: ExactPlan, work: ServedWork) -> AuditedS
     served = work.served
     rows = _rows(manifest, work)
     return AuditedStage(manifest, exact, served.plan, served.terms, served.stage, work.receipts, (), work.inputs, (), rows)
-
-
-def _answer(stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
-    from nexus.engine.exact.audit import answer
-    from nexus.engine.exact.stage import ExactStage
-
-    if not isinstance(stage, ExactStage):
-        raise NotFoundError("the stage is not one of the exact profile")
-    return answer(stage, subject, cells, files)
 
 
 async def _ignore(phase: str, done: int, total: int) -> None:
