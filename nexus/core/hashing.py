@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from blake3 import blake3
 
@@ -132,6 +132,43 @@ def _range_root(low: int, high: int, start: int, leaves: Sequence[bytes], outsid
     middle = low + _split(high - low)
     left = _range_root(low, middle, start, leaves, outside)
     return _node_hash(left, _range_root(middle, high, start, leaves, outside))
+
+
+def merkle_joint_proof(leaves: Sequence[bytes], indices: Collection[int]) -> list[bytes]:
+    """The roots of the largest subtrees without any of these leaves, from left to right: what `merkle_joint_root` needs."""
+    if not indices or min(indices) < 0 or max(indices) >= len(leaves):
+        raise IndexError(f"leaves {sorted(indices)} of {len(leaves)}")
+    return [merkle_root(leaves[low:high]) for low, high in _beside(0, len(leaves), frozenset(indices))]
+
+
+def merkle_joint_root(size: int, leaves: Mapping[int, bytes], proof: Sequence[bytes]) -> bytes:
+    """The root that a proof of several leaves (leaf hashes by index) of `size` leads to. Raises VerificationError."""
+    if not leaves or not 0 <= min(leaves) <= max(leaves) < size < 1 << MAX_PROOF_HASHES:
+        raise VerificationError("the leaves are none of the tree")
+    if len(proof) != len(_beside(0, size, frozenset(leaves))):
+        raise VerificationError("the Merkle proof has the wrong length")
+    return _joint_root(0, size, leaves, iter(proof))
+
+
+def _beside(low: int, high: int, indices: frozenset[int]) -> list[tuple[int, int]]:
+    """The largest subtrees of the tree over [low, high) that have none of these leaves."""
+    if not indices:
+        return [(low, high)]
+    if high - low == 1:
+        return []
+    middle = low + _split(high - low)
+    left = frozenset(index for index in indices if index < middle)
+    return _beside(low, middle, left) + _beside(middle, high, indices - left)
+
+
+def _joint_root(low: int, high: int, leaves: Mapping[int, bytes], beside: Iterator[bytes]) -> bytes:
+    if not leaves:
+        return next(beside)
+    if high - low == 1:
+        return leaves[low]
+    middle = low + _split(high - low)
+    left = _joint_root(low, middle, {index: leaf for index, leaf in leaves.items() if index < middle}, beside)
+    return _node_hash(left, _joint_root(middle, high, {index: leaf for index, leaf in leaves.items() if index >= middle}, beside))
 
 
 def merkle_peaks(leaves: Sequence[bytes]) -> list[bytes]:

@@ -68,10 +68,14 @@ class Manifest(Record):
     @property
     def root(self) -> bytes:
         """The model's name everywhere: a Merkle root over the shape, every piece, every file and every rows root."""
-        shape = self.to_value()[:-3]  # type: ignore[index]
-        leaves = [encode(shape), *(blob.to_bytes() for blob in (*self.pieces, *self.files)), *self.rows]
         counts = encode((len(self.pieces), len(self.files), len(self.rows)))
-        return tagged_hash("model", merkle_root(leaf_hash(leaf) for leaf in leaves), counts)
+        return tagged_hash("model", merkle_root(leaf_hash(leaf) for leaf in self.leaves), counts)
+
+    @property
+    def leaves(self) -> list[bytes]:
+        """What the root is over."""
+        shape = self.to_value()[:-3]  # type: ignore[index]
+        return [encode(shape), *(blob.to_bytes() for blob in (*self.pieces, *self.files)), *self.rows]
 
     @property
     def weight_bytes(self) -> int:

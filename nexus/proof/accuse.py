@@ -25,6 +25,7 @@ from nexus.proof.audit import OpenedRow, Opening, SignedAuditAnswer
 from nexus.proof.evidence.answer import FalseResponse, ShownRow, answer_verdict
 from nexus.proof.evidence.case import Case, CheckedCase, check_case
 from nexus.proof.evidence.exhibits import Cell, Exhibits, LogRecords, LogRoot, Payload, Rows
+from nexus.proof.evidence.model import ModelParts
 from nexus.proof.evidence.operation import LOG, OUTPUT, PREVIOUS_MAX, SAMPLE, Claim, Proof, operation_verdict
 from nexus.proof.evidence.record import GOSSIP_BYTES_MAX, Evidence
 from nexus.proof.evidence.weights import Weights, WeightSource
@@ -131,7 +132,7 @@ def accuse(accused: AccusedStage, recomputed: Recomputed, weights: WeightSource,
             return accuse_opening(accused, opened, difference.op, weights)
         except (MalformedError, VerificationError):
             pass
-    return with_weights(prove_difference(accused, recomputed, difference), weights)
+    return with_weights(prove_difference(accused, recomputed, difference), accused.manifest, weights)
 
 
 def prove_difference(accused: AccusedStage, recomputed: Recomputed, difference: Difference) -> Proof:
@@ -155,7 +156,7 @@ def accuse_opening(accused: AccusedStage, opened: Opening, op: str, weights: Wei
         if op == ATTENTION:
             claim = replace(claim, element=element // exact.head_dim * exact.head_dim, elements=exact.head_dim)
         proof = replace(proof, claim=claim)
-    return with_weights(proof, weights)
+    return with_weights(proof, accused.manifest, weights)
 
 
 def accuse_answer(
@@ -175,16 +176,24 @@ def accuse_answer(
         body = replace(body, is_sum=1, element=element or 0)
     recorder = _Recorder(weights)
     answer_verdict(body.evidence(), recorder)
-    return replace(body, weights=tuple(recorder.proofs.values())).evidence()
+    shown = _with_rows(body.case, accused.manifest, recorder)
+    return replace(body, case=shown, weights=tuple(recorder.proofs.values())).evidence()
 
 
-def with_weights(proof: Proof, weights: WeightSource) -> Evidence:
-    """Evidence with the weights that a verdict on it takes, if it is small enough. Raises what the verdict raises."""
+def with_weights(proof: Proof, manifest: Manifest, weights: WeightSource) -> Evidence:
+    """Evidence with the weights that a verdict on it takes, if it is small enough, and with the roots over their rows. Raises what
+    the verdict raises."""
     recorder = _Recorder(weights)
-    bare = proof.evidence()
-    operation_verdict(bare, recorder)
-    whole = replace(proof, weights=tuple(recorder.proofs.values())).evidence()
-    return whole if len(whole.to_file()) <= GOSSIP_BYTES_MAX else bare
+    operation_verdict(proof.evidence(), recorder)
+    bare = replace(proof, case=_with_rows(proof.case, manifest, recorder))
+    whole = replace(bare, weights=tuple(recorder.proofs.values())).evidence()
+    return whole if len(whole.to_file()) <= GOSSIP_BYTES_MAX else bare.evidence()
+
+
+def _with_rows(case: Case, manifest: Manifest, recorder: _Recorder) -> Case:
+    """The case with the roots over the rows of those pieces alone that were asked for."""
+    pieces = {piece for piece, _, _ in recorder.proofs}
+    return replace(case, model=ModelParts.of(manifest, case.model.exact_plan, pieces))
 
 
 class _Recorder:
@@ -200,19 +209,25 @@ class _Recorder:
         return proof
 
 
-def _case_of(accused: AccusedStage, window: int) -> tuple[Case, CheckedCase]:
+def _case_of(accused: AccusedStage, window: int, layer: int = 0) -> tuple[Case, CheckedCase]:
     if window >= len(accused.receipts):
         raise NotFoundError("the stage signed no receipt for this window", "Accuse with all its receipts")
-    case = Case(accused.manifest, accused.exact_plan, accused.plan, accused.terms, accused.receipts[window])
+    signed = accused.receipts[window]
+    # All pieces that the stage can work with, until it is known which ones the proof is about.
+    stage = accused.plan.stages[signed.receipt.stage]
+    pieces = {0, 1 + min(stage.start + layer, stage.end - 1), accused.manifest.layers + 1, accused.manifest.layers + 2}
+    model = ModelParts.of(accused.manifest, accused.exact_plan, pieces)
+    case = Case(model, accused.plan, accused.terms, signed)
     return case, check_case(case)
 
 
 class _Showing:
     """Collects what a proof has to show of one window. Layers are counted in the whole model here."""
 
-    def __init__(self, accused: AccusedStage, window: int) -> None:
+    def __init__(self, accused: AccusedStage, window: int, layer: int) -> None:
+        """`layer`: of the stage, that the proof is about."""
         self._accused, self._window = accused, window
-        self._case, self._checked = _case_of(accused, window)
+        self._case, self._checked = _case_of(accused, window, layer)
         self._trace = accused.traces[window]
         self._receipt = self._checked.receipt
         self._steps = range(self._receipt.step0, self._receipt.step0 + self._receipt.n)
@@ -285,7 +300,7 @@ class _Recomputing(_Showing):
     """A whole value, whose root is wrong: what it was computed from is known, and what it should be follows from that."""
 
     def __init__(self, accused: AccusedStage, recomputed: Recomputed, difference: Difference) -> None:
-        super().__init__(accused, difference.window)
+        super().__init__(accused, difference.window, difference.layer)
         self._recomputed, self._at = recomputed, difference
         self._layer = self._checked.start + difference.layer
 
@@ -388,7 +403,7 @@ class _Opened(_Showing):
     """One row, all of which the accused opened."""
 
     def __init__(self, accused: AccusedStage, opened: Opening, op: str) -> None:
-        super().__init__(accused, _window_of(accused, opened.cell.step))
+        super().__init__(accused, _window_of(accused, opened.cell.step), opened.cell.layer)
         self._opened, self._op, self._step = opened, op, opened.cell.step
         self._layer = self._checked.start + opened.cell.layer
         self._is_result = opened.cell.layer >= self._checked.shape.layers
@@ -498,7 +513,7 @@ class _Answered(_Showing):
     """An opening that is wrong in itself."""
 
     def __init__(self, accused: AccusedStage, opened: Opening) -> None:
-        super().__init__(accused, _window_of(accused, opened.cell.step))
+        super().__init__(accused, _window_of(accused, opened.cell.step), opened.cell.layer)
         cell, shape = opened.cell, self._checked.shape
         layer = self._checked.start + cell.layer
         self._opened = opened

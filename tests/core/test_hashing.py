@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import VerificationError
 from nexus.core.hashing import (
+    MerkleTree,
+    appended_roots,
     leaf_hash,
+    merkle_joint_proof,
+    merkle_joint_root,
+    merkle_peaks,
     merkle_proof,
     merkle_range_proof,
     merkle_root,
@@ -133,3 +138,32 @@ def test_parts_cannot_be_shifted_into_each_other(one: list[bytes], other: list[b
 
 def test_tags_separate() -> None:
     assert tagged_hash("a", b"x") != tagged_hash("b", b"x")
+
+
+@given(st.lists(st.binary(max_size=4), min_size=1, max_size=40), st.data())
+def test_several_leaves_have_one_proof(values: list[bytes], data: st.DataObject) -> None:
+    leaves = [leaf_hash(value) for value in values]
+    indices = data.draw(st.sets(st.integers(0, len(leaves) - 1), min_size=1))
+    proof = merkle_joint_proof(leaves, indices)
+    shown = {index: leaves[index] for index in indices}
+    assert merkle_joint_root(len(leaves), shown, proof) == merkle_root(leaves)
+    index = data.draw(st.sampled_from(sorted(indices)))
+    assert merkle_joint_root(len(leaves), shown | {index: leaf_hash(b"another")}, proof) != merkle_root(leaves)
+    for wrong in ([*proof, bytes(32)], proof[1:] if proof else [bytes(32)]):
+        with pytest.raises(VerificationError):
+            merkle_joint_root(len(leaves), shown, wrong)
+    with pytest.raises(VerificationError):
+        merkle_joint_root(len(leaves), {len(leaves): leaves[0]}, proof)
+
+
+@given(st.lists(st.binary(max_size=4), min_size=1, max_size=40), st.data())
+def test_a_tree_that_is_kept_and_one_that_grows_are_the_tree(values: list[bytes], data: st.DataObject) -> None:
+    leaves = [leaf_hash(value) for value in values]
+    start = data.draw(st.integers(0, len(leaves) - 1))
+    end = data.draw(st.integers(start + 1, len(leaves)))
+    tree = MerkleTree(leaves)
+    assert tree.root == merkle_root(leaves)
+    assert tree.range_proof(start, end) == merkle_range_proof(leaves, start, end)
+    assert appended_roots(start, merkle_peaks(leaves[:start]), leaves[start:]) == (merkle_root(leaves[:start]), tree.root)
+    with pytest.raises(VerificationError, match="peaks"):
+        appended_roots(start, [*merkle_peaks(leaves[:start]), bytes(32)], leaves[start:])

@@ -27,7 +27,7 @@ from nexus.proof.audit import Cell, Opening
 from nexus.proof.audit_check import AuditedStage, AuditorKeys
 from nexus.proof.audit_open import open_cell
 from nexus.proof.evidence import Evidence, Verdict, verify_evidence
-from nexus.proof.evidence.case import checked_plan
+from nexus.proof.evidence.model import checked_plan
 from nexus.proof.freivalds import PieceKeys
 from nexus.proof.receipts import SignedReceipt, payload_root
 from nexus.proof.trace import OPS, check_trace

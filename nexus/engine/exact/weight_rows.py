@@ -26,7 +26,7 @@ from nexus.proof.arithmetic.rows import (
     row_layout,
     tensor_leaves,
 )
-from nexus.proof.evidence.case import checked_plan
+from nexus.proof.evidence.model import checked_plan
 
 # Trees of pieces that are kept: an embedding of 150,000 rows takes some 25 MB.
 _TREES_MAX = 4

@@ -162,12 +162,20 @@ def check_weights(proof: WeightProof, manifest: Manifest, plan: ExactPlan) -> li
         raise MalformedError(f"a manifest of {len(manifest.rows)} rows roots is not that of a plan of {len(plan.layers)} layers")
     if proof.piece >= len(names):
         raise MalformedError(f"the model has no piece number {proof.piece}")
+    return check_weight_rows(proof, manifest.rows[proof.piece], plan)
+
+
+def check_weight_rows(proof: WeightProof, root: bytes, plan: ExactPlan) -> list[bytes]:
+    """The same where `root` is known to be that over the piece's rows."""
+    names = piece_names(plan)
+    if proof.piece >= len(names):
+        raise MalformedError(f"the model has no piece number {proof.piece}")
     layout = row_layout(plan, names[proof.piece])
     if layout.range_bytes(proof.index, proof.count) != len(proof.data):
         raise MalformedError(f"{len(proof.data)} bytes are not rows {proof.index} to {proof.index + proof.count}")
     leaves = split_leaves(layout, proof.index, proof.count, proof.data)
     hashes = [leaf_hash(leaf) for leaf in leaves]
-    verify_merkle_range(manifest.rows[proof.piece], layout.total, proof.index, hashes, proof.siblings)
+    verify_merkle_range(root, layout.total, proof.index, hashes, proof.siblings)
     return leaves
 
 

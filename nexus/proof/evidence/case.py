@@ -8,27 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexus.core.errors import MalformedError, ModelFormatError, VerificationError
-from nexus.core.hashing import leaf_hash
-from nexus.core.manifest import CAUSAL, CHUNK_BYTES, EXACT, EXACT_PLAN, Manifest, blob_root
+from nexus.core.errors import VerificationError
+from nexus.core.manifest import EXACT
 from nexus.core.plan import Plan
-from nexus.core.record import Record, nested, raw
-from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json, trace_shape, value_widths
+from nexus.core.record import Record, nested
+from nexus.proof.arithmetic.plan import ExactPlan, trace_shape, value_widths
 from nexus.proof.bundle import request_for
+from nexus.proof.evidence.model import CheckedModel, ModelParts, check_model
 from nexus.proof.receipts import Receipt, SignedReceipt, Terms
 from nexus.proof.trace import TraceShape
 
-# One chunk of a blob: it bounds what is parsed, and its hash is that of one leaf.
-EXACT_PLAN_BYTES_MAX = CHUNK_BYTES
 _TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Case(Record):
-    """`exact_plan`: the model's file exact.json. `receipt`: of the window that the fault is in, signed by the accused."""
+    """`receipt`: of the window that the fault is in, signed by the accused."""
 
-    manifest: Manifest = nested(Manifest)
-    exact_plan: bytes = raw(most=EXACT_PLAN_BYTES_MAX)
+    model: ModelParts = nested(ModelParts)
     plan: Plan = nested(Plan)
     terms: Terms = nested(Terms)
     receipt: SignedReceipt = nested(SignedReceipt)
@@ -39,8 +36,7 @@ class CheckedCase:
     """A case whose parts go together. `start`, `end`: the layers of the accused's stage. `prompt`: tokens of the session's first
     step, 0 for an encoder, whose steps are texts of their own. `widths`: float32 values per row of everything committed to."""
 
-    manifest: Manifest
-    exact: ExactPlan
+    model: CheckedModel
     terms: Terms
     receipt: Receipt
     start: int
@@ -48,6 +44,10 @@ class CheckedCase:
     shape: TraceShape
     widths: dict[str, int]
     prompt: int
+
+    @property
+    def exact(self) -> ExactPlan:
+        return self.model.plan
 
     @property
     def causal(self) -> bool:
@@ -81,31 +81,30 @@ class CheckedCase:
 
 def check_case(case: Case) -> CheckedCase:
     """Raises MalformedError, VerificationError where the parts do not go together, or an honest stage would not have signed."""
-    manifest = case.manifest.check()
-    plan = case.plan.check(manifest)
-    receipt, terms = case.receipt.verify(), case.terms
-    if manifest.profile != EXACT or receipt.profile != EXACT:
+    model, plan, terms, receipt = check_model(case.model), case.plan, case.terms, case.receipt.verify()
+    exact = model.plan
+    if plan.profile != EXACT or receipt.profile != EXACT:
         raise VerificationError("only the exact profile's arithmetic can be done again elsewhere")
-    if terms.model_root != plan.model_root or terms.plan_root != plan.root:
+    if plan.model_root != model.root or terms.model_root != model.root or terms.plan_root != plan.root:
         raise VerificationError("the terms are not for this model and plan")
     if receipt.stage >= len(plan.stages):
         raise VerificationError(f"the plan has no stage {receipt.stage}")
     stage = plan.stages[receipt.stage]
-    expected = (terms.session, plan.model_root, request_for(terms, receipt.stage).id, stage.node)
+    if not 0 <= stage.start < stage.end <= len(exact.layers):
+        raise VerificationError("the plan gives the stage layers that the model does not have")
+    expected = (terms.session, model.root, request_for(terms, receipt.stage).id, stage.node)
     if (receipt.session, receipt.model_root, receipt.request, receipt.node) != expected:
         raise VerificationError("the receipt is not of this session, model and plan")
     window = terms.window
     if not 0 < receipt.n <= window or receipt.step0 % window or receipt.step0 + receipt.n > terms.steps_max:
         raise VerificationError("the receipt is not for a window of the session")
-    exact = checked_plan(manifest, case.exact_plan)
     if not receipt.trace_root or bool(receipt.kv_root) != exact.causal:
         raise VerificationError("the receipt does not commit to what was computed")
     prompt = receipt.kv_len - (receipt.step0 + receipt.n - 1) if exact.causal else 0
-    if (exact.causal and prompt < 1) or receipt.kv_len > manifest.context or (receipt.kv_len and not exact.causal):
+    if (exact.causal and prompt < 1) or receipt.kv_len > model.context or (receipt.kv_len and not exact.causal):
         raise VerificationError(f"{receipt.kv_len} tokens in the cache do not go with steps {receipt.step0} + {receipt.n}")
     return CheckedCase(
-        manifest=manifest,
-        exact=exact,
+        model=model,
         terms=terms,
         receipt=receipt,
         start=stage.start,
@@ -114,20 +113,3 @@ def check_case(case: Case) -> CheckedCase:
         widths=value_widths(exact),
         prompt=prompt,
     )
-
-
-def checked_plan(manifest: Manifest, content: bytes) -> ExactPlan:
-    """The plan in the model's exact.json. Raises MalformedError, VerificationError."""
-    blob = manifest.file(EXACT_PLAN)
-    if blob is None or blob.size != len(content) or blob_root(len(content), [leaf_hash(content)]) != blob.root:
-        raise VerificationError("exact.json is not the one of the model")
-    try:
-        plan = plan_from_json(content)
-    except ModelFormatError as error:
-        raise MalformedError(f"exact.json is no plan of a model: {error.cause}") from error
-    said = (plan.causal, len(plan.layers), plan.hidden, plan.vocab, plan.tied)
-    if said != (manifest.kind == CAUSAL, manifest.layers, manifest.hidden_size, manifest.vocab_size, bool(manifest.tied)):
-        raise VerificationError("exact.json and the manifest describe different models")
-    if manifest.context > plan.context or len(content) > EXACT_PLAN_BYTES_MAX:
-        raise VerificationError("exact.json and the manifest describe different models")
-    return plan

@@ -159,7 +159,7 @@ class Exhibits:
         self._add_payload(payload, case.receipt.in_root)
         count, rest = divmod(len(payload.data), case.input_bytes)
         # Of a causal session the receipt says how long every step is; an honest one does not lie about it.
-        if rest or not 1 <= count <= case.manifest.context or (case.causal and count != case.rows(payload.step)):
+        if rest or not 1 <= count <= case.model.context or (case.causal and count != case.rows(payload.step)):
             raise VerificationError(f"the input of step {payload.step} is not one that the receipt is for")
         self._inputs[payload.step] = payload.data
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus.core.errors import MalformedError, NotFoundError, VerificationError
-from nexus.core.manifest import EMBEDDING, HEAD, Manifest, layer_name
+from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.proof.arithmetic.plan import ExactPlan
 from nexus.proof.arithmetic.rows import (
     TABLES,
@@ -17,7 +17,7 @@ from nexus.proof.arithmetic.rows import (
     RowLayout,
     Section,
     WeightProof,
-    check_weights,
+    check_weight_rows,
     float_rows,
     linear_rows,
     piece_names,
@@ -45,8 +45,7 @@ class Weights:
     """The rows of a case's model that the accused's stage works with; others are refused."""
 
     def __init__(self, case: CheckedCase, proofs: Sequence[WeightProof], source: WeightSource | None) -> None:
-        self._manifest: Manifest = case.manifest
-        self._root = case.receipt.model_root
+        self._model = case.model
         self._plan: ExactPlan = case.exact
         self._source = source
         names = piece_names(case.exact)
@@ -62,7 +61,7 @@ class Weights:
         if sum(proof.count for proof in proofs) > LEAVES_MAX:
             raise MalformedError(f"a proof shows at most {LEAVES_MAX} weight rows")
         for proof in proofs:
-            for index, leaf in enumerate(check_weights(proof, case.manifest, case.exact), proof.index):
+            for index, leaf in enumerate(self._checked(proof), proof.index):
                 self._shown[proof.piece, index] = leaf
 
     def section(self, piece: str, name: str) -> Section:
@@ -108,14 +107,20 @@ class Weights:
     def _own(self, piece: int, first: int, count: int) -> list[bytes]:
         if self._source is None:
             raise self.missing()
-        proof = self._source.range(self._root, piece, first, count)
+        proof = self._source.range(self._model.root, piece, first, count)
         if (proof.piece, proof.index, proof.count) != (piece, first, count):
             raise NotFoundError("this node's weights are not the ones asked for", "Fetch the model again")
         # Damage on the verifier's own disk must convict nobody.
-        return check_weights(proof, self._manifest, self._plan)
+        return self._checked(proof)
+
+    def _checked(self, proof: WeightProof) -> list[bytes]:
+        root = self._model.rows.get(proof.piece)
+        if root is None:
+            raise MalformedError(f"the proof does not show the root over the rows of piece {proof.piece}")
+        return check_weight_rows(proof, root, self._plan)
 
     def missing(self) -> NotFoundError:
         return NotFoundError(
-            f"the proof does not carry the weights that it is about, of model {self._root.hex()}",
+            f"the proof does not carry the weights that it is about, of model {self._model.root.hex()}",
             "Verify it where the model is: nexus model pull",
         )
