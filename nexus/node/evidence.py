@@ -28,7 +28,7 @@ from nexus.core.errors import (
     UnreachableError,
     VerificationError,
 )
-from nexus.core.keys import peer_id_of, public_key_of
+from nexus.core.keys import public_key_of
 from nexus.core.record import MessageSet, Record, digest, many, nested, raw, uint
 from nexus.network.limits import TokenBucket
 from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
@@ -552,11 +552,6 @@ class EvidenceService:
                 self._peers.popitem(last=False)
         self._peers.move_to_end(peer_id)
         return peer
-
-
-def describe(verdict: Verdict) -> str:
-    """What is proven, in a sentence."""
-    return f"{peer_id_of(verdict.accused)}: {verdict.summary}"
 
 
 @contextmanager

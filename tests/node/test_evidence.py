@@ -40,6 +40,7 @@ from nexus.proof.evidence import FORK, OP, Evidence, Verdict, verify_evidence
 from nexus.storage.evidence import EvidenceStore
 from nexus.swarm.ledger import Account, Cost, pay_entry
 from nexus.swarm.standing import PROBATION, SLASHED, SUSPENDED, Fuse
+from tests.swarm.test_standing import NOW_MS, WITNESSES, case
 
 EPOCH_MS = 1_700_000_000_000
 HOUR_MS = 3_600_000
@@ -433,4 +434,23 @@ async def test_a_set_that_is_full_says_so(tmp_path: Path, autojump_clock: Clock)
     with pytest.raises(CapacityError):
         standings.convict(b"a" * 32, b"e" * 32, FORK, 5)
     assert standings.known_ms(b"a" * 32) == 0
+    store.close()
+
+
+async def test_witnesses_in_good_standing_suspend_for_a_time(tmp_path: Path, autojump_clock: Clock) -> None:
+    store = EvidenceStore(tmp_path / "e.db")
+    standings = Standings(store, Fuse(8, HOUR_MS), 2, lambda: now_ms[0])
+    now_ms, said = [NOW_MS], case(WITNESSES[1:4])
+    with pytest.raises(VerificationError, match="suspend nobody"):
+        standings.suspend(said)  # on probation nobody's word counts
+    for witness in WITNESSES[1:]:
+        for _ in range(2):
+            standings.note_audit(witness.public_key, True)
+    standings.suspend(said)
+    key = WITNESSES[0].public_key
+    assert (standings.of(key).state, standings.may_work(key)) == (SUSPENDED, False)
+    assert not Standings(store, Fuse(8, HOUR_MS), 2, lambda: now_ms[0]).may_work(key)
+    now_ms[0] += HOUR_MS
+    assert standings.may_work(key)
+    assert standings.of(key).state == PROBATION
     store.close()
