@@ -439,8 +439,8 @@ async def test_a_set_that_is_full_says_so(tmp_path: Path, autojump_clock: Clock)
 
 async def test_witnesses_in_good_standing_suspend_for_a_time(tmp_path: Path, autojump_clock: Clock) -> None:
     store = EvidenceStore(tmp_path / "e.db")
-    standings = Standings(store, Fuse(8, HOUR_MS), 2, lambda: now_ms[0])
     now_ms, said = [NOW_MS], case(WITNESSES[1:4])
+    standings = Standings(store, Fuse(8, HOUR_MS), 2, lambda: now_ms[0])
     with pytest.raises(VerificationError, match="suspend nobody"):
         standings.suspend(said)  # on probation nobody's word counts
     for witness in WITNESSES[1:]:
