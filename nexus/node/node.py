@@ -166,6 +166,7 @@ class Node:
             self._import_builtin,
             self._judge,
             self._session_audits,
+            self._submit_evidence,
             trust.settle,
         )
         self._holdings: tuple[Holding, ...] = ()

@@ -52,6 +52,7 @@ from nexus.node.models import Models
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
 from nexus.proof.bundle import Bundle
+from nexus.proof.evidence import Evidence
 from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.audit_policy import can_audit, other_nodes
 from nexus.swarm.membership import NodeRecord
@@ -72,6 +73,7 @@ PLANNED_TOKENS = 2048
 
 
 # Pays for a session: the prices of its nodes, and who forfeited the pay.
+Submit = Callable[[Evidence], Awaitable[None]]
 Settle = Callable[[Bundle, Mapping[bytes, int], Collection[bytes]], Awaitable[None]]
 
 # What canaries ask about.
@@ -119,7 +121,7 @@ class _Clock:
 class Runner:
     """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
     raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended.
-    `settle`: pays for it; None: nobody is paid."""
+    `submit`: takes a proof that a node cheated. `settle`: pays for it; None: nobody is paid."""
 
     def __init__(
         self,
@@ -133,6 +135,7 @@ class Runner:
         import_builtin: Callable[[str], Awaitable[None]],
         judge: Callable[[Plan, Manifest, Sequence[Plan]], Awaitable[object]],
         audits: SessionAudits,
+        submit: Submit,
         settle: Settle | None = None,
     ) -> None:
         self._transport = transport
@@ -145,6 +148,7 @@ class Runner:
         self._import_builtin = import_builtin
         self._judge = judge
         self._audits = audits
+        self._submit = submit
         self._settle = settle
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
@@ -423,6 +427,8 @@ class Runner:
                             yield self._named(event, placement), coordinator
                     return
                 except (PeerError, TimedOutError, CapacityError, NotFoundError) as error:
+                    for evidence in coordinator.evidence:
+                        await self._submit(evidence)
                     stage = coordinator.failed_stage
                     failed = placement.plan.stages[stage].node if stage is not None else self._identity.public_key
                     if failed == self._identity.public_key:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from nexus.node.audit.sessions import SessionAudits
 from nexus.node.runner import Runner
 from nexus.proof.audit import StageAudit
 from nexus.proof.bundle import Bundle
+from nexus.proof.evidence import Evidence
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord
 from tests.engine.conftest import Folder
@@ -41,6 +42,7 @@ class Home:
     noted: list[StageAudit]
     judged: list[Plan]
     unpaid: list[set[bytes]]
+    proofs: list[Evidence]
 
     async def run(self, verify: str | None = None, receipts: bool = True, max_tokens: int = 12) -> Finished:
         request = GenerateRequest("tiny", "abc def", max_tokens=max_tokens, stages=2, verify=verify, receipts=receipts)
@@ -72,7 +74,7 @@ async def home(
         async def import_builtin(name: str) -> None:
             raise AssertionError
 
-        async def judge(plan: Plan, manifest: Manifest) -> None:
+        async def judge(plan: Plan, manifest: Manifest, copies: Sequence[Plan]) -> None:
             judged.append(plan)
 
         async def settle(bundle: Bundle, prices: Mapping[bytes, int], forfeited: Collection[bytes]) -> None:
@@ -81,6 +83,11 @@ async def home(
         unpaid: list[set[bytes]] = []
         judged: list[Plan] = []
         noted: list[StageAudit] = []
+        proofs: list[Evidence] = []
+
+        async def convicted(evidence: Evidence) -> None:
+            proofs.append(evidence)
+
         store = SessionStore(directory / "own.db", keep_max_bytes=1 << 30, keep_s=1e6, now_ms=lambda: NOW_MS)
         audits = SessionAudits(
             auditor(nodes), store, lambda _: nodes.sources, lambda: {identity(1).peer_id: "n1"}, noted.append, lambda: NOW_MS
@@ -96,10 +103,11 @@ async def home(
             import_builtin,
             judge,
             audits,
+            convicted,
             settle,
         )
         try:
-            yield Home(nodes, runner, audits, noted, judged, unpaid)
+            yield Home(nodes, runner, audits, noted, judged, unpaid, proofs)
         finally:
             nursery.cancel_scope.cancel()
             store.close()
