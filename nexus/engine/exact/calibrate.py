@@ -132,7 +132,7 @@ def _layer(
     """One layer over a whole text, float32 [tokens, hidden] to the same."""
     # Between two others, so that it is neither the first of the model nor the last.
     alone = replace(plan, layers=(layer, layer, layer))
-    model = torch_step.build(alone, 1, 2, {layer_name(1): tensors}, tables, kernel)
+    model = torch_step.build(alone, 1, 2, {layer_name(1): tensors}, tables, kernel, checks=False)
     return model.hidden([model.run(model.new_cache(), 0, len(x))], x)
 
 
@@ -205,7 +205,7 @@ class _Head:
                 "norm.weight": self._norm,
             }
             count = len(plan.layers)
-            model = torch_step.build(plan, count, count, {HEAD: tensors}, self._tables, self._kernel)
+            model = torch_step.build(plan, count, count, {HEAD: tensors}, self._tables, self._kernel, checks=False)
             # Every row is a run of its own: of each the logits are wanted.
             parts.append(model.logits([model.run(None, 0, 1) for _ in x], x))
         logits = torch.cat(parts, 1)

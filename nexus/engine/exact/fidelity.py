@@ -330,7 +330,7 @@ class _Comparison:
                 "head.scale": scale[first : first + len(block)],
                 "norm.weight": norm,
             }
-            model = torch_step.build(alone, count, count, {HEAD: tensors}, self._tables, self._product)
+            model = torch_step.build(alone, count, count, {HEAD: tensors}, self._tables, self._product, checks=False)
 
             def logits(x: torch.Tensor, model: torch_step.TorchModel = model) -> torch.Tensor:
                 # Every row is a run of its own: of each the logits are wanted.

@@ -27,7 +27,7 @@ from nexus.core.errors import LocalError, OutOfBoundsError
 from nexus.core.hashing import HASH_BYTES
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import native_build
-from nexus.engine.exact.torch_step import Trace
+from nexus.engine.exact.torch_step import Trace, WrongSumsError
 from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan, value_widths
 from nexus.proof.trace import OPS
 
@@ -363,14 +363,6 @@ class _Check:
         """Modulo the prime, around zero."""
         half = _CHECK_PRIME // 2
         return ((self._sums + half) % _CHECK_PRIME - half).astype(np.int32)
-
-
-class WrongSumsError(LocalError):
-    def __init__(self, kernel: str) -> None:
-        super().__init__(
-            f"this machine computed wrongly: a sum over the model's weights is not the right one (kernel {kernel})",
-            "Nothing of the step was used. Load the model again; if it comes back, test the memory and do not overclock",
-        )
 
 
 class NativeModel:

@@ -7,6 +7,7 @@ torch and oneDNN choose between; numpy does the square roots, since torch's go t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nexus.core.errors import OutOfBoundsError
+from nexus.core.errors import LocalError, OutOfBoundsError
 from nexus.engine.exact.gemm import Kernel, Product
 from nexus.engine.exact.pieces import STATE_MAX
 from nexus.proof.arithmetic.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
@@ -39,6 +40,16 @@ class Trace(Protocol):
     high parts, then those of the low parts), and the float32 output of attention [rows, heads * head_dim]."""
 
     def __call__(self, layer: int, op: str, values: torch.Tensor) -> None: ...
+
+
+class WrongSumsError(LocalError):
+    """A step that commits found a product that is not the one of the model's weights."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__(
+            f"this machine computed wrongly: a sum over the model's weights is not the right one (kernel {kernel})",
+            "Nothing of the step was used. Load the model again; if it comes back, test the memory and do not overclock",
+        )
 
 
 class CommitSink(Protocol):
@@ -214,26 +225,61 @@ class Functions:
         raise ValueError(f"no activation {name!r}")
 
 
+class SumsCheck:
+    """Freivalds (1977): with a random r per row of the weights W and v = r W, made as they were loaded, r.sums = v.x must hold mod
+    2^64. One wrong sum is always found, as r is odd; several are missed once in 2^31 times."""
+
+    _ROWS_AT_ONCE = 256
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """`weight`: int8 [N, K]."""
+        rows = len(weight)
+        # Nobody else may know it, so that nothing can be made to pass.
+        r = np.frombuffer(os.urandom(4 * rows), np.int32) | 1
+        # Halves of 16 bits, whose products with so many rows are exact in float64.
+        halves = np.stack((r & 0xFFFF, r >> 16)).astype(np.float64)
+        self._r = r.astype(np.int64).view(np.uint64)
+        self._v = np.zeros(weight.shape[1], np.uint64)
+        for at in range(0, rows, self._ROWS_AT_ONCE):
+            block = weight[at : at + self._ROWS_AT_ONCE].numpy().astype(np.float64)
+            low, high = (halves[:, at : at + len(block)] @ block).astype(np.int64).view(np.uint64)
+            self._v += low + (high << np.uint64(16))
+        self.nbytes = self._r.nbytes + self._v.nbytes
+
+    def holds(self, x: torch.Tensor, sums: torch.Tensor) -> bool:
+        """`x`: int8 [M, K]; `sums`: int32 [M, N]."""
+        given = sums.numpy().astype(np.int64).view(np.uint64) @ self._r
+        return bool(np.array_equal(given, x.numpy().astype(np.int64).view(np.uint64) @ self._v))
+
+
 @dataclass(slots=True)
 class _Linear:
     product: Product
     scale: torch.Tensor
     bias: torch.Tensor | None
     wide: bool
+    check: SumsCheck | None
 
-    def __call__(self, x: torch.Tensor, trace: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, trace: Callable[[torch.Tensor], None] | None = None, *, checked: bool = False
+    ) -> torch.Tensor:
         if self.wide:
-            q, s = quantise16(x)
-            sums = self.product(torch.cat(split16(q)))
-            if trace:
-                trace(sums)
+            wide, s = quantise16(x)
+            q = torch.cat(split16(wide))
+            sums = self.product(q)
             high, low = torch.split(sums.double(), len(x))
             total = (high * 256.0 + low).float()
         else:
             q, s = quantise8(x)
-            total = self.product(q)
-            if trace:
-                trace(self.product.sums(q))
+            if trace or checked:
+                sums = self.product.sums(q)
+                total = sums.float()
+            else:
+                total = self.product(q)
+        if trace:
+            trace(sums)
+        if checked and (self.check is None or not self.check.holds(q, sums)):
+            raise WrongSumsError("torch")
         y = (total * s) * self.scale
         return y if self.bias is None else y + self.bias
 
@@ -273,10 +319,11 @@ class TorchModel:
         """`x`: token ids, int64 [rows], for the first stage, else float32 [rows, hidden]; the rows of all runs one after the other.
 
         Gives float32 [rows, hidden], or, from the last stage of a causal model, the logits [n, vocab] that the runs ask for, in
-        their order. Raises OutOfBoundsError.
+        their order. `commit`: told what the step commits to, all of whose products are checked. Raises OutOfBoundsError, and
+        WrongSumsError where a step that commits finds that it computed wrongly.
         """
         x = self.hidden(runs, self.embedded(runs, x) if self.first else x, trace, commit)
-        return self.logits(runs, x) if self.last and self.plan.causal else x
+        return self.logits(runs, x, checked=commit is not None) if self.last and self.plan.causal else x
 
     def hidden(
         self, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None = None, commit: CommitSink | None = None
@@ -290,7 +337,7 @@ class TorchModel:
         amax(x)
         return x
 
-    def logits(self, runs: Sequence[TorchRun], x: torch.Tensor) -> torch.Tensor:
+    def logits(self, runs: Sequence[TorchRun], x: torch.Tensor, *, checked: bool = False) -> torch.Tensor:
         """float32 [n, vocab] of the rows of `x` whose logits the runs ask for."""
         wanted, end = [], 0
         for run in runs:
@@ -299,7 +346,7 @@ class TorchModel:
         assert self.head is not None
         if not wanted:
             return x.new_empty((0, self.plan.vocab))
-        logits = self.head(rms_norm(x[wanted], self.extras["norm.weight"], self.plan.eps))
+        logits = self.head(rms_norm(x[wanted], self.extras["norm.weight"], self.plan.eps), checked=checked)
         return self.functions.cap(logits, self.plan.logit_cap) if self.plan.logit_cap else logits
 
     def embedded(self, runs: Sequence[TorchRun], ids: torch.Tensor) -> torch.Tensor:
@@ -318,7 +365,8 @@ class TorchModel:
         self, index: int, layer: _Layer, runs: Sequence[TorchRun], x: torch.Tensor, trace: Trace | None, commit: CommitSink | None
     ) -> torch.Tensor:
         def op(name: str, y: torch.Tensor) -> torch.Tensor:
-            return layer.linear[name](y, None if trace is None else lambda sums: trace(index, name, sums))
+            traced = None if trace is None else lambda sums: trace(index, name, sums)
+            return layer.linear[name](y, traced, checked=commit is not None)
 
         def committed(name: str, *parts: torch.Tensor) -> None:
             if commit:
@@ -473,8 +521,10 @@ def build(
     pieces: Mapping[str, Tensors],
     tables: Mapping[str, NDArray[np.float64]],
     kernel: Kernel,
+    checks: bool = True,
 ) -> TorchModel:
-    """`pieces`: tensors by piece name as docs/exact.md lists them; "layer.N" counted in the whole model."""
+    """`pieces`: tensors by piece name as docs/exact.md lists them; "layer.N" counted in the whole model. `checks`: whether steps
+    will commit, for which every product is checked."""
     first, last = start == 0, end == len(plan.layers)
     embedding, head_piece = pieces.get("embedding", {}), pieces.get("head", {})
     weight_bytes = 0
@@ -482,8 +532,9 @@ def build(
     def linear(tensors: Tensors, name: str, wide: bool) -> _Linear:
         nonlocal weight_bytes
         product = kernel(tensors[f"{name}.weight"], wide)
-        weight_bytes += product.nbytes + tensors[f"{name}.scale"].nbytes
-        return _Linear(product, tensors[f"{name}.scale"], tensors.get(f"{name}.bias"), wide)
+        check = SumsCheck(tensors[f"{name}.weight"]) if checks else None
+        weight_bytes += product.nbytes + tensors[f"{name}.scale"].nbytes + (check.nbytes if check else 0)
+        return _Linear(product, tensors[f"{name}.scale"], tensors.get(f"{name}.bias"), wide, check)
 
     layers = []
     for index in range(start, end):

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from nexus.core.errors import LocalError, NexusError, NotFoundError, UsageError
 from nexus.core.hashing import leaf_hash, merkle_root
 from nexus.core.manifest import Manifest
-from nexus.engine.exact import check
+from nexus.engine.exact import check, gemm
 from nexus.engine.exact.commit import UNSEALED_STEPS_MAX, Commitments, StepRoots, Trees, committed_step, sealed
 from nexus.engine.exact.native import Committed
 from nexus.engine.exact.stage import ExactStage
+from nexus.engine.exact.torch_step import TorchModel, WrongSumsError
 from nexus.engine.importer import import_model
 from nexus.engine.stage import Stage, load_stage
 from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, trace_shape, value_widths
@@ -390,3 +391,46 @@ def test_wide_operations_norms_and_caps_commit_to_the_same_by_every_kernel() -> 
                     digest.update(rows.logits.tobytes())
             found.add(digest.hexdigest())
         assert len(found) == 1
+
+
+@pytest.mark.parametrize("kernel", [kernel.name for kernel in gemm.KERNELS])
+def test_the_reference_checks_its_own_products_where_it_commits(kernel: str) -> None:
+    """Of every linear operation, narrow and wide: a single sum that is off by the least is found. Nobody is told where nothing is
+    committed to: known answers are what finds it there."""
+    plan = check._DECODER
+    model = check._build(plan, check._pieces(plan, extreme=False), f"torch:{kernel}")
+    assert isinstance(model, TorchModel)
+    assert model.head is not None
+    x = torch.arange(5)
+
+    def step(commit: bool) -> None:
+        runs = [model.run(model.new_cache(), 0, 5)]
+        committed_step(model, runs, x, [0]) if commit else model.step(runs, x)
+
+    step(commit=True)
+    for linear in (*model.layers[0].linear.values(), *model.layers[1].linear.values(), model.head):
+        right = linear.product
+        linear.product = OffByOne(right)
+        with pytest.raises(WrongSumsError, match="computed wrongly"):
+            step(commit=True)
+        step(commit=False)
+        linear.product = right
+    step(commit=True)
+
+
+class OffByOne:
+    """A product whose last sum is one too large."""
+
+    def __init__(self, product: gemm.Product) -> None:
+        self._product, self.nbytes = product, product.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._changed(self._product(x))
+
+    def sums(self, x: torch.Tensor) -> torch.Tensor:
+        return self._changed(self._product.sums(x))
+
+    def _changed(self, sums: torch.Tensor) -> torch.Tensor:
+        sums = sums.clone()
+        sums[-1, -1] += 1
+        return sums
