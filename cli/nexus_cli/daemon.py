@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import trio
 
     from nexus.node.api import NodeApi
+    from nexus.node.cheating import Conduct
     from nexus.node.options import NodeOptions
     from nexus_config.settings import Settings
 
@@ -47,8 +48,13 @@ def main() -> None:
     run_command(nexusd)
 
 
-def run_daemon(home: Path | None, init: bool, flags: Mapping[str, object]) -> None:
-    """Run a node until it is told to stop. Raises NexusError for everything that keeps it from running."""
+def run_daemon(
+    home: Path | None, init: bool, flags: Mapping[str, object], conduct: Callable[[NodeOptions], Conduct] | None = None
+) -> None:
+    """Run a node until it is told to stop. Raises NexusError for everything that keeps it from running.
+
+    `conduct`: only `nexus_cli.byzantine` gives one.
+    """
     from nexus.storage.home import create_home, lock_home, open_home
     from nexus_cli.logs import configure_logging
     from nexus_config.settings import control_socket, default_home, load, node_options
@@ -67,17 +73,19 @@ def run_daemon(home: Path | None, init: bool, flags: Mapping[str, object]) -> No
         from nexus.gateway.unix_socket import bound_socket
 
         with bound_socket(socket_path) as listener:
-            _run(settings, node_options(settings, path), listener)
+            _run(settings, node_options(settings, path), listener, conduct)
 
 
-def _run(settings: Settings, options: NodeOptions, listener: socket.socket) -> None:
+def _run(
+    settings: Settings, options: NodeOptions, listener: socket.socket, conduct: Callable[[NodeOptions], Conduct] | None
+) -> None:
     import structlog
     import trio
 
     log = structlog.get_logger("nexusd")
     log.info("starting", pid=os.getpid(), home=str(options.home), name=options.name)
     try:
-        trio.run(_serve, settings, options, listener)
+        trio.run(_serve, settings, options, listener, conduct(options) if conduct else None)
     except Exception as error:
         known = next(_nexus_errors(error), None)
         if known is None:
@@ -98,7 +106,7 @@ def _nexus_errors(error: BaseException) -> Iterator[NexusError]:
             yield from _nexus_errors(part)
 
 
-async def _serve(settings: Settings, options: NodeOptions, listener: socket.socket) -> None:
+async def _serve(settings: Settings, options: NodeOptions, listener: socket.socket, conduct: Conduct | None) -> None:
     import trio
 
     from nexus.node.node import open_node
@@ -111,7 +119,7 @@ async def _serve(settings: Settings, options: NodeOptions, listener: socket.sock
             background.start_soon(_feed_watchdog)
             # The scope spans the node's whole life, since one cannot leave it in between; it is cancelled only while opening.
             with opening:
-                async with open_node(options) as node:
+                async with open_node(options, conduct) if conduct else open_node(options) as node:
                     is_open.set()
                     await _serve_node(node, listener, stop, settings.control.drain_timeout_s)
             background.cancel_scope.cancel()

@@ -168,6 +168,7 @@ class Node:
             self._session_audits,
             self._submit_evidence,
             trust.settle,
+            self._submit_evidence,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
@@ -195,9 +196,8 @@ class Node:
     def _end_work_with(self, node: bytes) -> None:
         """A node was convicted: what runs with it ends here."""
         peer_id = peer_id_of(node)
-        ended = self._infer.end_sessions_with(
-            node, NotAllowedError(f"{peer_id} was convicted while the session ran", "Run it again: it will be planned without it")
-        )
+        reason = NotAllowedError(f"{peer_id} was convicted while the session ran", "Run it again: it will be planned without it")
+        ended = self._infer.end_sessions_with(node, reason) + self._runner.end_sessions_with(node, reason)
         if ended:
             log.warning("sessions_ended", because_of=peer_id, sessions=ended)
 
@@ -208,7 +208,7 @@ class Node:
         return list((holders | everybody).values())
 
     async def _submit_evidence(self, evidence: Evidence) -> None:
-        """A proof that an audit made and verified: kept, believed, and told to others."""
+        """A proof that an audit or a session made: verified, kept, believed, and told to others."""
         await self._trust.evidence.submit(evidence)
 
     async def _note_silence(self, node: bytes, session: bytes, reason: str) -> None:
@@ -672,8 +672,9 @@ def measure_speed() -> int:
 
 
 @asynccontextmanager
-async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
-    """A running node. Raises LocalError where the data directory or the port stands in the way."""
+async def open_node(options: NodeOptions, conduct: Conduct = HONEST) -> AsyncIterator[Node]:
+    """A running node. `conduct`: see `nexus.node.cheating`. Raises LocalError where the data directory or the port stands in the
+    way."""
     # Read by torch when it is first imported, which is when the first model is loaded.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     home = Home(options.home)
@@ -702,7 +703,7 @@ async def open_node(options: NodeOptions) -> AsyncIterator[Node]:
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, trust, nursery, speed)
+        node = Node(options, identity, transport, book, sessions, trust, nursery, speed, conduct)
         await nursery.start(node.run)
         try:
             yield node
