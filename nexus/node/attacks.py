@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from nexus.core.errors import UsageError
+from nexus.core.errors import LocalError, UsageError
 from nexus.core.hashing import HASH_BYTES, leaf_hash
 from nexus.core.keys import Identity
 from nexus.core.manifest import Manifest
@@ -27,6 +27,8 @@ from nexus.storage.sessions import Window
 if TYPE_CHECKING:
     from nexus.core.errors import NexusError
     from nexus.engine.stage import Stage
+    from nexus.proof.audit import Cell, Opening
+    from nexus.proof.audit_check import AuditedStage
 
 # Where a cheater's node has the files of a stage.
 StageFiles = Callable[[Manifest, int, int], Mapping[str, Path]]
@@ -66,6 +68,11 @@ class _Tampered(Honest):
             self._loaded[key] = load_tampered_stage(TAMPERINGS[self._tampering], manifest, stage.start, stage.end, files)
         return self._loaded[key]
 
+    def show(self, stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        """What it computed with: it sticks to its story."""
+        used = self._loaded.get((subject.manifest.root, stage.start, stage.end), stage)
+        return super().show(used, subject, cells, files)
+
 
 class _Disguise:
     """Passes for the stage that it wraps, in all but what subclasses change."""
@@ -101,6 +108,11 @@ class _Outputs(Honest):
         return cast("Stage", _FalseOutputs(stage, stage.trace_shape, self._change))
 
 
+def _not_a_number(stage: Stage, session: bytes, output: bytes, payload: bytes) -> bytes:
+    """Hidden states that are not numbers; tokens stay as they are."""
+    return output if stage.last else b"\x00\x00\xc0\x7f" * (len(output) // 4)
+
+
 def _made_up(stage: Stage, session: bytes, output: bytes, payload: bytes) -> bytes:
     """Numbers of the right form that have nothing to do with the input but its hash."""
     stream = b"".join(blake2b(payload, salt=number.to_bytes(16, "little")).digest() for number in range(len(output) // 64 + 1))
@@ -122,6 +134,36 @@ class _LazyCopy:
         copied = last if len(last) == len(output) else output
         self._last = {session: output}
         return copied
+
+
+class _StaleInputs(_Disguise):
+    """Computes every step of one token with the token before, so that what it keeps of the session is stale."""
+
+    def __init__(self, stage: Stage, shape: TraceShape | None) -> None:
+        super().__init__(stage, shape)
+        self._before: dict[bytes, bytes] = {}
+
+    def open(self, session: bytes, sampling: Any, commit: bool = False) -> None:
+        self._before.pop(session, None)
+        self._stage.open(session, sampling, commit)
+
+    def close(self, session: bytes) -> None:
+        self._before.pop(session, None)
+        self._stage.close(session)
+
+    def step_many(self, steps: Sequence[tuple[bytes, bytes]], more: Sequence[bool] = ()) -> list[bytes | NexusError]:
+        return self._stage.step_many([(session, self._stale(session, payload)) for session, payload in steps], more)
+
+    def _stale(self, session: bytes, payload: bytes) -> bytes:
+        if len(payload) != self._stage.input_size(1):
+            return payload  # a prompt
+        before, self._before[session] = self._before.get(session, payload), payload
+        return before
+
+
+class _StaleCache(Honest):
+    def stage(self, opened: Open, manifest: Manifest, stage: Stage) -> Stage:
+        return cast("Stage", _StaleInputs(stage, stage.trace_shape))
 
 
 class _LeastBit(_Disguise):
@@ -233,6 +275,47 @@ class _Equivocates(Honest):
         return SignedReceipt.sign(replace(signed.receipt, trace_root=leaf_hash(signed.receipt.trace_root)), self._identity)
 
 
+class _Replays(Honest):
+    """Signs once, and answers every later session with the receipts of the first one."""
+
+    def __init__(self) -> None:
+        self._signed: dict[int, SignedReceipt] = {}
+
+    def signer(self, opened: Open, signer: Signer) -> Signer:
+        return _OldReceipts(signer, self._signed)
+
+
+class _OldReceipts:
+    def __init__(self, signer: Signer, signed: dict[int, SignedReceipt]) -> None:
+        self._signer = signer
+        self._signed = signed
+
+    async def sign(self, window: Window) -> SignedReceipt:
+        step0 = window.receipt.step0
+        if step0 not in self._signed:
+            self._signed[step0] = await self._signer.sign(window)
+        return self._signed[step0]
+
+
+class _Silent(Honest):
+    """Does its work, and shows nothing of it."""
+
+    def show(self, stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        raise LocalError("this node does not show its work", "It is a cheater's")
+
+
+class _WrongAnswers(Honest):
+    """Computes what it should, and shows other bytes than it signed for."""
+
+    def show(self, stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        return [_one_byte_off(opening) for opening in super().show(stage, subject, cells, files)]
+
+
+def _one_byte_off(opening: Opening) -> Opening:
+    first, *others = opening.values
+    return replace(opening, values=(replace(first, data=bytes([first.data[0] ^ 1]) + first.data[1:]), *others))
+
+
 class _TampersOnTheWay(Honest):
     """Signs what it computed, and pushes something else on."""
 
@@ -261,8 +344,10 @@ ATTACKS: dict[str, Attack] = {
         _tampered("skipped-layer", "leaves out every other layer"),
         _tampered("truncated-cache", "looks back eight tokens instead of all"),
         _tampered("wrong-tables", "computes exp with half the precision"),
+        Attack("stale-cache", "computes every token from the one before, and keeps what it then had", lambda means: _StaleCache()),
         Attack("random-output", "answers with numbers that it made up", lambda means: _Outputs(_made_up)),
         Attack("lazy-copy", "answers with its last answer once more", lambda means: _Outputs(_LazyCopy())),
+        Attack("overflow", "gives the next stage values that are not numbers", lambda means: _Outputs(_not_a_number)),
         Attack("one-bit", "changes the last bit of one number, and its commitments with it", lambda means: _OneBit()),
         Attack(
             "forged-trace",
@@ -277,6 +362,9 @@ ATTACKS: dict[str, Attack] = {
         Attack("forged-signature", "signs with a broken signature", lambda means: _Signs(_ForgedSignature, means.identity)),
         Attack("broken-chain", "signs for an input that nobody gave it", lambda means: _Signs(_BrokenChain, means.identity)),
         Attack("equivocation", "signs two different receipts for the same work", lambda means: _Equivocates(means.identity)),
+        Attack("replayed-receipts", "answers with receipts of an earlier session", lambda means: _Replays()),
+        Attack("silent", "does its work, and shows nothing of it to audits", lambda means: _Silent()),
+        Attack("wrong-answer", "does its work, and shows something else to audits", lambda means: _WrongAnswers()),
         Attack("tampering-relay", "pushes other bytes on than it signed for", lambda means: _TampersOnTheWay()),
         Attack("withheld-trace", "keeps its commitments to itself", lambda means: _WithholdsTraces()),
     )

@@ -168,7 +168,6 @@ class Node:
             self._session_audits,
             self._submit_evidence,
             trust.settle,
-            self._submit_evidence,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0

@@ -150,6 +150,7 @@ class Runner:
         self._audits = audits
         self._submit = submit
         self._settle = settle
+        self._running: set[Coordinator] = set()
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
         self.live = Live()
@@ -427,8 +428,6 @@ class Runner:
                             yield self._named(event, placement), coordinator
                     return
                 except (PeerError, TimedOutError, CapacityError, NotFoundError) as error:
-                    for evidence in coordinator.evidence:
-                        await self._submit(evidence)
                     stage = coordinator.failed_stage
                     failed = placement.plan.stages[stage].node if stage is not None else self._identity.public_key
                     if failed == self._identity.public_key:
@@ -492,6 +491,7 @@ class Runner:
                 except NexusError as error:
                     failure.append(error)
 
+        self._running.add(coordinator)
         self._nursery.start_soon(work)
         try:
             async with receive:
@@ -499,8 +499,19 @@ class Runner:
                     yield event
         finally:
             scope.cancel()
+            self._running.discard(coordinator)
+        for evidence in coordinator.evidence:
+            try:
+                await self._submit(evidence)
+            except NexusError as error:  # no reason to hide why the session failed
+                log.warning("evidence_not_kept", evidence=evidence.id.hex()[:16], reason=error.cause, fix=error.fix)
         if failure:
             raise failure[0]
+
+    def end_sessions_with(self, public_key: bytes, error: NexusError) -> int:
+        """End the sessions of this node's users in which this node has a stage, for this reason; what has not begun to answer is
+        planned again without it. Returns how many."""
+        return sum(coordinator.end_with(public_key, error) for coordinator in self._running)
 
     def _named(self, event: SessionEvent, placement: Placement) -> Progress | Result | Ended:
         if isinstance(event, StageProgress):
