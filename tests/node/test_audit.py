@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from nexus.core.audits import CONVICTED, LIGHT, MISMATCH, OFF, OK, REPLICA, UNANSWERED, UNAUDITED
+from nexus.core.audits import CONVICTED, LIGHT, OFF, OK, REPLICA, UNANSWERED, UNAUDITED
 from nexus.core.errors import LocalError, RefusedError, UsageError
 from nexus.core.manifest import Manifest
 from nexus.engine.exact.audit import answer
@@ -29,7 +29,7 @@ from nexus.proof.audit import (
     chain_of,
 )
 from nexus.proof.audit_check import AuditedStage
-from nexus.proof.evidence import verify_evidence
+from nexus.proof.evidence import FALSE_RESPONSE, verify_evidence
 from nexus.proof.freivalds import piece_keys
 from nexus.storage.sessions import KeptSession
 from tests.engine.conftest import Folder
@@ -124,19 +124,35 @@ async def test_silence_is_told_where_nothing_can_be_proven(tiny: tuple[Manifest,
         assert not nodes.heard.evidence
 
 
-async def test_a_false_answer_of_an_honest_computation_convicts_nobody_by_the_replica(
-    tiny: tuple[Manifest, Folder], tmp_path: Path
+@pytest.mark.parametrize("holds_weights", [True, False])
+async def test_a_false_answer_of_a_right_computation_convicts(
+    tiny: tuple[Manifest, Folder], tmp_path: Path, holds_weights: bool
 ) -> None:
+    """What a stage signs for in an audit is as binding as what it signs for in a session."""
+
     def lie(stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
         openings = answer(stage, subject, cells, files)  # type: ignore[arg-type]
-        return [replace(one, sums=tuple(Sums(bytes(len(sums.data))) for sums in one.sums)) for one in openings]
+        changed = [replace(one.values[-1], data=one.values[-1].data[:-1] + b"\x7f") for one in openings]
+        return [replace(one, values=(*one.values[:-1], last)) for one, last in zip(openings, changed, strict=True)]
 
-    async with audited_swarm(tiny, tmp_path, shows={1: lie}) as nodes:
+    async with audited_swarm(tiny, tmp_path, shows={0: lie}, holds_weights=holds_weights) as nodes:
         report = await nodes.audit(await nodes.run())
-        assert report.stages[0].verdict == OK
-        assert report.stages[1].verdict == MISMATCH
-        assert "what it answered to the audit is not" in report.stages[1].detail
-        assert not nodes.heard.evidence
+        assert report.stages[1].verdict == OK
+        assert (report.stages[0].mode, report.stages[0].verdict) == (LIGHT, CONVICTED)
+        (evidence,) = nodes.heard.evidence
+        assert evidence.kind == FALSE_RESPONSE
+
+
+async def test_false_sums_of_a_right_computation_convict(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    def lie(stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        openings = answer(stage, subject, cells, files)  # type: ignore[arg-type]
+        return [replace(one, sums=(*one.sums[:-1], Sums(bytes(len(one.sums[-1].data))))) for one in openings]
+
+    async with audited_swarm(tiny, tmp_path, shows={0: lie}) as nodes:
+        report = await nodes.audit(await nodes.run())
+        assert report.stages[1].verdict == OK
+        assert report.stages[0].verdict == CONVICTED, report.stages[0].detail
+        assert [evidence.kind for evidence in nodes.heard.evidence] == [FALSE_RESPONSE]
 
 
 async def test_an_auditor_with_broken_keys_accuses_nobody(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:

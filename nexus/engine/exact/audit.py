@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nexus.core.errors import LocalError, NexusError
+from nexus.core.errors import LocalError, NexusError, NotFoundError, VerificationError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, Manifest
 from nexus.engine.exact.freivalds import piece_keys
 from nexus.engine.exact.pieces import Piece, read_tables
@@ -18,15 +18,16 @@ from nexus.engine.exact.replay import Replay, replay
 from nexus.engine.exact.stage import ExactStage, table_shapes
 from nexus.engine.exact.weight_rows import StoredWeights
 from nexus.engine.stage import path_of
-from nexus.proof.accuse import AccusedStage, accuse, first_difference
+from nexus.proof.accuse import AccusedStage, accuse, accuse_answer, accuse_opening, first_difference
 from nexus.proof.arithmetic.ops import Tables
 from nexus.proof.arithmetic.plan import ExactPlan
 from nexus.proof.arithmetic.rows import WeightProof
 from nexus.proof.arithmetic.sampler import Sampling
-from nexus.proof.audit import Cell, Opening
-from nexus.proof.audit_check import AuditedStage, AuditorKeys
+from nexus.proof.audit import Cell, Opening, SignedAuditAnswer
+from nexus.proof.audit_check import INPUT, OPENING, AuditedStage, AuditorKeys, Fault
 from nexus.proof.audit_open import open_cell
 from nexus.proof.evidence import Evidence, Verdict, verify_evidence
+from nexus.proof.evidence.answer import X
 from nexus.proof.evidence.model import checked_plan
 from nexus.proof.freivalds import PieceKeys
 from nexus.proof.receipts import SignedReceipt, payload_root
@@ -175,3 +176,38 @@ def read_piece_keys(path: Path, plan: ExactPlan, name: str, linears: tuple[str, 
 def auditor_keys(plan: ExactPlan, files: Mapping[str, Path], pieces: Mapping[str, PieceKeys]) -> AuditorKeys:
     """With the model's tables, out of its files."""
     return AuditorKeys(pieces, read_angles(plan, files), Tables())
+
+
+def accusation_shown(
+    stage: AuditedStage,
+    signed: Sequence[SignedReceipt],
+    fault: Fault,
+    answer: SignedAuditAnswer,
+    opening: Opening,
+    weights: StoredWeights,
+    files: Mapping[str, Path],
+) -> tuple[Evidence, Verdict]:
+    """Evidence of a fault in what a stage showed in its `answer`, verified. Raises VerificationError, MalformedError,
+    NotFoundError where that proves nothing; a replica may still do."""
+    first = stage.stage == 0
+    if not first and not stage.exact.causal:
+        raise NotFoundError("the text that came into a later stage of an encoder is not known", "Compute it again from the first")
+    accused = AccusedStage(
+        manifest=stage.manifest,
+        exact_plan=path_of(files, EXACT_PLAN).read_bytes(),
+        plan=stage.plan,
+        terms=stage.terms,
+        receipts=signed,
+        traces=stage.traces,
+        inputs=stage.inputs if first else (),
+        outputs=stage.results if stage.is_last else (),
+    )
+    if fault.kind == OPENING:
+        evidence = accuse_answer(accused, answer, opening, {INPUT: X}.get(fault.op, fault.op), weights)
+        return evidence, verify_evidence(evidence, weights)
+    try:
+        evidence = accuse_opening(accused, opening, fault.op, weights)
+    except VerificationError:
+        # What was signed for follows from the model: then it is the sums alone, which nothing but the answer shows.
+        evidence = accuse_answer(accused, answer, opening, fault.op, weights, sums=True)
+    return evidence, verify_evidence(evidence, weights)

@@ -1,14 +1,15 @@
 """Auditing what others computed: after a session, by the policy of `nexus.swarm.audit_policy`, on this node's own judgement alone.
 
 A light audit asks a stage to open the cells that the challenge picks, and checks them with keys of this node's own. A replica
-computes a session again, stage by stage from the first one on, and compares. Where anything differs only the replica decides
-who is at fault: then the first wrong operation is proven, verified as everybody else will verify it, and handed on; what
-cannot be proven is reported as a mismatch, and nobody is accused.
+computes a session again, stage by stage from the first one on, and compares. Where anything differs, evidence is made of what
+the stage itself showed, or else of the first wrong operation that the replica finds. It is verified as everybody else will
+verify it, and handed on. What cannot be proven is reported as a mismatch, and nobody is accused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_bytes
@@ -45,6 +46,7 @@ from nexus.proof.audit import (
     Cell,
     ChallengeChain,
     Opening,
+    SignedAuditAnswer,
     SignedAuditRequest,
     StageAudit,
     chain_of,
@@ -242,7 +244,7 @@ class Auditor:
                 subject.is_last,
                 self.policy.cells,
             )
-            openings = await self._ask(audit, stage, first, CELLS, self.policy.cells, cells)
+            answer, openings = await self._ask(audit, stage, first, CELLS, self.policy.cells, cells)
             fault = await self._find_fault(audit, stage, cells, openings)
         except (PeerError, TimedOutError, CapacityError) as error:
             await self._unanswered(audit, stage, error)
@@ -254,8 +256,11 @@ class Auditor:
             audit.note(stage, LIGHT, OK, cells=len(cells))
             return
         log.warning("audit_fault", node=peer_id_of(subject.layers.node), session=audit.session.hex()[:16], fault=fault.text)
-        audit.faulty[stage] = next(opening for opening in openings if opening.cell == fault.cell)
+        audit.faulty[stage] = opening = next(opening for opening in openings if opening.cell == fault.cell)
         audit.note(stage, LIGHT, MISMATCH, cells=len(cells), detail=fault.text)
+        found = await self._accusation_shown(audit, stage, fault, answer, opening)
+        if found is not None:
+            await self._convict(audit, stage, LIGHT, *found, cells=len(cells))
 
     async def _find_fault(self, audit: _Audit, stage: int, cells: Sequence[Cell], openings: Sequence[Opening]) -> Fault | None:
         from nexus.proof.audit_check import find_fault
@@ -266,6 +271,27 @@ class Auditor:
             if fault is not None:
                 return fault
         return None
+
+    async def _accusation_shown(
+        self, audit: _Audit, stage: int, fault: Fault, answer: SignedAuditAnswer, opening: Opening
+    ) -> tuple[Evidence, Verdict] | None:
+        """Evidence from what the stage itself showed, for which it takes the weights of that layer and no more. None where
+        that does not prove anything: then the replica tells."""
+        from nexus.engine.exact.audit import accusation_shown
+        from nexus.engine.exact.weight_rows import StoredWeights
+
+        subject = audit.subjects[stage]
+        try:
+            async with AsyncExitStack() as stack:
+                for name in subject.pieces([opening.cell]):
+                    await stack.enter_async_context(self._models.borrowed(audit.manifest, name, audit.sources))
+                paths = self._models.paths(audit.manifest)
+                weights = StoredWeights(self._models.find)
+                work = partial(accusation_shown, subject, audit.signed[stage], fault, answer, opening, weights, paths)
+                return await self._timed(audit.cost(stage), work)
+        except NexusError as error:
+            log.info("not_proven_by_what_is_shown", node=peer_id_of(subject.layers.node), reason=error.cause)
+            return None
 
     async def _keys_for(self, audit: _Audit, stage: int, cells: Sequence[Cell]) -> AuditorKeys:
         """Those kept, or made now from the pieces themselves, which need not stay here."""
@@ -292,8 +318,11 @@ class Auditor:
         audit.note(stage, LIGHT, UNANSWERED, detail=error.cause)
         await self._callbacks.silence(node, audit.session, error.cause)
 
-    async def _ask(self, audit: _Audit, stage: int, index: int, kind: str, count: int, cells: Sequence[Cell]) -> list[Opening]:
-        """The stage's own openings of these cells. Raises PeerError, TimedOutError, CapacityError: it did not show them."""
+    async def _ask(
+        self, audit: _Audit, stage: int, index: int, kind: str, count: int, cells: Sequence[Cell]
+    ) -> tuple[SignedAuditAnswer, list[Opening]]:
+        """The stage's own openings of these cells, and its signature for them. Raises PeerError, TimedOutError, CapacityError:
+        it did not show them."""
         node = audit.subjects[stage].layers.node
         peer_id = peer_id_of(node)
         request = AuditRequest(
@@ -322,10 +351,13 @@ class Auditor:
             with trio.CancelScope(shield=True):
                 await stream.reset()
 
-    async def _receive(self, stream: Stream, request: AuditRequest, node: bytes, cells: Sequence[Cell]) -> list[Opening]:
+    async def _receive(
+        self, stream: Stream, request: AuditRequest, node: bytes, cells: Sequence[Cell]
+    ) -> tuple[SignedAuditAnswer, list[Opening]]:
+        answer: SignedAuditAnswer | None = None
         due: tuple[bytes, ...] | None = None
         openings: list[Opening] = []
-        while due is None or len(openings) < len(due):
+        while answer is None or due is None or len(openings) < len(due):
             with trio.move_on_after(SILENCE_MAX_S) as scope:
                 try:
                     message = AUDIT_MESSAGES.unpack(await stream.receive())
@@ -337,7 +369,7 @@ class Auditor:
                 case Working() if due is None:
                     continue
                 case Answer(signed) if due is None:
-                    due = check_answer(signed, request, node, len(cells)).openings
+                    answer, due = signed, check_answer(signed, request, node, len(cells)).openings
                 case Shown(opening) if due is not None:
                     number = len(openings)
                     if opening.id != due[number] or opening.cell != cells[number]:
@@ -350,7 +382,7 @@ class Auditor:
                     raise RefusedError(f"it declined: {refusal.cause}", refusal.fix, stream.peer_id)
                 case _:
                     raise MalformedError(f"{type(message).__name__} is no answer to an audit", peer=stream.peer_id)
-        return openings
+        return answer, openings
 
     # ---- replica
 
@@ -398,7 +430,11 @@ class Auditor:
                         raise LocalError("the stage is not one of the exact profile")
                     checked = await self._timed(audit.cost(number), partial(compare, loaded, subject, inputs, windows))
                     known = audit.results.get(number)
-                    if checked.differs or (known and known.verdict == MISMATCH):
+                    if known and known.verdict == CONVICTED:
+                        if checked.differs:
+                            self._give_up(audit, wanted, number)
+                            return
+                    elif checked.differs or (known and known.verdict == MISMATCH):
                         right = await self._blame(audit, number, inputs, checked, loaded)
                         if not right:
                             self._give_up(audit, wanted, number)
@@ -448,7 +484,7 @@ class Auditor:
         if found is None:
             return await self._acquit(audit, stage)
         evidence, verdict = found
-        await self._convict(audit, stage, evidence, verdict)
+        await self._convict(audit, stage, REPLICA, evidence, verdict)
         return False
 
     async def _acquit(self, audit: _Audit, stage: int) -> bool:
@@ -466,12 +502,13 @@ class Auditor:
         audit.note(stage, REPLICA, OK, steps=steps)
         return True
 
-    async def _convict(self, audit: _Audit, stage: int, evidence: Evidence, verdict: Verdict) -> None:
+    async def _convict(self, audit: _Audit, stage: int, mode: str, evidence: Evidence, verdict: Verdict, cells: int = 0) -> None:
         subject = audit.subjects[stage]
         if verdict.accused != subject.layers.node:
             raise RuntimeError("evidence was made against another node than the one that was audited")
         log.warning("convicted", node=peer_id_of(verdict.accused), evidence=evidence.id.hex()[:16], summary=verdict.summary)
-        audit.note(stage, REPLICA, CONVICTED, steps=len(subject.rows), detail=verdict.summary, evidence=evidence.id)
+        steps = 0 if cells else len(subject.rows)
+        audit.note(stage, mode, CONVICTED, steps=steps, cells=cells, detail=verdict.summary, evidence=evidence.id)
         await self._callbacks.evidence(evidence)
 
     async def _own_row(self, audit: _Audit, stage: int, checked: Checked) -> Opening | None:
@@ -483,7 +520,7 @@ class Auditor:
             return None
         with trio.move_on_after(ROW_TIMEOUT_S):
             try:
-                (opening,) = await self._ask(audit, stage, audit.take_index(), ROW, 0, [cell])
+                _, (opening,) = await self._ask(audit, stage, audit.take_index(), ROW, 0, [cell])
                 return opening
             except NexusError as error:
                 log.info("accused_does_not_show", reason=error.cause)
