@@ -351,12 +351,12 @@ ATTACKS: dict[str, Attack] = {
         Attack("one-bit", "changes the last bit of one number, and its commitments with it", lambda means: _OneBit()),
         Attack(
             "forged-trace",
-            "right answers, commitments to something else",
+            "answers rightly, and commits to something else",
             lambda means: _Seals(lambda trace: replace(trace, cells=_scrambled(trace.cells))),
         ),
         Attack(
             "rewritten-log",
-            "right answers, another log of keys and values",
+            "answers rightly, and commits to another log of keys and values",
             lambda means: _Seals(lambda trace: replace(trace, logs=_scrambled(trace.logs))),
         ),
         Attack("forged-signature", "signs with a broken signature", lambda means: _Signs(_ForgedSignature, means.identity)),
