@@ -15,6 +15,7 @@ import click
 
 from nexus.core.errors import LocalError, NexusError, UsageError
 from nexus_cli import (
+    attacks,
     audit,
     demo,
     doctor,
@@ -67,6 +68,7 @@ for command in (
     engine.engine,
     engine.bench,
     testnet.testnet,
+    attacks.attacks,
     demo.demo,
 ):
     nexus.add_command(command)

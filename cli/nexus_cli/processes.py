@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, UsageError
 
+DAEMON = "nexus_cli.daemon"
 LOG_TAIL_BYTES = 4096
 LOG_KEPT_BYTES = 8 * 1024 * 1024
 POLL_S = 0.1
@@ -87,7 +88,9 @@ def wait_for_end(processes: Sequence[Process], timeout_s: float) -> list[Process
     return running
 
 
-def spawn_daemon(home: Path, arguments: Sequence[str], log_file: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn_daemon(
+    home: Path, arguments: Sequence[str], log_file: Path, environ: Mapping[str, str], module: str = DAEMON
+) -> subprocess.Popen[bytes]:
     """Start nexusd in a session of its own, so that a Ctrl-C here does not reach it. Its log goes to `log_file`."""
     try:
         if log_file.exists() and log_file.stat().st_size > LOG_KEPT_BYTES:
@@ -99,7 +102,7 @@ def spawn_daemon(home: Path, arguments: Sequence[str], log_file: Path, environ: 
         ) from error
     try:
         return subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "nexus_cli.daemon", "--home", str(home), *arguments],
+            [sys.executable, "-m", module, "--home", str(home), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,

@@ -30,13 +30,15 @@ TERM_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 10.0
 NODES_MAX = 32
 STATE_FILE = "testnet.json"
+CHEATING_DAEMON = "nexus_cli.byzantine"
 # Below the range from which systems take ports for outgoing connections, so that none of those can take one of ours.
 PORTS = range(20000, 30000)
 
 
 @dataclass(frozen=True, slots=True)
 class TestnetNode:
-    """One node of a testnet, as its state file keeps it. `started`: see `nexus_cli.processes.Process`."""
+    """One node of a testnet, as its state file keeps it. `started`: see `nexus_cli.processes.Process`. `attack`: what it does
+    wrong (`nexus attacks`), or "" for an honest one."""
 
     name: str
     home: str
@@ -44,6 +46,7 @@ class TestnetNode:
     port: int
     pid: int
     started: str
+    attack: str = ""
 
     @property
     def address(self) -> str:
@@ -105,8 +108,11 @@ class Testnet:
                 f"{self._state} is damaged: {error}", "End the nexusd processes by hand, then remove the directory"
             ) from error
 
-    def up(self, count: int, timeout_s: float, report: Callable[[str], None]) -> list[TestnetNode]:
-        """Start `count` nodes and return when every one is ready and connected to every other. Cleans up if that fails."""
+    def up(self, count: int, timeout_s: float, report: Callable[[str], None], attacks: Sequence[str] = ()) -> list[TestnetNode]:
+        """Start `count` nodes and return when every one is ready and connected to every other. Cleans up if that fails.
+
+        `attacks`: of the last nodes, which cheat; fewer than `count`, so that the first node is honest.
+        """
         from nexus.core.errors import LocalError
 
         if self.exists():
@@ -115,7 +121,7 @@ class Testnet:
             raise LocalError(f"{self.directory} holds something else", "Give another directory with --dir")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            nodes = self._prepare(count)
+            nodes = self._prepare(count, attacks)
             self._write(nodes)
             for index, node in enumerate(nodes):
                 nodes[index] = self._spawn(node)
@@ -167,15 +173,16 @@ class Testnet:
                 shutil.rmtree(self.directory)
         return ended
 
-    def _prepare(self, count: int) -> list[TestnetNode]:
+    def _prepare(self, count: int, attacks: Sequence[str]) -> list[TestnetNode]:
         """Homes, keys, ports and settings. Every node knows the first one, as in a real network."""
         from nexus.storage.home import create_home, load_identity
 
         nodes = []
-        for index, port in enumerate(free_ports(count), start=1):
+        conducts = [""] * (count - len(attacks)) + list(attacks)
+        for index, (port, attack) in enumerate(zip(free_ports(count), conducts, strict=True), start=1):
             home = create_home(self.directory / f"n{index}")
             peer_id = load_identity(home).peer_id
-            nodes.append(TestnetNode(f"node-{index}", str(home.path), peer_id, port, 0, ""))
+            nodes.append(TestnetNode(f"node-{index}", str(home.path), peer_id, port, 0, "", attack))
         for node in nodes:
             bootstrap = [nodes[0].address] if node is not nodes[0] else []
             (Path(node.home) / "config.toml").write_text(_config_text(node, bootstrap, self._threads), "utf-8")
@@ -183,12 +190,13 @@ class Testnet:
 
     def _spawn(self, node: TestnetNode) -> TestnetNode:
         from nexus.core.errors import LocalError
-        from nexus_cli.processes import find_process, spawn_daemon, why_it_ended
+        from nexus_cli.processes import DAEMON, find_process, spawn_daemon, why_it_ended
 
         home = Path(node.home)
         # Settings of the user's own node must not leak into the testnet, nor a pool of threads per process beside the engine's one.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("NEXUS_")}
-        child = spawn_daemon(home, [], home / "nexusd.log", environ)
+        arguments, module = (["--attack", node.attack], CHEATING_DAEMON) if node.attack else ([], DAEMON)
+        child = spawn_daemon(home, arguments, home / "nexusd.log", environ, module)
         process = find_process(child.pid)
         if process is None:
             child.wait()
@@ -321,12 +329,23 @@ _directory = click.option(
 
 @testnet.command("up")
 @click.option("--nodes", type=click.IntRange(1, NODES_MAX), default=4, show_default=True, help="How many.")
+@click.option("--byzantine", type=click.IntRange(0, NODES_MAX), help="How many of them cheat. [default: one per --attack]")
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    metavar="NAME",
+    help="What they do wrong, one name each in turn; nexus attacks lists the names. [default: mixed, different ones at random]",
+)
 @_directory
 @pass_shared
-def testnet_up(shared: Shared, nodes: int, directory: Path | None) -> None:
+def testnet_up(shared: Shared, nodes: int, byzantine: int | None, attacks: tuple[str, ...], directory: Path | None) -> None:
     """Start nodes, and return when all are connected and ready."""
+    from nexus_cli.attacks import attacks_of
+
+    cheating = attacks_of(nodes, byzantine, attacks)
     net = Testnet((directory or default_directory(shared)).absolute())
-    net.up(nodes, shared.timeout_s or UP_TIMEOUT_S, lambda message: click.echo(message, err=True))
+    net.up(nodes, shared.timeout_s or UP_TIMEOUT_S, lambda message: click.echo(message, err=True), cheating)
     _print_states(shared, net.states(), net.directory)
 
 
@@ -380,22 +399,35 @@ def _print_states(shared: Shared, states: Sequence[NodeState], directory: Path) 
         ]
         show.print_json({"directory": str(directory), "nodes": entries})
         return
+    cheaters = [state.node for state in states if state.node.attack]
     rows = [
         (
             state.node.name,
             show.short_id(state.node.peer_id),
             str(state.node.port),
             str(state.node.pid),
+            *([state.node.attack or "honest"] if cheaters else []),
             _state_text(state),
             str(state.status.peers) if state.status else "-",
             str(state.status.sessions_served) if state.status else "-",
         )
         for state in states
     ]
-    columns = ("node", "peer", "port", "pid", "state", "peers", "stages")
+    columns = ("node", "peer", "port", "pid", *(["conduct"] if cheaters else []), "state", "peers", "stages")
     show.console(shared).print(show.table(columns, rows, right=("port", "pid", "peers", "stages"), wrap=("state",)))
+    if cheaters:
+        from nexus_cli.attacks import deed
+
+        for node in cheaters:
+            click.echo(f"{node.name} cheats: it {deed(node.attack)}", err=True)
     if states:
-        click.echo(f"use one with: nexus --home {states[0].node.home} run nano 'a prompt'", err=True)
+        home = states[0].node.home
+        if cheaters:
+            stages = f" --stages {len(states)} --verify light"
+            click.echo(f"use one with: nexus --home {home} run nano 'Why is the sky blue?'{stages}", err=True)
+            click.echo(f"see who was convicted: nexus --home {home} slashed", err=True)
+        else:
+            click.echo(f"use one with: nexus --home {home} run nano 'a prompt'", err=True)
 
 
 def _state_text(state: NodeState) -> str:
