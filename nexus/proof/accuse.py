@@ -22,9 +22,9 @@ from nexus.proof.arithmetic.ops import record_bytes
 from nexus.proof.arithmetic.rows import WeightProof
 from nexus.proof.audit import Cell as AuditedCell
 from nexus.proof.audit import OpenedRow, Opening, SignedAuditAnswer
-from nexus.proof.evidence.answer import FalseResponse, ShownRow, answer_verdict
+from nexus.proof.evidence.answer import FalseResponse, ShownRow, answer_verdict, show_roots
 from nexus.proof.evidence.case import Case, CheckedCase, check_case
-from nexus.proof.evidence.exhibits import Cell, Exhibits, LogRecords, LogRoot, Payload, Rows
+from nexus.proof.evidence.exhibits import Cell, LogRecords, LogRoot, Payload, Rows
 from nexus.proof.evidence.model import ModelParts
 from nexus.proof.evidence.operation import LOG, OUTPUT, PREVIOUS_MAX, SAMPLE, Claim, Proof, operation_verdict
 from nexus.proof.evidence.record import GOSSIP_BYTES_MAX, Evidence
@@ -167,17 +167,21 @@ def accuse_answer(
     `part`: one of OPS, "x", LOG or OUTPUT; with `sums` the linear operation (one of OPS) whose sums are wrong. Raises as
     `accuse_opening` does.
     """
-    showing = _Answered(accused, opened)
-    body = showing.body(answer, part)
+    body = show_answer(accused, answer, opened, part)
     if sums:
-        case, exhibits = check_case(body.case), showing.exhibits()
+        case = check_case(body.case)
         rows = case.exact.linear_shapes().get(part, (0, 0))[0]
-        element = ShownRow(case, exhibits, opened).first_wrong_sum(part, 0, rows, Weights(case, (), weights))
+        element = ShownRow(case, show_roots(case, body), opened).first_wrong_sum(part, 0, rows, Weights(case, (), weights))
         body = replace(body, is_sum=1, element=element or 0)
     recorder = _Recorder(weights)
     answer_verdict(body.evidence(), recorder)
     shown = _with_rows(body.case, accused.manifest, recorder)
     return replace(body, case=shown, weights=tuple(recorder.proofs.values())).evidence()
+
+
+def show_answer(accused: AccusedStage, answer: SignedAuditAnswer, opened: Opening, part: str) -> FalseResponse:
+    """What shows that a part of an answer does not lead to its root, without weights."""
+    return _Answered(accused, opened).body(answer, part)
 
 
 def with_weights(proof: Proof, manifest: Manifest, weights: WeightSource) -> Evidence:
@@ -544,14 +548,6 @@ class _Answered(_Showing):
             logs=tuple(self._logs),
             weights=(),
         )
-
-    def exhibits(self) -> Exhibits:
-        exhibits = Exhibits(self._checked, ())
-        for payload in self._inputs.values():
-            exhibits.add_input(payload)
-        for cell in self._cells.values():
-            exhibits.add_cell(cell)
-        return exhibits
 
 
 def _check_cell(cell: AuditedCell, checked: CheckedCase, tokens: int) -> None:

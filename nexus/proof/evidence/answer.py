@@ -64,11 +64,7 @@ def answer_verdict(evidence: Evidence, source: WeightSource | None) -> Verdict:
     case, opening = check_case(body.case), Opening.from_bytes(body.opening)
     _check_answer(case, body, opening)
     cell = opening.cell
-    exhibits = Exhibits(case, ())
-    for payload in body.inputs:
-        exhibits.add_input(payload)
-    for each in body.cells:
-        exhibits.add_cell(each)
+    exhibits = show_roots(case, body)
     if not case.has_step(cell.step) or cell.layer >= case.shape.layers or cell.row >= exhibits.tokens(cell.step):
         raise VerificationError("the opening is not of a row that the receipt is for")
     shown = ShownRow(case, exhibits, opening)
@@ -94,6 +90,15 @@ def answer_verdict(evidence: Evidence, source: WeightSource | None) -> Verdict:
         op=body.part,
         element=body.element if body.is_sum else None,
     )
+
+
+def show_roots(case: CheckedCase, body: FalseResponse) -> Exhibits:
+    exhibits = Exhibits(case, ())
+    for payload in body.inputs:
+        exhibits.add_input(payload)
+    for cell in body.cells:
+        exhibits.add_cell(cell)
+    return exhibits
 
 
 def _check_answer(case: CheckedCase, body: FalseResponse, opening: Opening) -> None:
