@@ -27,8 +27,8 @@ from nexus.proof.receipts import STEPS_MAX
 # Audits of one session, each of which uses up one element of the chain.
 CHAIN_LENGTH = 256
 CELLS_MAX = 64
-# What an opening holds: at most a frame of the network with room for the rest.
-OPENING_BYTES_MAX = 16 * 1024 * 1024 - 64 * 1024
+# Of an opening: half a frame of the network. What would be longer is for a replica.
+OPENING_BYTES_MAX = 32 * 1024 * 1024
 CONTEXT_ROWS_MAX = 8192
 LOG_RECORDS_MAX = 1 << 20
 SIBLINGS_MAX = 32

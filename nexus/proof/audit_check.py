@@ -73,6 +73,17 @@ class AuditedStage:
         """Of the cell's row in its session, of an encoder in its text."""
         return cell.row + (sum(self.rows[: cell.step]) if self.exact.causal else 0)
 
+    def shown_bytes(self, cell: Cell) -> int:
+        """What an opening of a cell takes at most."""
+        exact, rows = self.exact, self.rows[cell.step]
+        if cell.layer == self.shape.layers:
+            return 16 * exact.vocab + 8 * exact.hidden if exact.causal else 8 * exact.hidden * rows
+        per_row = 16 * (exact.qkv_size + exact.q_size + exact.hidden + exact.gate_up_size)  # values, and sums of two halves
+        log = self.receipts[self.window(cell.step)].kv_len * ops.record_bytes(exact, wide=True)
+        context = 0 if exact.causal else 4 * exact.qkv_size * rows
+        ends = (not cell.layer) + (cell.layer == self.shape.layers - 1)
+        return per_row + log + context + ends * 4 * exact.hidden * rows
+
     def pieces(self, cells: Sequence[Cell]) -> dict[str, tuple[str, ...]]:
         """The pieces of the model whose keys it takes to check these cells, and the linear operations in each."""
         needed: dict[str, tuple[str, ...]] = {}

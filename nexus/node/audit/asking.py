@@ -40,6 +40,7 @@ from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Answer, Ask, Declin
 from nexus.node.models import Models, ProgressSink
 from nexus.proof.audit import (
     CELLS,
+    OPENING_BYTES_MAX,
     ROW,
     AuditReport,
     AuditRequest,
@@ -244,6 +245,11 @@ class Auditor:
                 subject.is_last,
                 self.policy.cells,
             )
+            if max(map(subject.shown_bytes, cells)) > OPENING_BYTES_MAX:
+                audit.note(
+                    stage, LIGHT, UNAUDITED, detail="the session is too long for a light audit: `nexus audit run --mode replica`"
+                )
+                return
             answer, openings = await self._ask(audit, stage, first, CELLS, self.policy.cells, cells)
             fault = await self._find_fault(audit, stage, cells, openings)
         except (PeerError, TimedOutError, CapacityError) as error:

@@ -13,7 +13,6 @@ from nexus.network.transport import ProtocolSpec
 from nexus.proof.audit import OPENING_BYTES_MAX, Opening, SignedAuditAnswer, SignedAuditRequest
 from nexus.proof.receipts import SignedRefusal
 
-# An opening holds a few parts, of which any may be large, and none larger than this.
 SHOWN_BYTES_MAX = OPENING_BYTES_MAX + (64 << 10)
 ASK_BYTES_MAX = 1024
 
