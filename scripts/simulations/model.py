@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -226,8 +227,9 @@ def _write(directory: Path) -> None:
     """A Hugging Face directory of random weights, the same every time."""
     generator = np.random.default_rng(1)
 
-    def normal(*shape: int) -> np.ndarray:
-        return (generator.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    def normal(*shape: int) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = (generator.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+        return values
 
     head = int(CONFIG["head_dim"])  # type: ignore[call-overload]
     heads, kv_heads, ffn = (int(CONFIG[name]) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))  # type: ignore[call-overload]
