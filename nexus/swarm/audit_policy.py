@@ -75,8 +75,3 @@ def other_nodes(plan: Plan, own: bytes) -> frozenset[bytes]:
 def can_audit(profile: str, mode: str) -> bool:
     """Only arithmetic that repeats bit for bit can be checked; two runs of the float profile can be compared by nobody."""
     return profile == EXACT or mode == OFF
-
-
-def fallback(mode: str) -> str | None:
-    """What is done where a mode cannot be: a replica needs all the weights, a light audit only those of the layers it looks at."""
-    return LIGHT if mode == REPLICA else None
