@@ -2,8 +2,8 @@
 
 What a bundle shows: every stage of the plan signed for every step; each stage's input was the output of the stage before; the
 first input was this prompt and the last outputs are these results; all under one request and one set of terms. What it does not
-show is that the arithmetic in between was done right: that is what audits are for. In the exact profile every receipt commits to that
-arithmetic (`nexus.proof.trace`); the hashes behind the commitments are the coordinator's to keep and are not in the bundle.
+show is that the arithmetic in between was done right: that is what audits are for. In the exact profile every receipt commits to
+that arithmetic (`nexus.proof.trace`); the hashes behind the commitments are the coordinator's to keep and are not in the bundle.
 """
 
 from __future__ import annotations

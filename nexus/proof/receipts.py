@@ -114,8 +114,8 @@ class Receipt(Record):
     """A stage's statement about steps [step0, step0 + n).
 
     `in_root`, `out_root`: Merkle roots over the step payloads, n leaves each. `kv_len`: tokens in the KV cache afterwards.
-    `trace_root`, `kv_root`: over everything that was computed, and over all keys and values so far, see `nexus.proof.trace`. Both are
-    empty in the float profile, whose arithmetic cannot be repeated bit for bit elsewhere; an encoder keeps no keys and values.
+    `trace_root`, `kv_root`: over everything that was computed, and over all keys and values so far, see `nexus.proof.trace`. Both
+    are empty in the float profile, whose arithmetic cannot be repeated bit for bit elsewhere; an encoder keeps no keys and values.
     Neither a time nor a free nonce is in it, so there is nothing to grind.
     """
 

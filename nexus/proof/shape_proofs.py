@@ -326,20 +326,21 @@ def freivalds_proofs(solver: Solver) -> tuple[Proven, ...]:
 
 
 def prove_freivalds(solver: Solver, rings: Sequence[int] = SMALL_RINGS, too_small: int = 0) -> Proven:
-    """In the ring of n bits a difference below 2^(n/2) goes unnoticed only for keys that are multiples of 2^(n/2+1).
+    """In the ring of n bits no two keys below 2^(n/2) give the same product with a difference below 2^(n/2).
 
-    `too_small`: proves a bound that is so many bits better than it is, for tests.
+    `too_small`: proves it of keys that are so many bits longer than they may be, for tests.
     """
     obligations = []
     for bits in rings:
-        key, difference = solver.bits(f"key{bits}", bits), solver.bits(f"difference{bits}", bits)
+        apart, difference = solver.bits(f"apart{bits}", bits), solver.bits(f"difference{bits}", bits)
         half = 1 << bits // 2
-        facts = [difference != 0, difference < half, difference > -half, key * difference == 0]
-        obligations.append((facts, key & ((half << 1 + too_small) - 1) == 0))
+        longest = half << too_small
+        facts = [difference != 0, difference < half, difference > -half, apart < longest, apart > -longest]
+        obligations.append(([*facts, apart * difference == 0], apart == 0))
     listed = ", ".join(f"2^{bits}" for bits in rings)
     return solver.prove(
         "freivalds.rings",
-        f"in the integers mod 2^n, n = {listed}: a key that a difference below 2^(n/2) slips past is a multiple of 2^(n/2+1)",
+        f"mod 2^n, n = {listed}: of the keys below 2^(n/2) at most one gives a product with a difference below 2^(n/2)",
         obligations,
         fix=RULE_FIX,
     )
@@ -347,13 +348,13 @@ def prove_freivalds(solver: Solver, rings: Sequence[int] = SMALL_RINGS, too_smal
 
 def prove_shift(solver: Solver) -> Proven:
     """The same in 64 bits, where a product of two unknowns is out of reach: a difference is an odd number times 2^t with t < 32,
-    odd numbers have inverses, and what remains is that key * 2^t == 0."""
-    key, times = solver.bits("key", RING_BITS), solver.bits("times", RING_BITS)
-    low = (1 << RING_BITS // 2 + 1) - 1
-    facts = [solver.z3.ULT(times, RING_BITS // 2), key << times == 0]
+    odd numbers have inverses, and what remains is that two keys' distance times 2^t is 0."""
+    apart, times = solver.bits("apart", RING_BITS), solver.bits("times", RING_BITS)
+    longest = 1 << RING_BITS // 2
+    facts = [solver.z3.ULT(times, RING_BITS // 2), apart < longest, apart > -longest, apart << times == 0]
     return solver.prove(
         "freivalds.miss",
-        f"mod 2^64 one of 2^33 keys misses a wrong sum, so all {KEYS} do for one in 2^{KEYS * (RING_BITS // 2 + 1)}",
-        [(facts, key & low == 0)],
+        f"mod 2^64 one of 2^32 keys misses a wrong sum, so all {KEYS} do for one in 2^{KEYS * RING_BITS // 2}",
+        [(facts, apart == 0)],
         fix=RULE_FIX,
     )
