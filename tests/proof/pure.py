@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nexus.proof.arithmetic.plan import ExactPlan, LayerPlan
+from nexus.proof.arithmetic.rows import TABLES, piece_names
 from nexus.proof.arithmetic.sampler import Sampling
 from nexus.proof.receipts import tokens_to_bytes
-from scripts.benchmarks.pure_session import PureModel, PureSession, run_pure
-from tests.proof.arithmetic.made import encoder_plan, make_plan, random_pieces
+from scripts.benchmarks.pure_session import Arrays, PureModel, PureSession, run_pure
+from tests.proof.arithmetic.made import encoder_plan, make_plan
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35]
 TEXTS = ([1, 2, 3], [4, 5, 6, 7, 8], [9])
@@ -25,9 +27,23 @@ PLANS: dict[str, ExactPlan] = {
 }
 
 
+def seeded_pieces(plan: ExactPlan) -> dict[str, Arrays]:
+    """Weights out of whole numbers, so that no library's exponential decides on their last bits."""
+    random = np.random.default_rng(5)
+
+    def values(name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        if dtype == "I8":
+            return random.integers(-127, 128, shape, np.int8)
+        low, high = (40, 400) if name.endswith(".scale") else (8000, 24000) if name.endswith("norm.weight") else (-8000, 8000)
+        return (random.integers(low, high, shape) / 16384).astype(np.float32)
+
+    names = [name for name in piece_names(plan) if name != TABLES]
+    return {piece: {name: values(name, *form) for name, form in plan.piece_tensors(piece).items()} for piece in names}
+
+
 @cache
 def model(name: str) -> PureModel:
-    return PureModel(PLANS[name], random_pieces(PLANS[name], seed=5))
+    return PureModel(PLANS[name], seeded_pieces(PLANS[name]))
 
 
 def session(name: str, nonce: int = 0, penalty: float = 1.0) -> PureSession:
