@@ -168,6 +168,7 @@ class Node:
             self._session_audits,
             self._submit_evidence,
             trust.settle,
+            self._note_broken,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
@@ -212,6 +213,9 @@ class Node:
 
     async def _note_silence(self, node: bytes, session: bytes, reason: str) -> None:
         """Not to answer is no proof of anything; a node that does it often is planned with last."""
+        self._note_broken(node)
+
+    def _note_broken(self, node: bytes) -> None:
         if node != self._identity.public_key:
             self._trust.standings.note_run(node, flaky=True)
 

@@ -17,12 +17,14 @@ from nexus.core.audits import CONVICTED, DUAL, LIGHT, OFF, UNANSWERED
 from nexus.core.errors import (
     CapacityError,
     LocalError,
+    MalformedError,
     NexusError,
     NotFoundError,
     PeerError,
     TimedOutError,
     UnreachableError,
     UsageError,
+    VerificationError,
 )
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of, public_key_of
@@ -67,6 +69,8 @@ log = structlog.get_logger("nexus.runner")
 ATTEMPTS_MAX = 3
 # A node that did not answer is left out of plans for so long; its record may live on for minutes.
 AVOID_S = 60.0
+# One in whose session something did not hold may be honest, and is avoided for so long.
+DOUBT_S = 600.0
 EVENTS_MAX = 64
 # What a session may grow to is planned for; a longer answer is refused by the stage whose memory it would not fit.
 PLANNED_TOKENS = 2048
@@ -121,7 +125,8 @@ class _Clock:
 class Runner:
     """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
     raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended.
-    `submit`: takes a proof that a node cheated. `settle`: pays for it; None: nobody is paid."""
+    `submit`: takes a proof that a node cheated. `settle`: pays for it; None: nobody is paid.
+    `broke_off`: is told of nodes, by public key, that made a session fail."""
 
     def __init__(
         self,
@@ -137,6 +142,7 @@ class Runner:
         audits: SessionAudits,
         submit: Submit,
         settle: Settle | None = None,
+        broke_off: Callable[[bytes], None] | None = None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -150,9 +156,11 @@ class Runner:
         self._audits = audits
         self._submit = submit
         self._settle = settle
+        self._broke_off = broke_off
         self._running: set[Coordinator] = set()
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
+        self._doubted: dict[bytes, float] = {}  # nodes in whose sessions something did not hold, and until when to avoid them
         self.live = Live()
 
     async def resolve(self, name: str) -> tuple[str, bytes]:
@@ -204,7 +212,18 @@ class Runner:
         return found, await self._models.manifest(root, self.sources(root))
 
     async def place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset()) -> Placement:
-        """Who computes what, over the nodes known now."""
+        """Who computes what, over the nodes known now. Those in whose sessions something did not hold get no part while the others
+        can do without them: it may be their neighbours that cheat."""
+        now_s = trio.current_time()
+        self._doubted = {node: until_s for node, until_s in self._doubted.items() if until_s > now_s}
+        if self._doubted:
+            try:
+                return await self._place(manifest, stages, without | self._doubted.keys())
+            except (CapacityError, UsageError):
+                log.info("doubted_nodes_planned_with", nodes=[peer_id_of(node) for node in sorted(self._doubted)])
+        return await self._place(manifest, stages, without)
+
+    async def _place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
         own = self._own()
         records = [own, *(record for record in self._present() if record.node != own.node and record.node not in without)]
         candidates = [
@@ -428,18 +447,27 @@ class Runner:
                             yield self._named(event, placement), coordinator
                     return
                 except (PeerError, TimedOutError, CapacityError, NotFoundError) as error:
-                    stage = coordinator.failed_stage
-                    failed = placement.plan.stages[stage].node if stage is not None else self._identity.public_key
-                    if failed == self._identity.public_key:
+                    failed = self._note_failed(coordinator, placement.plan, error)
+                    if not failed or started or attempt == ATTEMPTS_MAX:
                         raise
-                    if isinstance(error, UnreachableError | TimedOutError):
-                        self._gone[failed] = trio.current_time() + AVOID_S
-                    if started or attempt == ATTEMPTS_MAX:
-                        raise
-                    log.warning("replanned", without=peer_id_of(failed), error=str(error))
-                    without |= {failed}
+                    log.warning("replanned", without=[peer_id_of(node) for node in sorted(failed)], error=str(error))
+                    without |= failed
                 finally:
                     del self._prices[coordinator.session]
+
+    def _note_failed(self, coordinator: Coordinator, plan: Plan, error: NexusError) -> frozenset[bytes]:
+        """The nodes of which one made the session fail, and that it is better to plan without; none where it was this one."""
+        failed = frozenset(plan.stages[stage].node for stage in coordinator.suspects) - {self._identity.public_key}
+        now_s = trio.current_time()
+        if isinstance(error, UnreachableError | TimedOutError):
+            self._gone |= dict.fromkeys(failed, now_s + AVOID_S)
+        elif isinstance(error, VerificationError | MalformedError) or len(coordinator.suspects) > 1:
+            self._doubted |= dict.fromkeys(failed, now_s + DOUBT_S)
+        else:
+            return failed
+        if len(failed) == 1 and self._broke_off is not None:
+            self._broke_off(next(iter(failed)))
+        return failed
 
     def _coordinator(self, job: _Job, placement: Placement, exact: ExactPlan | None) -> Coordinator:
         """`exact`: what the model computes; None where the stages are not to commit to it."""

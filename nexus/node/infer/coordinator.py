@@ -18,7 +18,7 @@ from nexus.core.errors import (
     VerificationError,
 )
 from nexus.core.keys import Identity, peer_id_of
-from nexus.core.manifest import Manifest
+from nexus.core.manifest import CAUSAL, Manifest
 from nexus.core.plan import Plan
 from nexus.core.record import Record
 from nexus.network.transport import PeerAddress, Stream, Transport
@@ -57,6 +57,8 @@ SILENCE_MAX_S = 10.0
 STEP_TIMEOUT_S = 600.0
 REPORT_TIMEOUT_S = 2.0
 SECOND_HAND_WAIT_S = 0.5
+# What a stage refuses with when something that it was given does not hold.
+_SAID_OF_NEIGHBOUR = (VerificationError.code, MalformedError.code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,8 @@ class Coordinator:
         self._quiet = trio.CancelScope()
         self.session = terms.session
         self.failed_stage: int | None = None
+        # Of these stages one is at fault: two, where a stage says that the one before it broke the rules, for it may be lying.
+        self.suspects: frozenset[int] = frozenset()
         self._reported = trio.Event()
 
     async def run(self, emit: Callable[[SessionEvent], Awaitable[None]]) -> None:
@@ -157,7 +161,7 @@ class Coordinator:
         stage = next((number for number, stage in enumerate(self._plan.stages) if stage.node == public_key), None)
         if stage is None or self._is_unwanted.is_set():
             return stage is not None
-        self.failed_stage = stage
+        self.failed_stage, self.suspects = stage, frozenset({stage})
         self._unwanted = at_stage(error, stage, peer_id_of(public_key))
         self._is_unwanted.set()
         return True
@@ -215,7 +219,7 @@ class Coordinator:
             # What a stage signed may be found wrong while another one is heard.
             at_fault = next((n for n, one in enumerate(self._plan.stages) if _is_by(error, one.node)), stage)
             if self.failed_stage is None:
-                self.failed_stage = at_fault
+                self.failed_stage, self.suspects = at_fault, self.suspects | {at_fault}
             raise at_stage(error, at_fault, peer_id_of(self._plan.stages[at_fault].node)) from error
 
     def _open(self, stage: int) -> Open:
@@ -266,6 +270,8 @@ class Coordinator:
                 if refusal.code == UnreachableError.code:
                     # Second-hand: the neighbour that broke off may be about to say why.
                     await trio.sleep(SECOND_HAND_WAIT_S)
+                if refusal.code in _SAID_OF_NEIGHBOUR and (stage or self._manifest.kind == CAUSAL) and self.failed_stage is None:
+                    self.suspects = frozenset({(stage - 1) % len(self._plan.stages)})
                 raise REFUSALS.get(refusal.code, RefusedError)(refusal.cause, refusal.fix)
             case _:
                 raise MalformedError(f"{type(message).__name__} is not for the coordinator")
