@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nexus.core.audits import CONVICTED, LIGHT, MISMATCH, OFF, OK, SESSION_MODES, UNANSWERED, UNAUDITED
+from nexus.core.audits import CONVICTED, LIGHT, MISMATCH, OFF, OK, OWN, SESSION_MODES, UNANSWERED, UNAUDITED
 from nexus_cli import show
 from nexus_cli.options import NexusGroup, Shared, pass_shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.table import Table
 
     from nexus.node.api import AuditView, Finished, SessionView, StageAuditView
 
@@ -104,6 +106,10 @@ def _print_session(shared: Shared, view: SessionView) -> None:
 
 def _print(shared: Shared, view: AuditView) -> None:
     click.echo(_moment(view.at_ms))
+    show.console(shared).print(audit_table(view))
+
+
+def audit_table(view: AuditView) -> Table:
     rows = [
         (
             str(stage.stage),
@@ -116,7 +122,7 @@ def _print(shared: Shared, view: AuditView) -> None:
         )
         for stage in view.stages
     ]
-    show.console(shared).print(show.table(_COLUMNS, rows, right=("stage", "time"), wrap=("node", "why")))
+    return show.table(_COLUMNS, rows, right=("stage", "time"), wrap=("node", "why"))
 
 
 def _path(session: str) -> str:
@@ -142,8 +148,7 @@ def _checked(stage: StageAuditView) -> str:
 
 def audit_line(view: AuditView, total_s: float) -> str:
     """What was checked, by which audit, and what it cost, in one line. `total_s`: what the answer took."""
-    done = [stage for stage in view.stages if stage.verdict != UNAUDITED]
-    if not done:
+    if all(stage.verdict in (UNAUDITED, OWN) for stage in view.stages):
         reasons = sorted({stage.detail for stage in view.stages if stage.detail})
         return "not audited: " + ("; ".join(reasons) or "nothing was asked for")
     cost_s = sum(stage.cost_s for stage in view.stages)
@@ -153,16 +158,22 @@ def audit_line(view: AuditView, total_s: float) -> str:
 
 def _summary(stages: Sequence[StageAuditView]) -> str:
     passed = [stage for stage in stages if stage.verdict == OK]
-    text = f"{len(passed)} of {show.count(len(stages), 'stage')}"
+    own = sum(stage.verdict == OWN for stage in stages)
+    text = f"{len(passed)} of {show.count(len(stages) - own, 'stage')}" + (" of others" if own else "")
     if passed:
         modes = sorted({stage.mode for stage in passed})
         cells = sorted({stage.cells for stage in passed if stage.cells})
-        each = f" ({'-'.join(map(str, (cells[0], cells[-1])[: len(cells)]))} cells each)" if cells else ""
+        each = f" ({_range(cells)} each)" if cells else ""
         text += f" by {' and '.join(modes)} audit{each}"
     for verdict in (CONVICTED, MISMATCH, UNANSWERED):
         if count := sum(stage.verdict == verdict for stage in stages):
             text += f", {count} {verdict}"
     return text
+
+
+def _range(cells: Sequence[int]) -> str:
+    """Of a sorted list."""
+    return show.count(cells[0], "cell") if len(cells) == 1 else f"{cells[0]} to {cells[-1]} cells"
 
 
 def report_audit(finished: Finished) -> None:

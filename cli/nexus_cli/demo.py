@@ -18,7 +18,7 @@ from nexus_cli import show
 from nexus_cli.options import NexusCommand, Shared, pass_shared
 
 if TYPE_CHECKING:
-    from nexus.node.api import Finished, ModelView, PlanView
+    from nexus.node.api import Finished, ModelView, Planned, PlanView
     from nexus.proof.bundle import BundleReport
     from nexus_cli.client import Daemon
     from nexus_cli.testnet import TestnetNode
@@ -30,12 +30,21 @@ DEMO_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """`planned`: which nodes computed it, in the end."""
+
+    planned: Planned
+    text: str
+    tokens: tuple[int, ...]
+    finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a demo came to."""
 
     plan: PlanView
-    text: str
-    finished: Finished
+    answer: Answer
     report: BundleReport
 
 
@@ -44,34 +53,74 @@ class Outcome:
 @click.option("--prompt", default=DEMO_PROMPT, show_default=True, help="What to ask.")
 @click.option("--max-tokens", type=click.IntRange(1), default=DEMO_TOKENS, show_default=True, help="Tokens of the answer at most.")
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof bundle in this file.")
+@click.option("--byzantine", is_flag=True, help="One of the nodes cheats, and is caught.")
+@click.option("--attack", metavar="NAME", help="What the cheater does; nexus attacks lists the names. [default: flipped-bit]")
+@click.option(
+    "--evidence", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof against the cheater in this file."
+)
 @pass_shared
-def demo(shared: Shared, nodes: int, prompt: str, max_tokens: int, receipts: Path | None) -> None:
+def demo(
+    shared: Shared,
+    nodes: int,
+    prompt: str,
+    max_tokens: int,
+    receipts: Path | None,
+    byzantine: bool,
+    attack: str | None,
+    evidence: Path | None,
+) -> None:
     """Show everything at once on nodes that are gone afterwards.
 
     Start several nodes, split the built-in model over them, answer a prompt, verify every receipt, and clean up.
+
+    With --byzantine the last node cheats: its work is audited, it is convicted by a proof that anybody can check, every node shuts
+    it out, and the prompt is answered again without it. The exit code is 0 only if each of those was seen.
     """
-    from nexus_cli.client import deadline
+    from nexus_cli.byzantine import check_attack
+    from nexus_cli.demo_cheater import DEMO_ATTACK, show_cheater
     from nexus_cli.receipts import check_writable
     from nexus_cli.run import check_text
-    from nexus_cli.testnet import Testnet
 
     check_text(prompt, "the prompt")
-    if receipts is not None:
-        check_writable(receipts)
+    if byzantine and receipts is not None:
+        raise click.UsageError("--receipts is of the demo without --byzantine; that keeps its proof with --evidence")
+    if not byzantine and (attack is not None or evidence is not None):
+        raise click.UsageError("--attack and --evidence are about a cheater: add --byzantine")
+    if byzantine and nodes < 2:
+        raise click.UsageError("with --byzantine there are at least two nodes: one that cheats and one that finds out")
+    for file in (receipts, evidence):
+        if file is not None:
+            check_writable(file)
+    if byzantine:
+        chosen = attack or DEMO_ATTACK
+        check_attack(chosen)
+        with demo_network(shared, nodes, [chosen]) as (members, directory):
+            show_cheater(shared, members, prompt, max_tokens, evidence, directory)
+        return
+    with demo_network(shared, nodes) as (members, directory):
+        outcome = _show_off(shared, members, prompt, max_tokens, receipts or directory / "proof.nexus")
+    if shared.json:
+        _print_json(outcome)
+
+
+@contextmanager
+def demo_network(shared: Shared, nodes: int, attacks: Sequence[str] = ()) -> Iterator[tuple[list[TestnetNode], Path]]:
+    """A testnet under a directory, both gone afterwards. The command's deadline runs inside. `attacks`: of the last nodes."""
+    from nexus_cli.client import deadline
+    from nexus_cli.testnet import Testnet
+
     with terminate_as_interrupt(), temporary_directory() as directory:
         net = Testnet(directory / "net")
         try:
             with deadline(shared.timeout_s or DEMO_TIMEOUT_S):
-                _say(shared, f"Starting {nodes} nodes on this machine, each with a key, a home and a port of its own ...")
+                say(shared, f"Starting {nodes} nodes on this machine, each with a key, a home and a port of its own ...")
                 began = time.monotonic()
-                members = net.up(nodes, shared.timeout_s or DEMO_TIMEOUT_S, lambda message: None)
-                _say(shared, f"{nodes} nodes connected and ready after {show.duration(time.monotonic() - began)}")
-                outcome = _show_off(shared, members, prompt, max_tokens, receipts or directory / "proof.nexus")
+                members = net.up(nodes, shared.timeout_s or DEMO_TIMEOUT_S, lambda message: None, attacks)
+                say(shared, f"{nodes} nodes connected and ready after {show.duration(time.monotonic() - began)}")
+                yield members, directory
         finally:
             if net.exists():
                 net.down()
-    if shared.json:
-        _print_json(outcome)
 
 
 def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_tokens: int, bundle_file: Path) -> Outcome:
@@ -84,9 +133,9 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
 
     daemon = Daemon(members[0].socket)
     try:
-        added = _add_model(shared, daemon)
+        added = add_model(shared, daemon)
         manifest = added.manifest
-        _say(
+        say(
             shared,
             f"{members[0].name} has {DEMO_MODEL}: {manifest.layers} layers, {show.size(manifest.weight_bytes)}, "
             f"root {manifest.root.hex()[:16]}. The others have nothing and will fetch their layers from it.",
@@ -95,10 +144,11 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
         if not shared.json:
             print_plan(shared, plan)
             click.echo(f"> {show.printable(prompt)}")
-        text, finished = _answer(shared, daemon, prompt, max_tokens, len(members))
+        answer = ask(shared, daemon, prompt, max_tokens, len(members))
+        finished = answer.finished
     finally:
         daemon.close()
-    _say(shared, closing_line(finished))
+    say(shared, closing_line(finished))
     write_bundle(bundle_file, finished.bundle)
     report = verify_file(bundle_file)
     if not shared.json:
@@ -113,10 +163,10 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
         )
     if not shared.json:
         click.echo(f"{report.receipts} of {finished.receipts} receipts verified")
-    return Outcome(plan, text, finished, report)
+    return Outcome(plan, answer, report)
 
 
-def _add_model(shared: Shared, daemon: Daemon) -> ModelView:
+def add_model(shared: Shared, daemon: Daemon) -> ModelView:
     from nexus.core.errors import LocalError
     from nexus.node.api import ModelView, Progress
     from nexus_cli.model import progress_bars
@@ -133,30 +183,42 @@ def _add_model(shared: Shared, daemon: Daemon) -> ModelView:
     return added
 
 
-def _answer(shared: Shared, daemon: Daemon, prompt: str, max_tokens: int, stages: int) -> tuple[str, Finished]:
+def ask(
+    shared: Shared, daemon: Daemon, prompt: str, max_tokens: int, stages: int, verify: str | None = None, *, silently: bool = False
+) -> Answer:
+    """Ask the model, and show the answer as it grows unless `silently`. `verify`: how it is audited; None: as the settings say."""
+    from nexus.core.errors import LocalError
     from nexus.gateway.wire import Json
-    from nexus.node.api import Finished, Progress, Token
+    from nexus.node.api import Finished, Planned, Progress, Token
     from nexus_cli.run import Writer, check_finished, waiting
 
-    pieces: list[str] = []
-    writer = Writer()
+    tokens: list[Token] = []
+    writer = None if shared.json or silently else Writer()
+    planned: Planned | None = None
     finished: Finished | None = None
-    body: dict[str, Json] = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": max_tokens, "stages": stages}
-    with waiting(shared) as progress:
-        for event in daemon.stream("/v0/run", body):
-            match event:
-                case Progress():
-                    progress(event)
-                case Token():
-                    progress(None)
-                    pieces.append(event.text)
-                    if not shared.json:
-                        writer.write(event.text)
-                case Finished():
-                    finished = event
-    if not shared.json:
-        writer.end()
-    return "".join(pieces), check_finished(finished)
+    body: dict[str, Json] = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": max_tokens, "stages": stages, "verify": verify}
+    try:
+        with waiting(shared) as progress:
+            for event in daemon.stream("/v0/run", body):
+                match event:
+                    case Planned():
+                        planned = event
+                    case Progress():
+                        progress(event)
+                    case Token():
+                        progress(None)
+                        tokens.append(event)
+                        if writer:
+                            writer.write(event.text)
+                    case Finished():
+                        finished = event
+    finally:
+        if writer:
+            writer.end()
+    done = check_finished(finished)
+    if planned is None:
+        raise LocalError("the daemon did not say who computed the answer", "Please report it")
+    return Answer(planned, "".join(token.text for token in tokens), tuple(token.token for token in tokens), done)
 
 
 def _print_who_did_what(shared: Shared, finished: Finished) -> None:
@@ -179,13 +241,13 @@ def _print_who_did_what(shared: Shared, finished: Finished) -> None:
 def _print_json(outcome: Outcome) -> None:
     from nexus.gateway.wire import to_json
 
-    summary = to_json(outcome.finished)
+    summary = to_json(outcome.answer.finished)
     assert isinstance(summary, dict)
     del summary["bundle"]
-    show.print_json({"text": outcome.text, "plan": to_json(outcome.plan), "report": to_json(outcome.report)} | summary)
+    show.print_json({"text": outcome.answer.text, "plan": to_json(outcome.plan), "report": to_json(outcome.report)} | summary)
 
 
-def _say(shared: Shared, message: str) -> None:
+def say(shared: Shared, message: str) -> None:
     if not shared.json:
         click.echo(message, err=True)
 

@@ -24,11 +24,15 @@ evidence = NexusGroup(name="evidence", help="Proofs that a node cheated.")
 @pass_shared
 def evidence_verify(shared: Shared, file: Path) -> None:
     """Say whether FILE convicts the node that it accuses, by redoing what it is about. No daemon and no network are needed."""
+    from time import perf_counter
+
+    began_s = perf_counter()
     proof, verdict = verify_file(file, own_weights(shared))
+    took_s = perf_counter() - began_s
     if shared.json:
         from nexus.gateway.wire import to_json
 
-        show.print_json({"convicts": True, "verdict": to_json(verdict)})
+        show.print_json({"convicts": True, "verdict": to_json(verdict), "check_s": round(took_s, 6)})
         return
     where = [
         ("session", verdict.session.hex()),
@@ -45,6 +49,7 @@ def evidence_verify(shared: Shared, file: Path) -> None:
             ("accused", verdict.peer_id),
             *((name, value) for name, value in where if value),
             ("size", show.size(len(proof.to_file()))),
+            ("checked in", show.duration(took_s)),
         ]
     )
     click.echo(f"convicts: {show.printable(verdict.summary)}")

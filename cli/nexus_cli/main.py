@@ -138,3 +138,7 @@ def _report(error: NexusError, shared: Shared) -> None:
     )
     if error.fix:
         click.echo(f"fix: {error.fix}", err=True)
+
+
+if __name__ == "__main__":
+    main()
