@@ -431,8 +431,12 @@ class Runner:
             root = job.manifest.root
             commits = job.receipts and job.manifest.profile == EXACT
             exact = await self._models.exact_plan(job.manifest, self.sources(root)) if commits else None
+            spoiled: NexusError | None = None
             for attempt in range(1, ATTEMPTS_MAX + 1):
-                placement = await self.place(job.manifest, job.stages, without)
+                try:
+                    placement = await self.place(job.manifest, job.stages, without)
+                except (CapacityError, UsageError) as error:
+                    raise spoiled or error  # why nobody is left says more than that nobody is
                 await self._judge(placement.plan, job.manifest, ())
                 if commits and self._audits.mode(job.verify) == DUAL:
                     await self._place_again(job, placement.plan, without)  # better now than when the answer is there
@@ -451,7 +455,7 @@ class Runner:
                     if not failed or started or attempt == ATTEMPTS_MAX:
                         raise
                     log.warning("replanned", without=[peer_id_of(node) for node in sorted(failed)], error=str(error))
-                    without |= failed
+                    without, spoiled = without | failed, error
                 finally:
                     del self._prices[coordinator.session]
 
