@@ -8,5 +8,6 @@ MODES = (LIGHT, REPLICA, DUAL, OFF)
 # Of a session that is over: it cannot be run twice any more.
 SESSION_MODES = (LIGHT, REPLICA)
 # "mismatch": something differs, and nobody is proven to be at fault. "unaudited": not looked at, or it could not be.
-OK, CONVICTED, UNANSWERED, MISMATCH, UNAUDITED = "ok", "convicted", "unanswered", "mismatch", "unaudited"
-VERDICTS = (OK, CONVICTED, UNANSWERED, MISMATCH, UNAUDITED)
+# "own": computed by the auditor itself.
+OK, CONVICTED, UNANSWERED, MISMATCH, UNAUDITED, OWN = "ok", "convicted", "unanswered", "mismatch", "unaudited", "own"
+VERDICTS = (OK, CONVICTED, UNANSWERED, MISMATCH, UNAUDITED, OWN)

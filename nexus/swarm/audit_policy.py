@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexus.core.audits import DUAL, LIGHT, OFF, REPLICA
+from nexus.core.audits import DUAL, OFF, REPLICA
 from nexus.core.hashing import tagged_hash
 from nexus.core.manifest import EXACT
 from nexus.core.plan import Plan

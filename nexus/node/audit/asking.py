@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 import trio
 
-from nexus.core.audits import CONVICTED, LIGHT, MISMATCH, OFF, OK, REPLICA, UNANSWERED, UNAUDITED
+from nexus.core.audits import CONVICTED, LIGHT, MISMATCH, OFF, OK, OWN, REPLICA, UNANSWERED, UNAUDITED
 from nexus.core.errors import (
     CapacityError,
     LocalError,
@@ -185,6 +185,9 @@ class Auditor:
             await self._replicate(audit)
         for number, policy in enumerate(audit.policies):
             if number in audit.results:
+                continue
+            if audit.subjects[number].layers.node == self._identity.public_key:
+                audit.note(number, OFF, OWN, detail=policy.reason)
                 continue
             late = f"it took longer than {self._timeout_s:.0f} s" if scope.cancelled_caught else policy.reason
             audit.note(number, policy.mode, UNAUDITED, detail=late)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 import trio
 
-from nexus.core.audits import CONVICTED, DUAL, MISMATCH, OFF, OK, REPLICA, UNAUDITED
+from nexus.core.audits import CONVICTED, DUAL, MISMATCH, OK, OWN, REPLICA, UNAUDITED
 from nexus.core.errors import CapacityError, LocalError, NexusError, NotFoundError
 from nexus.core.keys import peer_id_of
 from nexus.network.transport import PeerAddress
@@ -75,11 +75,11 @@ class SessionAudits:
         log.warning("dual_differs", session=bundle.terms.session.hex()[:16], other=second.terms.session.hex()[:16])
         # Every node of both runs is suspected: whoever can be convicted will be.
         report, _ = await self._audited(kept, REPLICA), await self._audited(other, REPLICA)
-        if all(stage.verdict == OK or stage.mode == OFF for stage in report.stages):
+        if all(stage.verdict in (OK, OWN) for stage in report.stages):
             return self._view(report)
         stages = tuple(
             stage
-            if stage.verdict in (OK, CONVICTED)
+            if stage.verdict in (OK, CONVICTED, OWN)
             else replace(stage, mode=DUAL, verdict=MISMATCH, detail=f"the two runs differ; {stage.detail}"[:300])
             for stage in report.stages
         )
