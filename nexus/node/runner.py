@@ -436,7 +436,9 @@ class Runner:
                 try:
                     placement = await self.place(job.manifest, job.stages, without)
                 except (CapacityError, UsageError) as error:
-                    raise spoiled or error  # why nobody is left says more than that nobody is
+                    if spoiled is None:
+                        raise
+                    raise spoiled from error  # why nobody is left says more than that nobody is
                 await self._judge(placement.plan, job.manifest, ())
                 if commits and self._audits.mode(job.verify) == DUAL:
                     await self._place_again(job, placement.plan, without)  # better now than when the answer is there
