@@ -300,9 +300,9 @@ def prove_sampler(solver: Solver, vocab: int) -> list[Proven]:
 
 # --- Freivalds' check -------------------------------------------------------------------------------------------------------
 
-# Of the real ring, and of the small ones in which every case is looked at.
-RING_BITS = 64
-SMALL_RINGS = (8, 12, 16, 20)
+# Of the ring that is computed in, and of a key's numbers; and the small rings in which every case is looked at.
+RING_BITS, KEY_BITS = 64, 32
+SMALL_RINGS = (6, 8, 10)
 
 
 def prove_difference(solver: Solver, depth: int) -> Proven:
@@ -322,39 +322,45 @@ def prove_difference(solver: Solver, depth: int) -> Proven:
 
 
 def freivalds_proofs(solver: Solver) -> tuple[Proven, ...]:
-    return (prove_freivalds(solver), prove_shift(solver))
+    return (prove_freivalds(solver), prove_miss(solver))
 
 
-def prove_freivalds(solver: Solver, rings: Sequence[int] = SMALL_RINGS, too_small: int = 0) -> Proven:
-    """In the ring of n bits no two keys below 2^(n/2) give the same product with a difference below 2^(n/2).
-
-    `too_small`: proves it of keys that are so many bits longer than they may be, for tests.
-    """
+def prove_freivalds(solver: Solver, rings: Sequence[int] = SMALL_RINGS, longer: int = 0) -> Proven:
+    """In the ring of n bits, a difference below 2^(n/2) and a key's number of n/2 bits: whatever the other sums add, `rest`, no two
+    values of the number miss it. `longer`: the same of numbers that are so many bits longer, for tests."""
     obligations = []
     for bits in rings:
-        apart, difference = solver.bits(f"apart{bits}", bits), solver.bits(f"difference{bits}", bits)
+        one, other, difference, rest = (solver.bits(f"{name}{bits}", bits) for name in ("one", "other", "difference", "rest"))
         half = 1 << bits // 2
-        longest = half << too_small
-        facts = [difference != 0, difference < half, difference > -half, apart < longest, apart > -longest]
-        obligations.append(([*facts, apart * difference == 0], apart == 0))
-    listed = ", ".join(f"2^{bits}" for bits in rings)
+        short = [solver.z3.ULT(term, half << longer) for term in (one, other)]
+        missed = [term * difference + rest == 0 for term in (one, other)]
+        obligations.append(([difference != 0, difference < half, difference > -half, *short, *missed], one == other))
+    listed = ", ".join(str(bits) for bits in rings)
     return solver.prove(
         "freivalds.rings",
-        f"mod 2^n, n = {listed}: of the keys below 2^(n/2) at most one gives a product with a difference below 2^(n/2)",
+        f"mod 2^n, n = {listed}: of a key's numbers of n/2 bits at most one misses a difference below 2^(n/2)",
         obligations,
         fix=RULE_FIX,
     )
 
 
-def prove_shift(solver: Solver) -> Proven:
-    """The same in 64 bits, where a product of two unknowns is out of reach: a difference is an odd number times 2^t with t < 32,
-    odd numbers have inverses, and what remains is that two keys' distance times 2^t is 0."""
-    apart, times = solver.bits("apart", RING_BITS), solver.bits("times", RING_BITS)
-    longest = 1 << RING_BITS // 2
-    facts = [solver.z3.ULT(times, RING_BITS // 2), apart < longest, apart > -longest, apart << times == 0]
+def prove_miss(solver: Solver) -> Proven:
+    """The same in 64 bits, where not every case can be looked at. If two numbers miss, the product of their distance and the sums'
+    difference is a multiple of 2^64, and is too small to be one but 0."""
+    apart, difference, product = solver.reals("apart difference product")
+    multiple = solver.integer("multiple")
+    most = (1 << KEY_BITS) - 1
+    within = [solver.within(apart, most), solver.within(difference, 2 * INT32_LIMIT - 1)]
+    ring = 1 << RING_BITS
+    # Whole numbers: a multiple that is not 0 is at least 1 in magnitude.
+    whole = [product == ring * solver.z3.ToReal(multiple), product < ring, -product < ring]
     return solver.prove(
         "freivalds.miss",
-        f"mod 2^64 one of 2^32 keys misses a wrong sum, so all {KEYS} do for one in 2^{KEYS * RING_BITS // 2}",
-        [(facts, apart == 0)],
+        f"mod 2^64 at most one of 2^{KEY_BITS} numbers misses a wrong sum, so all {KEYS} keys do for one in 2^{KEYS * KEY_BITS}",
+        [
+            (within, solver.all(apart * difference < ring, -(apart * difference) < ring)),
+            (whole, product == 0),
+            ([difference != 0, apart * difference == 0], apart == 0),
+        ],
         fix=RULE_FIX,
     )
