@@ -2,10 +2,10 @@
 its products without the matrix.
 
 For weights W [rows, depth] a key is a random r [rows] of 32-bit numbers and v = r W mod 2^64 [depth]. Sums s = W x are right only
-if r.s = v.x. Wrong sums differ from the right ones by some e. Where e_i is not 0, it is a difference of int32 numbers with at most 31
-zero bits at its low end, so that for any other entries of r one r_i in 2^32 at most gives r.e = 0. Two keys miss one wrong product
-in 2^64. (Longer r would miss hardly less: it has to be made anew for every check, which is most of a check's time.) `check` refuses
-sums beyond int32; an operation whose input is 16 bits wide has two rows of sums, one for hi and one for lo.
+if r.s = v.x. Wrong sums differ from the right ones by some e. Where e_i is not 0, it is a difference of int32 numbers with at most
+31 zero bits at its low end, so that for any other entries of r one r_i in 2^32 at most gives r.e = 0. Two keys miss one wrong
+product in 2^64. (Longer r would miss hardly less, and to make it anew is most of a check's time.) `check` refuses sums beyond
+int32; an operation whose input is 16 bits wide has two rows of sums, one for hi and one for lo.
 
 A key never leaves its auditor: who knows r can write sums that pass. Of r only the seed is kept; v takes 8 bytes per column.
 """
