@@ -26,7 +26,7 @@ from nexus.proof.evidence.answer import FalseResponse, ShownRow, answer_verdict,
 from nexus.proof.evidence.case import Case, CheckedCase, check_case
 from nexus.proof.evidence.exhibits import Cell, LogRecords, LogRoot, Payload, Rows
 from nexus.proof.evidence.model import ModelParts
-from nexus.proof.evidence.operation import LOG, OUTPUT, PREVIOUS_MAX, SAMPLE, Claim, Proof, operation_verdict
+from nexus.proof.evidence.operation import LOG, OUTPUT, PREVIOUS_MAX, SAMPLE, WEIGHTS_MAX, Claim, Proof, operation_verdict
 from nexus.proof.evidence.record import GOSSIP_BYTES_MAX, Evidence
 from nexus.proof.evidence.weights import Weights, WeightSource
 from nexus.proof.receipts import MICRO, SignedReceipt, Terms, payload_root
@@ -191,7 +191,8 @@ def with_weights(proof: Proof, manifest: Manifest, weights: WeightSource) -> Evi
     operation_verdict(proof.evidence(), recorder)
     bare = replace(proof, case=_with_rows(proof.case, manifest, recorder))
     whole = replace(bare, weights=tuple(recorder.proofs.values())).evidence()
-    return whole if len(whole.to_file()) <= GOSSIP_BYTES_MAX else bare.evidence()
+    fits = len(whole.to_file()) <= GOSSIP_BYTES_MAX and len(recorder.proofs) <= WEIGHTS_MAX
+    return whole if fits else bare.evidence()
 
 
 def _with_rows(case: Case, manifest: Manifest, recorder: _Recorder) -> Case:
@@ -297,6 +298,9 @@ class _Showing:
         return tuple(merkle_range_proof(roots, number, number + 1))
 
     def _tokens(self, step: int) -> int:
+        # What came into a later stage is not known to whoever did not compute the session again.
+        if self._checked.causal:
+            return self._checked.rows(step)
         return len(self._accused.inputs[step]) // self._checked.input_bytes
 
 

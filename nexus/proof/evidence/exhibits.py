@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus.core.errors import MalformedError, VerificationError
-from nexus.core.hashing import HASH_BYTES, MAX_PROOF_HASHES, leaf_hash, merkle_range_root, verify_merkle_range
+from nexus.core.hashing import HASH_BYTES, leaf_hash, merkle_range_root, verify_merkle_range
 from nexus.core.manifest import LAYERS_MAX
 from nexus.core.record import Record, digest, many, raw, text, uint
 from nexus.proof.arithmetic.plan import ATTENTION
@@ -26,6 +26,8 @@ from nexus.proof.trace import CELL_BYTES, LOGITS, OPS
 # Leaves that a proof may open, of all kinds together: hashing so many small ones takes about a second.
 LEAVES_MAX = 1 << 18
 POSITION_MAX = 2**24
+# Two per level of a tree of so many leaves.
+SIBLINGS_MAX = 48
 
 Array = NDArray[np.float32]
 
@@ -41,8 +43,8 @@ class Cell(Record):
     step: int = uint(STEPS_MAX)
     layer: int = uint(LAYERS_MAX)
     data: bytes = raw(HASH_BYTES, CELL_BYTES)
-    layer_path: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
-    step_path: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
+    layer_path: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
+    step_path: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Rows(Record):
     op: str = text(16)
     row: int = uint(POSITION_MAX)
     data: bytes = raw(most=EVIDENCE_BYTES_MAX)
-    siblings: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
+    siblings: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Payload(Record):
 
     step: int = uint(STEPS_MAX)
     data: bytes = raw(most=EVIDENCE_BYTES_MAX)
-    path: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
+    path: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class LogRecords(Record):
     head: int = uint(2**16)
     position: int = uint(POSITION_MAX)
     data: bytes = raw(most=EVIDENCE_BYTES_MAX)
-    siblings: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
-    path: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
+    siblings: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
+    path: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,9 @@ class LogRoot(Record):
     layer: int = uint(LAYERS_MAX)
     head: int = uint(2**16)
     root: bytes = digest()
-    path: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
-    peaks: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
-    path_before: tuple[bytes, ...] = many(digest(), 2 * MAX_PROOF_HASHES)
+    path: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
+    peaks: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
+    path_before: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
 
 
 class Exhibits:

@@ -11,7 +11,7 @@ from typing import cast
 
 from nexus.core.encoding import Value, decode, encode
 from nexus.core.errors import MalformedError, ModelFormatError, VerificationError
-from nexus.core.hashing import MAX_PROOF_HASHES, leaf_hash, merkle_joint_proof, merkle_joint_root, tagged_hash
+from nexus.core.hashing import leaf_hash, merkle_joint_proof, merkle_joint_root, tagged_hash
 from nexus.core.manifest import CAUSAL, CHUNK_BYTES, EXACT, EXACT_PLAN, LAYERS_MAX, Blob, Manifest, blob_root
 from nexus.core.record import Record, digest, many, nested, raw, uint
 from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json
@@ -22,6 +22,7 @@ SHAPE_BYTES_MAX = 512
 FILES_MAX = 64
 # A layer, the embedding, the head and the tables.
 PIECES_SHOWN_MAX = 8
+SIBLINGS_MAX = 128
 # The fields of a manifest in front of its lists (`nexus.core.manifest.Manifest.root`).
 _SHAPE_FIELDS = 11
 
@@ -46,7 +47,7 @@ class ModelParts(Record):
     exact_blob: Blob = nested(Blob)
     exact_plan: bytes = raw(most=EXACT_PLAN_BYTES_MAX)
     rows: tuple[RowsRoot, ...] = many(nested(RowsRoot), PIECES_SHOWN_MAX)
-    siblings: tuple[bytes, ...] = many(digest(), PIECES_SHOWN_MAX * MAX_PROOF_HASHES)
+    siblings: tuple[bytes, ...] = many(digest(), SIBLINGS_MAX)
 
     @classmethod
     def of(cls, manifest: Manifest, exact_plan: bytes, pieces: Collection[int]) -> ModelParts:

@@ -43,7 +43,8 @@ _WEIGHT_WORK, _HEAD_WORK, _SEEN_WORK, _RECORD_WORK, _TOKEN_WORK = 32, 1 << 21, 1
 # Of a value that is computed whole, in numbers.
 NUMBERS_MAX = 1 << 25
 PREVIOUS_MAX = 4096
-PARTS_MAX = 8192
+# Of the steps of a window and two layers; of each some values; of two logs per head; of a prompt's tokens in the embedding.
+CELLS_MAX, ROWS_MAX, RECORDS_MAX, WEIGHTS_MAX = 256, 256, 1024, 4096
 
 Array = NDArray[np.float32]
 # Keys [positions, head size], their scales, values and theirs.
@@ -81,13 +82,13 @@ class Proof(Record):
     claim: Claim = nested(Claim)
     previous: tuple[Receipt, ...] = many(nested(Receipt), PREVIOUS_MAX)
     answers: bytes = raw(most=4 * STEPS_MAX)
-    cells: tuple[Cell, ...] = many(nested(Cell), PARTS_MAX)
-    rows: tuple[Rows, ...] = many(nested(Rows), PARTS_MAX)
+    cells: tuple[Cell, ...] = many(nested(Cell), CELLS_MAX)
+    rows: tuple[Rows, ...] = many(nested(Rows), ROWS_MAX)
     inputs: tuple[Payload, ...] = many(nested(Payload), 64)
     outputs: tuple[Payload, ...] = many(nested(Payload), 64)
-    records: tuple[LogRecords, ...] = many(nested(LogRecords), PARTS_MAX)
+    records: tuple[LogRecords, ...] = many(nested(LogRecords), RECORDS_MAX)
     logs: tuple[LogRoot, ...] = many(nested(LogRoot), 1)
-    weights: tuple[WeightProof, ...] = many(nested(WeightProof), PARTS_MAX)
+    weights: tuple[WeightProof, ...] = many(nested(WeightProof), WEIGHTS_MAX)
 
     @property
     def kind(self) -> str:
