@@ -47,6 +47,7 @@ from nexus.node.api import (
 )
 from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
+from nexus.node.audit.reading import Answered, Unanswered
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.cheating import HONEST, Conduct
@@ -150,7 +151,9 @@ class Node:
             AuditKeys(home.audit_keys),
             AuditPolicy(policy.policy, policy.rate, policy.probation_sessions, policy.cells),
             policy.timeout_s,
-            Callbacks(lambda node: trust.standings.tally(node).audits_ok, self._submit_evidence, self._note_silence),
+            Callbacks(
+                lambda node: trust.standings.tally(node).audits_ok, self._submit_evidence, self._note_silence, self._ask_witnesses
+            ),
             _now_ms,
         )
         self._session_audits = SessionAudits(self._auditor, sessions, self._audit_sources, self.names, self._note_audit, _now_ms)
@@ -214,6 +217,9 @@ class Node:
     async def _note_silence(self, node: bytes, session: bytes, reason: str) -> None:
         """Not to answer is no proof of anything; a node that does it often is planned with last."""
         self._note_broken(node)
+
+    async def _ask_witnesses(self, case: Unanswered) -> Answered | None:
+        return None
 
     def _note_broken(self, node: bytes) -> None:
         if node != self._identity.public_key:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,6 +22,7 @@ from nexus.network.simulated import SimulatedNetwork
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
+from nexus.node.audit.reading import Answered, Unanswered
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.cheating import HONEST, Honest
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent
@@ -73,6 +74,8 @@ class Heard:
 
     evidence: list[Evidence] = field(default_factory=list)
     silent: list[bytes] = field(default_factory=list)
+    unanswered: list[Unanswered] = field(default_factory=list)
+    witnesses: Callable[[Unanswered], Awaitable[Answered | None]] | None = None
     executions: int = 1000
 
     def callbacks(self) -> Callbacks:
@@ -82,7 +85,11 @@ class Heard:
         async def note(node: bytes, session: bytes, reason: str) -> None:
             self.silent.append(node)
 
-        return Callbacks(lambda _: self.executions, take, note)
+        async def ask_witnesses(case: Unanswered) -> Answered | None:
+            self.unanswered.append(case)
+            return await self.witnesses(case) if self.witnesses else None
+
+        return Callbacks(lambda _: self.executions, take, note, ask_witnesses)
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""A stage shows its work: for sessions that it served, to their coordinator, after the receipts, one at a time.
+"""A stage shows its work: for sessions that it served, to their coordinator, after the receipts, one at a time. Other participants
+of a session may ask in the coordinator's place, with a request that it signed (`nexus.node.witness`).
 
 Whatever can be refused is refused before any work is done for it, with a signed reason.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,9 +31,11 @@ from nexus.core.errors import (
 from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import EXACT, Manifest
+from nexus.core.plan import Plan
 from nexus.network.limits import TokenBucket
 from nexus.network.transport import Stream, Transport
 from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Answer, Ask, Declined, Shown, Working
+from nexus.node.audit.reading import Unanswered
 from nexus.node.cheating import HONEST
 from nexus.node.models import Models
 from nexus.proof.audit import (
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("nexus.audit")
 
+_WORKING = AUDIT_MESSAGES.pack(Working())
+
 ASK_TIMEOUT_S = 15.0
 SEND_TIMEOUT_S = 60.0
 READ_OUT_S = 2.0
@@ -71,6 +77,8 @@ PEERS_REMEMBERED = 1024
 # Of one session and stage. Each costs a replay of the session, a few hundredths of what it cost to serve it.
 ASKS_PER_SESSION = 16
 SESSIONS_REMEMBERED = 8192
+# Of one participant that asks in the coordinator's place.
+RELAYS_PER_PEER = 3
 # Audits that wait for their turn, and of one peer.
 WAITING_MAX = 16
 WAITING_PER_PEER = 2
@@ -91,6 +99,8 @@ class AuditAnswers:
         self._waiting: dict[str, int] = {}
         self._rates: OrderedDict[str, TokenBucket] = OrderedDict()
         self._used: OrderedDict[tuple[bytes, int], set[int]] = OrderedDict()
+        # Of a session and stage: which request each participant relayed, and how often.
+        self._relayed: OrderedDict[tuple[bytes, int], dict[str, tuple[bytes, int]]] = OrderedDict()
         self.answered = 0
 
     def start(self) -> None:
@@ -105,7 +115,7 @@ class AuditAnswers:
         try:
             self._check_rate(stream.peer_id)
             request = _request_of(first, stream)
-            async with _working(stream), self._seat(stream.peer_id):
+            async with working(stream, _WORKING), self._seat(stream.peer_id):
                 work, cells = await self._admit(stream.peer_id, request)
                 openings = await self._open(work, cells)
             await self._send(stream, request, openings)
@@ -146,34 +156,35 @@ class AuditAnswers:
 
     async def _admit(self, peer_id: str, request: AuditRequest) -> tuple[ServedWork, tuple[Cell, ...]]:
         """Everything that can be checked before anything is computed."""
-        if peer_id_of(request.coordinator) != peer_id:
-            raise NotAllowedError("only the coordinator of a session may ask for its audit", "Ask whoever ran the session")
         work = await trio.to_thread.run_sync(self._sessions.served, request.session, request.stage)
         terms, plan = work.served.terms, work.served.plan
-        if terms.coordinator != request.coordinator:
+        relayed = peer_id != peer_id_of(request.coordinator)
+        if terms.coordinator != request.coordinator or (relayed and peer_id not in {peer_id_of(one.node) for one in plan.stages}):
             raise NotAllowedError("only the coordinator of a session may ask for its audit", "Ask whoever ran the session")
         if plan.profile != EXACT or not work.receipts:
             raise NotFoundError("nothing of that session was signed for that can be audited")
-        if work.receipts[-1].id != request.receipt:
-            raise VerificationError("the audit does not name this stage's last receipt of the session", peer=peer_id)
+        blamed = "" if relayed else peer_id
+        work = _until(work, request.receipt, blamed)
         try:
             check_reveal(terms.challenge, request.index, request.reveal)
         except VerificationError as error:
-            raise VerificationError(error.cause, error.fix, peer_id) from error
-        self._use(request)
+            raise VerificationError(error.cause, error.fix, blamed) from error
+        if relayed:
+            self._use_relayed(peer_id, request)
+        else:
+            self._use(request)
         layers = plan.stages[request.stage]
         manifest = await self._models.manifest(terms.model_root, [])
         rows = _rows(manifest, work)
         is_last = request.stage == len(plan.stages) - 1
         exact = await self._exact_plan(manifest)
         if request.kind == CELLS:
-            drawn = challenge(request.receipt, request.reveal)
-            return work, pick_cells(drawn, rows, layers.end - layers.start, exact.kv_heads, is_last, request.count)
+            return work, _drawn(request, plan, exact, rows)
         (cell,) = request.cells
         if cell.step >= len(rows) or cell.row >= rows[cell.step] or cell.head >= exact.kv_heads:
-            raise VerificationError("the audit asks for a cell that the session does not have", peer=peer_id)
+            raise VerificationError("the audit asks for a cell that the session does not have", peer=blamed)
         if cell.layer > layers.end - layers.start - (not is_last):
-            raise VerificationError("the audit asks for a layer that the stage does not have", peer=peer_id)
+            raise VerificationError("the audit asks for a layer that the stage does not have", peer=blamed)
         return work, request.cells
 
     def _use(self, request: AuditRequest) -> None:
@@ -188,6 +199,32 @@ class AuditAnswers:
         if len(used) >= ASKS_PER_SESSION:
             raise CapacityError(f"the session was audited {ASKS_PER_SESSION} times here, the limit", "Audit another session")
         used.add(request.index)
+
+    def _use_relayed(self, peer_id: str, request: AuditRequest) -> None:
+        """A participant asks in the coordinator's place. Each may relay one request, which may be one that was answered before:
+        a coordinator that says it was not must not be believed."""
+        key = request.session, request.stage
+        relayed = self._relayed.setdefault(key, {})
+        self._relayed.move_to_end(key)
+        if len(self._relayed) > SESSIONS_REMEMBERED:
+            self._relayed.popitem(last=False)
+        known, times = relayed.get(peer_id, (request.id, 0))
+        if known != request.id or times >= RELAYS_PER_PEER:
+            raise NotAllowedError("you relayed an audit of that session before", "One request is answered to each participant")
+        relayed[peer_id] = request.id, times + 1
+
+    async def cells_of(self, case: Unanswered) -> tuple[Cell, ...]:
+        """What the stage of an unanswered request has to show, as another participant of the session can tell. Raises
+        NotFoundError where this node does not have that session."""
+        plan, last = case.plan, case.receipt.receipt
+        number = next((number for number, one in enumerate(plan.stages) if one.node == self._identity.public_key), len(plan.stages))
+        work = await trio.to_thread.run_sync(self._sessions.served, case.terms.session, number)
+        steps = last.step0 + last.n
+        if steps > len(work.inputs):
+            raise NotFoundError("this node had no part in all of that session")
+        manifest = await self._models.manifest(case.terms.model_root, [])
+        rows = _rows(manifest, work)[:steps]
+        return _drawn(case.request.request, plan, await self._exact_plan(manifest), rows)
 
     async def _open(self, work: ServedWork, cells: tuple[Cell, ...]) -> list[Opening]:
         """Compute the session again, and open what is asked for."""
@@ -255,14 +292,14 @@ async def _read_out(stream: Stream) -> None:
 
 
 @asynccontextmanager
-async def _working(stream: Stream) -> AsyncIterator[None]:
-    """Tells the auditor now and then that this process runs."""
+async def working(stream: Stream, frame: bytes) -> AsyncIterator[None]:
+    """Tells whoever waits now and then, with this frame, that this process runs."""
 
     async def beat() -> None:
         while True:
             await trio.sleep(WORKING_EVERY_S)
             try:
-                await stream.send(AUDIT_MESSAGES.pack(Working()))
+                await stream.send(frame)
             except UnreachableError:
                 return  # whoever sends the answer finds out as well
 
@@ -288,6 +325,21 @@ def _request_of(frame: bytes, stream: Stream) -> AuditRequest:
     except (MalformedError, VerificationError) as error:
         error.peer = stream.peer_id
         raise
+
+
+def _until(work: ServedWork, receipt: bytes, blamed: str) -> ServedWork:
+    """The session up to the receipt with this id: nobody is called silent for having signed more than the auditor was shown."""
+    for number, own in enumerate(work.receipts, 1):
+        if own.id == receipt:
+            return replace(work, receipts=work.receipts[:number], inputs=work.inputs[: own.step0 + own.n])
+    raise VerificationError("the audit does not name a receipt of this stage as the last receipt of the session", peer=blamed)
+
+
+def _drawn(request: AuditRequest, plan: Plan, exact: ExactPlan, rows: list[int]) -> tuple[Cell, ...]:
+    """The cells that the challenge picks."""
+    layers, is_last = plan.stages[request.stage], request.stage == len(plan.stages) - 1
+    drawn = challenge(request.receipt, request.reveal)
+    return pick_cells(drawn, rows, layers.end - layers.start, exact.kv_heads, is_last, request.count)
 
 
 def _rows(manifest: Manifest, work: ServedWork) -> list[int]:

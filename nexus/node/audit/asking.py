@@ -27,16 +27,14 @@ from nexus.core.errors import (
     NexusError,
     NotFoundError,
     PeerError,
-    RefusedError,
     TimedOutError,
-    UnreachableError,
     VerificationError,
 )
 from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import Manifest, stage_pieces
-from nexus.network.transport import PeerAddress, Stream, Transport
-from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Answer, Ask, Declined, Shown, Working
+from nexus.network.transport import PeerAddress, Transport
+from nexus.node.audit.reading import Answered, Unanswered, ask, checked, collected, receive
 from nexus.node.models import Models, ProgressSink
 from nexus.proof.audit import (
     CELLS,
@@ -52,7 +50,6 @@ from nexus.proof.audit import (
     StageAudit,
     chain_of,
     challenge,
-    check_answer,
     pick_cells,
 )
 from nexus.proof.bundle import first_stage_inputs
@@ -73,9 +70,6 @@ log = structlog.get_logger("nexus.audit")
 
 T = TypeVar("T")
 
-OPEN_TIMEOUT_S = 15.0
-# A stage that computes a long session again says every other second that it is still at it.
-SILENCE_MAX_S = 10.0
 ROW_TIMEOUT_S = 20.0
 LIGHT_AT_ONCE = 4
 
@@ -83,11 +77,13 @@ LIGHT_AT_ONCE = 4
 @dataclass(frozen=True, slots=True)
 class Callbacks:
     """What an audit tells others in the node. `executions`: of a node, done well, as far as is known here. `evidence`: a proof
-    that was verified here. `silence`: a node, by its public key, did not answer an audit of a session, and why."""
+    that was verified here. `silence`: a node, by its public key, did not answer an audit of a session, and why. `witnesses`: has
+    the other participants ask a stage that did not answer; what it answers to them."""
 
     executions: Callable[[bytes], int]
     evidence: Callable[[Evidence], Awaitable[None]]
     silence: Callable[[bytes, bytes, str], Awaitable[None]]
+    witnesses: Callable[[Unanswered], Awaitable[Answered | None]]
 
 
 @dataclass
@@ -253,11 +249,11 @@ class Auditor:
                     stage, LIGHT, UNAUDITED, detail="the session is too long for a light audit: `nexus audit run --mode replica`"
                 )
                 return
-            answer, openings = await self._ask(audit, stage, first, CELLS, self.policy.cells, cells)
+            answered = await self._answered(audit, stage, self._request(audit, stage, first, CELLS, self.policy.cells), cells)
+            if answered is None:
+                return
+            answer, openings = answered.answer, answered.openings
             fault = await self._find_fault(audit, stage, cells, openings)
-        except (PeerError, TimedOutError, CapacityError) as error:
-            await self._unanswered(audit, stage, error)
-            return
         except (LocalError, NotFoundError) as error:
             audit.note(stage, LIGHT, UNAUDITED, detail=error.cause)
             return
@@ -321,19 +317,24 @@ class Auditor:
             pieces[name] = kept
         return await trio.to_thread.run_sync(auditor_keys, subject.exact, self._models.paths(audit.manifest), pieces)
 
-    async def _unanswered(self, audit: _Audit, stage: int, error: NexusError) -> None:
-        node = audit.subjects[stage].layers.node
-        log.warning("audit_unanswered", node=peer_id_of(node), session=audit.session.hex()[:16], reason=error.cause)
-        audit.note(stage, LIGHT, UNANSWERED, detail=error.cause)
-        await self._callbacks.silence(node, audit.session, error.cause)
+    async def _answered(self, audit: _Audit, stage: int, signed: SignedAuditRequest, cells: Sequence[Cell]) -> Answered | None:
+        """What the stage shows, to this node or else to the other participants of the session. None where it shows nothing."""
+        node, failure = audit.subjects[stage].layers.node, ""
+        try:
+            return await self._ask(audit, stage, signed, cells)
+        except (PeerError, TimedOutError, CapacityError) as error:
+            log.warning("audit_unanswered", node=peer_id_of(node), session=audit.session.hex()[:16], reason=error.cause)
+            failure = error.cause
+        bundle = audit.kept.bundle
+        answered = await self._callbacks.witnesses(Unanswered(bundle.terms, bundle.plan, signed, audit.signed[stage][-1], cells))
+        if answered is None:
+            audit.note(stage, LIGHT, UNANSWERED, detail=failure)
+            await self._callbacks.silence(node, audit.session, failure)
+        return answered
 
-    async def _ask(
-        self, audit: _Audit, stage: int, index: int, kind: str, count: int, cells: Sequence[Cell]
-    ) -> tuple[SignedAuditAnswer, list[Opening]]:
-        """The stage's own openings of these cells, and its signature for them. Raises PeerError, TimedOutError, CapacityError:
-        it did not show them."""
-        node = audit.subjects[stage].layers.node
-        peer_id = peer_id_of(node)
+    def _request(
+        self, audit: _Audit, stage: int, index: int, kind: str, count: int = 0, cells: Sequence[Cell] = ()
+    ) -> SignedAuditRequest:
         request = AuditRequest(
             spec=1,
             coordinator=self._identity.public_key,
@@ -344,54 +345,24 @@ class Auditor:
             reveal=audit.chain.reveal(index),
             kind=kind,
             count=count,
-            cells=tuple(cells) if kind == ROW else (),
+            cells=tuple(cells),
         )
+        return SignedAuditRequest.sign(request, self._identity)
+
+    async def _ask(self, audit: _Audit, stage: int, signed: SignedAuditRequest, cells: Sequence[Cell]) -> Answered:
+        """The stage's own openings of these cells, and its signature for them. Raises PeerError, TimedOutError, CapacityError:
+        it did not show them."""
+        node = audit.subjects[stage].layers.node
+        peer_id = peer_id_of(node)
         for source in audit.sources:
             if source.peer_id == peer_id:
                 self._transport.learn(source)
-        with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
-            stream = await self._transport.open_stream(peer_id, AUDIT)
-            await stream.send(AUDIT_MESSAGES.pack(Ask(SignedAuditRequest.sign(request, self._identity))))
-        if scope.cancelled_caught:
-            raise TimedOutError(f"{peer_id} did not take the request for an audit within {OPEN_TIMEOUT_S:.0f} s")
+        stream = await ask(self._transport, peer_id, signed)
         try:
-            return await self._receive(stream, request, node, cells)
+            return await collected(checked(partial(receive, stream), signed.request, node, cells))
         finally:
             with trio.CancelScope(shield=True):
                 await stream.reset()
-
-    async def _receive(
-        self, stream: Stream, request: AuditRequest, node: bytes, cells: Sequence[Cell]
-    ) -> tuple[SignedAuditAnswer, list[Opening]]:
-        answer: SignedAuditAnswer | None = None
-        due: tuple[bytes, ...] | None = None
-        openings: list[Opening] = []
-        while answer is None or due is None or len(openings) < len(due):
-            with trio.move_on_after(SILENCE_MAX_S) as scope:
-                try:
-                    message = AUDIT_MESSAGES.unpack(await stream.receive())
-                except trio.EndOfChannel:
-                    raise UnreachableError("it ended the audit without an answer", peer=stream.peer_id) from None
-            if scope.cancelled_caught:
-                raise TimedOutError(f"not a sign of life for {SILENCE_MAX_S:.0f} s")
-            match message:
-                case Working() if due is None:
-                    continue
-                case Answer(signed) if due is None:
-                    answer, due = signed, check_answer(signed, request, node, len(cells)).openings
-                case Shown(opening) if due is not None:
-                    number = len(openings)
-                    if opening.id != due[number] or opening.cell != cells[number]:
-                        raise VerificationError("it shows something else than it signed for", peer=stream.peer_id)
-                    openings.append(opening)
-                case Declined(signed_refusal):
-                    refusal = signed_refusal.verify()
-                    if refusal.node != node:
-                        raise VerificationError("a refusal came that is not this stage's", peer=stream.peer_id)
-                    raise RefusedError(f"it declined: {refusal.cause}", refusal.fix, stream.peer_id)
-                case _:
-                    raise MalformedError(f"{type(message).__name__} is no answer to an audit", peer=stream.peer_id)
-        return answer, openings
 
     # ---- replica
 
@@ -529,8 +500,8 @@ class Auditor:
             return None
         with trio.move_on_after(ROW_TIMEOUT_S):
             try:
-                _, (opening,) = await self._ask(audit, stage, audit.take_index(), ROW, 0, [cell])
-                return opening
+                signed = self._request(audit, stage, audit.take_index(), ROW, cells=[cell])
+                return (await self._ask(audit, stage, signed, [cell])).openings[0]
             except NexusError as error:
                 log.info("accused_does_not_show", reason=error.cause)
         return None
