@@ -12,12 +12,13 @@ from itertools import product
 import pytest
 
 from nexus.core.encoding import Value, decode, encode
-from nexus.core.errors import MalformedError, NexusError, NotFoundError, VerificationError
+from nexus.core.errors import LocalError, MalformedError, NexusError, NotFoundError, VerificationError
 from nexus.core.hashing import leaf_hash, merkle_root
 from nexus.core.keys import Identity
 from nexus.proof.accounts import PAY, Entry, Fork, Share, SignedEntry
 from nexus.proof.accuse import LOG, OUTPUT, Difference, accuse, prove_difference, show_answer
 from nexus.proof.arithmetic import ops
+from nexus.proof.arithmetic.rows import WeightProof
 from nexus.proof.audit import AuditAnswer, Cell, SignedAuditAnswer
 from nexus.proof.evidence import (
     EVIDENCE_BYTES_MAX,
@@ -281,6 +282,24 @@ def test_evidence_of_another_model_is_refused() -> None:
     one, other = Proof.from_bytes(cheater_material()[0].body), Proof.from_bytes(cheater_material()[-1].body)
     case = replace(one.case, model=other.case.model)
     assert "model" in refused(replace(one, case=case).evidence()).cause
+
+
+def test_damaged_weights_of_the_verifier_s_own_convict_nobody() -> None:
+    one = session("plain")
+    proof = prove_difference(one.accused(1), one.values[1], Difference(0, 2, 0, QKV))
+
+    class Damaged:
+        def range(self, model_root: bytes, piece: int, start: int, count: int) -> WeightProof:
+            found = one.model.range(model_root, piece, start, count)
+            return replace(found, data=bytes([found.data[0] ^ 1]) + found.data[1:])
+
+    class Broken:
+        def range(self, model_root: bytes, piece: int, start: int, count: int) -> WeightProof:
+            raise LocalError("the disk is broken")
+
+    for source in (Damaged(), Broken()):
+        with pytest.raises(NotFoundError, match="this node's own weights"):
+            verify_evidence(proof.evidence(), source)
 
 
 # --- work -------------------------------------------------------------------------------------------------------------------------

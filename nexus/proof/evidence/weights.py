@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nexus.core.errors import MalformedError, NotFoundError, VerificationError
+from nexus.core.errors import MalformedError, NexusError, NotFoundError, VerificationError
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.proof.arithmetic.plan import ExactPlan
 from nexus.proof.arithmetic.rows import (
@@ -107,11 +107,17 @@ class Weights:
     def _own(self, piece: int, first: int, count: int) -> list[bytes]:
         if self._source is None:
             raise self.missing()
-        proof = self._source.range(self._model.root, piece, first, count)
-        if (proof.piece, proof.index, proof.count) != (piece, first, count):
-            raise NotFoundError("this node's weights are not the ones asked for", "Fetch the model again")
-        # Damage on the verifier's own disk must convict nobody.
-        return self._checked(proof)
+        try:
+            proof = self._source.range(self._model.root, piece, first, count)
+            if (proof.piece, proof.index, proof.count) != (piece, first, count):
+                raise VerificationError("other weights were found than were asked for")
+            # Damage on the verifier's own disk must convict nobody.
+            return self._checked(proof)
+        except NotFoundError:
+            raise
+        except NexusError as error:
+            # Nor is it the fault of whoever brought the proof.
+            raise NotFoundError(f"this node's own weights cannot be used: {error.cause}", "Fetch the model again") from error
 
     def _checked(self, proof: WeightProof) -> list[bytes]:
         root = self._model.rows.get(proof.piece)
