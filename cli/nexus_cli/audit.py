@@ -118,7 +118,8 @@ def audit_table(view: AuditView) -> Table:
             stage.verdict,
             _checked(stage),
             show.duration(stage.cost_s),
-            stage.detail + (f" (evidence {stage.evidence.hex()[:16]})" if stage.evidence else ""),
+            # Who it was stands two columns before.
+            stage.detail.replace(stage.peer_id, "it") + (f" (evidence {stage.evidence.hex()[:16]})" if stage.evidence else ""),
         )
         for stage in view.stages
     ]

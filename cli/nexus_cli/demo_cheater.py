@@ -79,6 +79,14 @@ def show_cheater(
     if shared.json:
         _print_json(cheater, first, found_by, conviction, proof, keep is not None, slashed, second, alone, took_s)
         return
+    if not isinstance(first, str):
+        same = first.tokens == second.tokens
+        _tell(
+            shared,
+            "   The first answer reads the same: it was luck, not proof."
+            if same
+            else "   The first answer was another one, and wrong.",
+        )
     _tell(shared, "")
     _tell(shared, f"Cheated, caught, proven, shut out by all, done without: in {show.duration(took_s)}.")
 
@@ -95,10 +103,12 @@ def _ask_and_catch(
     from nexus_cli.run import closing_line
 
     _tell(shared, f"   > {show.printable(prompt)}")
+    _tell(shared, "")
     try:
         answer = ask(shared, daemon, prompt, max_tokens, stages, LIGHT)
     except NexusError as error:
-        _tell(shared, f"   No answer: {show.printable(error.cause)}")
+        _tell(shared, "")
+        _tell(shared, f"3  The answer was given up: {_named(error.cause, cheater)}")
         return error.cause, "receipts"
     _tell(shared, f"   {closing_line(answer.finished)}")
     _tell(shared, "")
@@ -176,7 +186,7 @@ def _tell_conviction(shared: Shared, cheater: TestnetNode, conviction: EvidenceV
         f"operation {conviction.op}" if conviction.op else "",
     ]
     _tell(shared, f"   {cheater.name} is convicted: {', '.join(filter(None, where)) or conviction.kind}.")
-    _tell(shared, f"   {show.printable(conviction.summary)}")
+    _tell(shared, f"   {_named(conviction.summary, cheater)}")
     _tell(shared, "")
 
 
@@ -277,8 +287,13 @@ def _ask_again(
         raise VerificationError("missing: the second answer differs from that of an honest node alone", "Please report it")
     _tell(shared, f"   {closing_line(second.finished)}")
     _print_audit(shared, audit)
-    _tell(shared, f"   The same {show.count(len(alone.tokens), 'token')} that {_who(alone)} gives alone.")
+    _tell(shared, f"   Token for token what {_who(alone)} answers alone.")
     return second, alone
+
+
+def _named(text: str, node: TestnetNode) -> str:
+    """With the node's name in the place of its id."""
+    return show.printable(text.replace(node.peer_id, node.name))
 
 
 def _who(answer: Answer) -> str:
@@ -308,7 +323,7 @@ def _print_json(
         {
             "cheater": {"name": cheater.name, "peer_id": cheater.peer_id, "attack": cheater.attack},
             "first": {"error": first} if isinstance(first, str) else _answer_json(first),
-            "found_by": found_by or "receipts",
+            "found_by": found_by,
             "conviction": to_json(conviction),
             "proof": {
                 "file": str(proof.file) if kept else None,

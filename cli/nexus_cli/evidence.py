@@ -26,8 +26,11 @@ def evidence_verify(shared: Shared, file: Path) -> None:
     """Say whether FILE convicts the node that it accuses, by redoing what it is about. No daemon and no network are needed."""
     from time import perf_counter
 
+    import nexus.proof.evidence  # noqa: F401 - before the clock runs: loading the program is no part of the check
+
+    weights = own_weights(shared)
     began_s = perf_counter()
-    proof, verdict = verify_file(file, own_weights(shared))
+    proof, verdict = verify_file(file, weights)
     took_s = perf_counter() - began_s
     if shared.json:
         from nexus.gateway.wire import to_json

@@ -202,7 +202,7 @@ class Recomputation:
                 at = next(at for at in range(elements) if said[4 * at : 4 * at + 4] != line[4 * at : 4 * at + 4])
                 got, due = (np.frombuffer(each, "<f4")[at] for each in (said, line))
                 element = part.element + at
-                return Fault(f"computed element {element} of {claim.op!r} wrongly {where}: {got} where {due} is right", element)
+                return Fault(f"computed element {element} of {claim.op!r} wrongly {where}: {got!s} where {due!s} is right", element)
         return None
 
     def _right(self, op: str, part: _Part) -> Array:
