@@ -525,6 +525,20 @@ class CoordinatorSession:
         """Receipts whose signature, place, parent and predecessor hold; their roots are checked by `done`."""
         return self._chain.accepted
 
+    def is_ahead(self, stage: int, step: int | None = None) -> bool:
+        """Whether the next receipt of this stage, or its result of `step`, has to wait for receipts of other stages.
+
+        Each stage has a stream of its own, and any of them may be late. The driver then reads no further in this one: that is no
+        fault of the stage. It is one where what is missing is the stage's own: `receipt` and `output` raise for that.
+        """
+        if self._chain.due_stage == stage:
+            return False
+        return len(self._early[stage]) >= self._early_max if step is None else self._lacks_receipts(step)
+
+    def _lacks_receipts(self, step: int) -> bool:
+        """Whether a result opens a window, and the window before the last one is not signed for by all."""
+        return completes_window(self._terms, step - 1) and self._chain.steps < step - self._terms.window
+
     def accepted(self, stage: int) -> list[CoordinatorAction]:
         """Stage `stage` is ready. When all are, the inputs go out."""
         if stage not in self._waiting:
@@ -544,7 +558,7 @@ class CoordinatorSession:
         if self._outputs and ends_answer(self._manifest, self._terms, self._outputs[-1]):
             raise VerificationError(f"a result for step {step} came after the answer was over")
         check_output(self._manifest, payload)
-        if completes_window(self._terms, step - 1) and self._chain.steps < step - self._terms.window:
+        if self._lacks_receipts(step):
             raise VerificationError(f"the stages go on to step {step} without having signed for step {self._chain.steps}")
         self._outputs.append(payload)
         return [Result(step, payload)]

@@ -1,4 +1,4 @@
-"""Everybody who would like to see an honest stage convicted: auditors by the book, and liars with all that they can lay hands on."""
+"""Everybody who would like to see an honest stage convicted: auditors by the book, and liars with all that they can get hold of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 
@@ -175,7 +176,7 @@ def audit(subject: Subject, kernel: str, keys: Keys, index: int, count: int) -> 
     return signed, openings
 
 
-# ---- by all other means -----------------------------------------------------------------------------------------------------------
+# ---- by all other means ----------------------------------------------------------------------------------------------------------
 
 
 def differences(chance: random.Random, subject: Subject, count: int) -> Iterator[Difference]:
@@ -256,9 +257,7 @@ def accuse_of_rewriting(chance: random.Random, subject: Subject, replayed: Repla
     return [shown.evidence()]
 
 
-def accuse_of_receipts(
-    chance: random.Random, ran: Ran, others: Sequence[SignedReceipt], model: Model, most: int
-) -> list[Evidence]:
+def accuse_of_receipts(chance: random.Random, ran: Ran, others: Sequence[SignedReceipt], model: Model, most: int) -> list[Evidence]:
     """Everything that was ever signed in a session, by all attempts at it, two and two; and against other sessions' receipts."""
     own = [signed for served in ran.served.values() for signed in served.signed.values()]
     pairs = [(one, other) for one in own for other in (*own, *others) if one is not other]
@@ -283,7 +282,7 @@ def _of_inputs(ran: Ran, chain: Sequence[SignedReceipt], by_id: dict[bytes, Sign
     leaves, made = [leaf_hash(payload) for payload in served.inputs], []
     first = chain[0]
     made.append(BrokenChain(first, (), (ran.asked.terms,), tuple(leaves[: first.receipt.n]), ()).evidence())
-    for prev, signed in zip(chain, chain[1:], strict=False):
+    for prev, signed in pairwise(chain):
         parent = by_id.get(signed.receipt.parent)
         if parent is None or len(ran.asked.plan.stages) - 1 not in ran.served:
             continue

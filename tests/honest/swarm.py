@@ -257,9 +257,14 @@ class Swarm:
         """Everything that may happen next."""
         turns: list[Callable[[], None]] = []
         for under in self._under:
-            for (_, to), stream in under.streams.items():
-                ready = to == -1 or not (under.parts[to].busy or under.parts[to].machine.holds)
-                if stream and ready and not under.over:
+            for (sender, to), stream in under.streams.items():
+                if not stream or under.over:
+                    continue
+                if to == -1:
+                    ready = not _has_to_wait(under, sender, stream[0])
+                else:
+                    ready = not (under.parts[to].busy or under.parts[to].machine.holds)
+                if ready:
                     turns.append(lambda under=under, to=to, stream=stream: self._deliver(under, to, stream))  # type: ignore[misc]
         self._signing = [one for one in self._signing if not one[0].run.over and not one[0].run.ran.failed]
         if any(not part.busy for part, _ in self._signing):
@@ -432,6 +437,18 @@ class Swarm:
         return self._signatures >= self._crash_after[1]
 
 
+def _has_to_wait(under: _Under, sender: int, message: Message) -> bool:
+    """Whether other stages' streams have to catch up first."""
+    kind, arguments = message
+    if kind == "receipt":
+        return under.coordinator.is_ahead(sender)
+    if kind == "output":
+        step, _ = arguments
+        assert isinstance(step, int)
+        return under.coordinator.is_ahead(sender, step)
+    return False
+
+
 def _raise(error: NexusError) -> None:
     raise error
 
@@ -521,7 +538,11 @@ def hostile(chance: random.Random, asked: Asked) -> Lie:
         rows = len(payload) // (4 if number == 0 else 4 * manifest.hidden_size)
         if number < stages - 1:
             return hostile_rows(chance, rows, manifest.hidden_size)
-        return tokens_to_bytes([chance.randrange(manifest.vocab_size)]) if asked.model.causal else hostile_rows(chance, 1, manifest.hidden_size)
+        return (
+            tokens_to_bytes([chance.randrange(manifest.vocab_size)])
+            if asked.model.causal
+            else hostile_rows(chance, 1, manifest.hidden_size)
+        )
 
     return lie
 

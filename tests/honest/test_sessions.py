@@ -125,15 +125,17 @@ def test_no_honest_session_convicts_anybody(name: str, nodes: list[Node], honest
         remembered = chance.sample(signed, min(REMEMBERED, len(signed)))
 
 
-def one_group(
-    chance: random.Random, model: Model, nodes: Sequence[Node], count: int, others: Sequence[SignedReceipt]
-) -> list[Ran]:
+def one_group(chance: random.Random, model: Model, nodes: Sequence[Node], count: int, others: Sequence[SignedReceipt]) -> list[Ran]:
     """Some sessions at once over the same stages."""
     for node in nodes:
         node.kernel = draw_kernel(chance)
     plan = draw_plan(chance, model, nodes)
     stages = len(plan.stages)
-    bad = frozenset(chance.sample(range(stages), chance.randrange(1, stages))) if stages > 1 and chance.random() < 0.2 else frozenset()
+    bad = (
+        frozenset(chance.sample(range(stages), chance.randrange(1, stages)))
+        if stages > 1 and chance.random() < 0.2
+        else frozenset()
+    )
     sessions = []
     for _ in range(count):
         asked = draw_session(chance, model, plan)

@@ -30,6 +30,7 @@ from nexus.core.keys import peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, EXACT, FLOAT, Manifest
 from nexus.core.plan import Plan
 from nexus.core.record import Record
+from nexus.network import simulated
 from nexus.network.simulated import SimulatedNetwork
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.batching import Outcome
@@ -254,6 +255,22 @@ async def test_an_exact_session_commits_and_is_kept_before_anybody_sees_it(stage
             assert (work.served.terms, work.served.plan, work.served.model_name) == (terms, nodes.plan, "toy")
             for receipt in receipts:
                 assert payload_root(work.inputs[receipt.step0 : receipt.step0 + receipt.n]) == receipt.in_root
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+async def test_a_late_stream_is_no_stage_s_fault(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stage shows comes long after what the others show of many later windows: they wait for it."""
+    arrival_s = simulated._Link.arrival_s
+    async with swarm(3, profile=EXACT) as nodes:
+        slow = nodes.transports[late].peer_id, nodes.transport.peer_id
+
+        def delayed(link: simulated._Link, size: int) -> float:
+            return arrival_s(link, size) + (0.3 if link._ends == slow else 0.0)
+
+        monkeypatch.setattr(simulated._Link, "arrival_s", delayed)
+        inputs = [tokens_to_bytes([5, 6, 7])]
+        _, ended = await nodes.collect(nodes.coordinator(inputs, terms_for(nodes.model, nodes.plan, inputs, 20, window=2)))
+        assert verify_bundle(ended.bundle).receipts == 30
 
 
 async def test_a_receipt_that_the_disk_has_not_taken_leaves_no_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,7 @@ class Coordinator:
         # Of these stages one is at fault: two, where a stage says that the one before it broke the rules, for it may be lying.
         self.suspects: frozenset[int] = frozenset()
         self._reported = trio.Event()
+        self._received = trio.Event()  # a receipt; another one waits for the next
 
     async def run(self, emit: Callable[[SessionEvent], Awaitable[None]]) -> None:
         """To the end. Raises the error of the stage that failed, by its name, or TimedOutError when none is heard of any more."""
@@ -250,6 +251,7 @@ class Coordinator:
                 # In a task of its own: whoever feeds may have to wait until somebody reads the results.
                 self._nursery.start_soon(self._feed, self._machine.accepted(stage))
             case Output(step, payload) if last:
+                await self._in_turn(stage, step)
                 for action in self._machine.output(step, payload):
                     if isinstance(action, Result):
                         await self._emit(action)
@@ -258,7 +260,10 @@ class Coordinator:
             case ParentReceipt(receipt):
                 self._machine.parent(stage, receipt)
             case OwnReceipt(receipt):
+                await self._in_turn(stage)
                 self._conclude(self._machine.receipt(stage, receipt))
+                self._received.set()
+                self._received = trio.Event()
             case Done() if last:
                 self._conclude(self._machine.done())
             case Report(steps, receipts_signed, compute_us):
@@ -281,6 +286,11 @@ class Coordinator:
             self._quiet.deadline = trio.current_time() + STEP_TIMEOUT_S
         if self._bundle and all(self._reports):
             self._reported.set()
+
+    async def _in_turn(self, stage: int, step: int | None = None) -> None:
+        """Until the streams of the other stages have caught up with this one."""
+        while self._machine.is_ahead(stage, step):
+            await self._received.wait()
 
     def _conclude(self, actions: list[CoordinatorAction]) -> None:
         for action in actions:
