@@ -26,7 +26,7 @@ def attacks(shared: Shared) -> None:
         return
     rows = [(attack.name, attack.summary) for attack in ATTACKS.values()]
     show.console(shared).print(show.table(("name", "what the node does"), rows, wrap=("what the node does",)))
-    click.echo("try one: nexus demo --byzantine --attack NAME, or nexus testnet up --nodes 4 --byzantine 1 --attack NAME", err=True)
+    click.echo("try one: nexus demo --byzantine --attack NAME; what becomes of each: docs/threats.md", err=True)
 
 
 def attacks_of(nodes: int, byzantine: int | None, names: Sequence[str]) -> list[str]:

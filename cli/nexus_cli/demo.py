@@ -54,7 +54,7 @@ class Outcome:
 @click.option("--max-tokens", type=click.IntRange(1), default=DEMO_TOKENS, show_default=True, help="Tokens of the answer at most.")
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof bundle in this file.")
 @click.option("--byzantine", is_flag=True, help="One of the nodes cheats, and is caught.")
-@click.option("--attack", metavar="NAME", help="What the cheater does; nexus attacks lists the names. [default: flipped-bit]")
+@click.option("--attack", metavar="NAME", help="What the cheater does; nexus attacks lists the names. [default: skipped-layer]")
 @click.option(
     "--evidence", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof against the cheater in this file."
 )

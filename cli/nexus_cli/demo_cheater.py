@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from nexus_cli.demo import Answer
     from nexus_cli.testnet import TestnetNode
 
-# Its answer reads like a right one: only an audit can tell.
-DEMO_ATTACK = "flipped-bit"
+# What a lazy node saves work with, and of which the answer suffers.
+DEMO_ATTACK = "skipped-layer"
 # A conviction travels by gossip, and every node checks the proof before it believes it.
 SPREAD_TIMEOUT_S = 30.0
 CONVICTION_TIMEOUT_S = 5.0

@@ -75,8 +75,13 @@ def fake_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
     popen = subprocess.Popen
 
     def spawn(command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        assert command[:3] == [sys.executable, "-m", "nexus_cli.daemon"]
-        return popen([sys.executable, str(FAKE_NEXUSD), *command[3:]], **options)  # type: ignore[call-overload, no-any-return]
+        python, m, module, *arguments = command
+        if module == "nexus_cli.byzantine":
+            at = arguments.index("--attack")
+            del arguments[at : at + 2]  # what nexusd does not know
+            module = "nexus_cli.daemon"
+        assert [python, m, module] == [sys.executable, "-m", "nexus_cli.daemon"]
+        return popen([sys.executable, str(FAKE_NEXUSD), *arguments], **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(processes.subprocess, "Popen", spawn)  # type: ignore[attr-defined]
 
