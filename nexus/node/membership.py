@@ -115,6 +115,11 @@ class Membership:
         """What the other nodes say of themselves, live ones only, sorted by key. What convicted ones say does not count."""
         return [record for record in self._table.live(self._now_ms()) if not self._is_slashed(record.node)]
 
+    def find(self, node: bytes) -> PeerAddress | None:
+        """Where a node is, by its own word."""
+        found = (record for record in self._table.live(self._now_ms()) if record.node == node)
+        return next((PeerAddress(record.peer_id, record.addresses) for record in found), None)
+
     def names(self) -> dict[str, str]:
         """What the other nodes call themselves, by peer id, convicted ones too."""
         return {record.peer_id: record.name for record in self._table.live(self._now_ms())}

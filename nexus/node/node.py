@@ -47,7 +47,6 @@ from nexus.node.api import (
 )
 from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
-from nexus.node.audit.reading import Answered, Unanswered
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.cheating import HONEST, Conduct
@@ -58,7 +57,9 @@ from nexus.node.models import Models
 from nexus.node.options import NodeOptions
 from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.node.signing import DurableSigner
+from nexus.node.suspensions import Suspensions
 from nexus.node.trust import Trust, open_trust
+from nexus.node.witness import Witnesses
 from nexus.proof.audit import StageAudit
 from nexus.proof.evidence import Evidence, verify_evidence
 from nexus.storage.audit_keys import AuditKeys
@@ -143,6 +144,17 @@ class Node:
             conduct=conduct,
         )
         self._audit_answers = AuditAnswers(transport, identity, self._models, sessions, conduct.show)
+        self._suspensions = Suspensions(transport, identity.public_key, trust.standings, _now_ms)
+        self._witnesses = Witnesses(
+            transport,
+            identity,
+            trust.standings,
+            self._suspensions,
+            self._audit_answers.cells_of,
+            self._infer.took_part,
+            self._membership.find,
+            _now_ms,
+        )
         policy = options.audit
         self._auditor = Auditor(
             transport,
@@ -152,7 +164,10 @@ class Node:
             AuditPolicy(policy.policy, policy.rate, policy.probation_sessions, policy.cells),
             policy.timeout_s,
             Callbacks(
-                lambda node: trust.standings.tally(node).audits_ok, self._submit_evidence, self._note_silence, self._ask_witnesses
+                lambda node: trust.standings.tally(node).audits_ok,
+                self._submit_evidence,
+                self._note_silence,
+                self._witnesses.unanswered,
             ),
             _now_ms,
         )
@@ -172,6 +187,7 @@ class Node:
             self._submit_evidence,
             trust.settle,
             self._note_broken,
+            self._witnesses.silent,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
@@ -182,9 +198,11 @@ class Node:
         self._blob_service.start()
         self._infer.start()
         self._audit_answers.start()
+        self._witnesses.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
             nursery.start_soon(self._trust.run)
+            nursery.start_soon(self._suspensions.run)
             nursery.start_soon(self._meet_again)
             nursery.start_soon(self._keep_book)
             if self._options.audit.canary_every_s:
@@ -217,9 +235,6 @@ class Node:
     async def _note_silence(self, node: bytes, session: bytes, reason: str) -> None:
         """Not to answer is no proof of anything; a node that does it often is planned with last."""
         self._note_broken(node)
-
-    async def _ask_witnesses(self, case: Unanswered) -> Answered | None:
-        return None
 
     def _note_broken(self, node: bytes) -> None:
         if node != self._identity.public_key:

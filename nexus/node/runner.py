@@ -19,6 +19,7 @@ from nexus.core.errors import (
     LocalError,
     MalformedError,
     NexusError,
+    NotAllowedError,
     NotFoundError,
     PeerError,
     TimedOutError,
@@ -126,7 +127,7 @@ class Runner:
     """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
     raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended.
     `submit`: takes a proof that a node cheated. `settle`: pays for it; None: nobody is paid.
-    `broke_off`: is told of nodes, by public key, that made a session fail."""
+    `broke_off`: is told of nodes, by public key, that made a session fail; `fell_silent`: of those that gave no sign of life."""
 
     def __init__(
         self,
@@ -143,6 +144,7 @@ class Runner:
         submit: Submit,
         settle: Settle | None = None,
         broke_off: Callable[[bytes], None] | None = None,
+        fell_silent: Callable[[Terms, Plan, bytes], Awaitable[None]] | None = None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -157,7 +159,9 @@ class Runner:
         self._submit = submit
         self._settle = settle
         self._broke_off = broke_off
+        self._fell_silent = fell_silent
         self._running: set[Coordinator] = set()
+        self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
         self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
         self._doubted: dict[bytes, float] = {}  # nodes in whose sessions something did not hold, and until when to avoid them
@@ -423,10 +427,15 @@ class Runner:
         return found, manifest, await trio.to_thread.run_sync(Tokenizer.load, files)
 
     async def _run(self, job: _Job) -> AsyncGenerator[tuple[Planned | Progress | Result | Ended, Coordinator], None]:
-        """One job to its end. A plan that fails before anything came out is made again without the node that failed."""
+        """One job to its end. A plan that fails before anything came out is made again without the node that failed.
+
+        Where a node is convicted in the middle of an answer, the answer is computed again from its beginning without that node, in
+        the exact profile: what comes out is the same, or what was shown so far was wrong, and then the request fails.
+        """
         if self.live.count >= self._sessions_max:
             raise CapacityError(f"{self.live.count} requests are running here, the limit", "Wait, or raise serve.sessions_max")
         without: frozenset[bytes] = frozenset()
+        shown: list[bytes] = []
         with self.live.one():
             root = job.manifest.root
             commits = job.receipts and job.manifest.profile == EXACT
@@ -445,20 +454,21 @@ class Runner:
                 coordinator = self._coordinator(job, placement, exact)
                 self._prices[coordinator.session] = self._prices_of(placement.plan)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
-                started = False
                 try:
                     async with aclosing(self._drive(coordinator)) as events:
                         async for event in events:
-                            started = started or isinstance(event, Result)
-                            yield self._named(event, placement), coordinator
+                            if not isinstance(event, Result) or _is_new(event, shown):
+                                yield self._named(event, placement), coordinator
                     return
-                except (PeerError, TimedOutError, CapacityError, NotFoundError) as error:
+                except (PeerError, TimedOutError, CapacityError, NotFoundError, NotAllowedError) as error:
                     failed = self._note_failed(coordinator, placement.plan, error)
-                    if not failed or started or attempt == ATTEMPTS_MAX:
+                    repeats = coordinator.session in self._cut_off and job.manifest.profile == EXACT
+                    if not failed or (shown and not repeats) or attempt == ATTEMPTS_MAX:
                         raise
                     log.warning("replanned", without=[peer_id_of(node) for node in sorted(failed)], error=str(error))
                     without, spoiled = without | failed, error
                 finally:
+                    self._cut_off.discard(coordinator.session)
                     del self._prices[coordinator.session]
 
     def _note_failed(self, coordinator: Coordinator, plan: Plan, error: NexusError) -> frozenset[bytes]:
@@ -467,6 +477,9 @@ class Runner:
         now_s = trio.current_time()
         if isinstance(error, UnreachableError | TimedOutError):
             self._gone |= dict.fromkeys(failed, now_s + AVOID_S)
+            if len(failed) == 1 and self._fell_silent is not None:
+                # Beside whatever comes next: nobody waits for witnesses.
+                self._nursery.start_soon(self._fell_silent, coordinator.terms, plan, next(iter(failed)))
         elif isinstance(error, VerificationError | MalformedError) or len(coordinator.suspects) > 1:
             self._doubted |= dict.fromkeys(failed, now_s + DOUBT_S)
         else:
@@ -543,9 +556,11 @@ class Runner:
             raise failure[0]
 
     def end_sessions_with(self, public_key: bytes, error: NexusError) -> int:
-        """End the sessions of this node's users in which this node has a stage, for this reason; what has not begun to answer is
-        planned again without it. Returns how many."""
-        return sum(coordinator.end_with(public_key, error) for coordinator in self._running)
+        """End the sessions of this node's users in which this node has a stage, for this reason; they are planned again without it.
+        Returns how many."""
+        ended = {coordinator.session for coordinator in self._running if coordinator.end_with(public_key, error)}
+        self._cut_off |= ended
+        return len(ended)
 
     def _named(self, event: SessionEvent, placement: Placement) -> Progress | Result | Ended:
         if isinstance(event, StageProgress):
@@ -637,6 +652,19 @@ class _Answer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _is_new(result: Result, shown: list[bytes]) -> bool:
+    """Note a result; whether it was not shown before. Raises VerificationError where another one was."""
+    if result.step == len(shown):
+        shown.append(result.payload)
+        return True
+    if result.payload != shown[result.step]:
+        raise VerificationError(
+            f"a node that computed this answer was convicted in the middle of it, and step {result.step} was indeed wrong",
+            "Do not trust what was shown; run it again, on the nodes that are left",
+        )
+    return False
 
 
 def _forfeited(audit: AuditView | None) -> set[bytes]:

@@ -7,7 +7,7 @@ evidence, before they are noted here (`nexus.node.evidence`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from nexus.core.errors import CapacityError
 from nexus.proof.evidence import FORK
@@ -99,8 +99,7 @@ class Standings:
         """Whether a node gets any work: neither convicted nor suspended."""
         if node in self.slashed:
             return False
-        suspension = self._suspensions.get(node)
-        return suspension is None or self._now_ms() >= suspension.until_ms
+        return self.suspension_of(node) is None
 
     def is_slashed(self, node: bytes) -> bool:
         """Whether evidence against it is known here. It gets no work and is not talked to about work, burned or held."""
@@ -125,19 +124,31 @@ class Standings:
             gone, _ = self._tallies.popitem(last=False)
             self._unsaved.pop(gone, None)
 
-    def suspend(self, case: SuspensionCase) -> Suspension:
-        """Take in what witnesses say, kept durably. Only the word of nodes in good standing here counts. Blocks for the disk.
+    def suspension_of(self, node: bytes) -> Suspension | None:
+        """The one that runs, if any."""
+        suspension = self._suspensions.get(node)
+        return suspension if suspension is not None and self._now_ms() < suspension.until_ms else None
+
+    def counts(self, node: bytes) -> bool:
+        """Whether its word as a witness counts here."""
+        return self.of(node).state == GOOD
+
+    def suspend(self, case: SuspensionCase, trusted: Collection[bytes] = ()) -> Suspension:
+        """Take in what witnesses say, kept durably. Only the word of nodes in good standing here counts, and that of those
+        `trusted` in any case. What suspends for one session is not prolonged by more words about it. Blocks for the disk.
 
         Raises VerificationError, MalformedError for a case that suspends nobody, CapacityError, LocalError.
         """
         participants = {stage.node for stage in case.plan.stages} | {case.terms.coordinator}
-        standing = {node for node in participants if self.of(node).state == GOOD}
+        standing = {node for node in participants if node in trusted or self.counts(node)}
         now_ms = self._now_ms()
         suspension = check_suspension(case, standing, now_ms)
         self._suspensions = {node: one for node, one in self._suspensions.items() if one.until_ms > now_ms}
         known = self._suspensions.get(suspension.node)
         if known is None and len(self._suspensions) >= TALLIES_MAX:
             raise CapacityError("too many nodes are suspended at once", "They are free again within the hour")
+        if known is not None and known.session == suspension.session:
+            return known
         if known is None or known.until_ms < suspension.until_ms:
             self._store.put_suspension(suspension, now_ms)
             self._suspensions[suspension.node] = suspension

@@ -109,7 +109,7 @@ class Coordinator:
         `shapes`: what each stage's traces look like; none in the float profile, or where the terms ask for no receipts."""
         self._transport = transport
         self._plan = plan
-        self._terms = terms
+        self.terms = terms
         self._model_name = model_name
         self._manifest = manifest
         self._known = known
@@ -230,7 +230,7 @@ class Coordinator:
             stage=stage,
             model_name=self._model_name,
             plan=self._plan,
-            terms=self._terms,
+            terms=self.terms,
             request=self._machine.requests[stage],
             next=self._known_peer(following),
             sources=tuple(self._known_peer(node) for node in sorted(self._known))[:32],
@@ -270,7 +270,7 @@ class Coordinator:
                 self._reports[stage] = StageReport(steps, receipts_signed, compute_us / 1e6)
             case Failed(signed):
                 refusal = signed.verify()
-                if refusal.node != self._plan.stages[stage].node or refusal.session != self._terms.session:
+                if refusal.node != self._plan.stages[stage].node or refusal.session != self.terms.session:
                     raise VerificationError("a refusal came that is not this stage's")
                 if refusal.code == UnreachableError.code:
                     # Second-hand: the neighbour that broke off may be about to say why.

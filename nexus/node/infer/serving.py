@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -88,6 +90,9 @@ SESSION_IDLE_S = 300.0
 INLINE_STEP_S = 0.002
 # Traces that are closed on the trio thread: those of 16 steps of 12 layers take half a millisecond.
 INLINE_SEAL_BYTES = 40_000
+# For so long after a session a stage is a witness of what happened in it.
+RECENT_S = 900.0
+RECENT_MAX = 4096
 
 
 ProgressSink = Callable[[str, int, int], Awaitable[None]]
@@ -164,6 +169,7 @@ class InferService:
         self._served: dict[tuple[bytes, int], _Served] = {}
         self._seats: dict[tuple[bytes, int], str] = {}  # sessions from their Open on, and whose they are
         self.live = Live()
+        self._recent: OrderedDict[bytes, float] = OrderedDict()  # sessions, and when they were last served in
         self._dialling: dict[str, trio.Lock] = {}
         self._batcher = Batcher(inline_step_s)
         self.totals = ServedTotals()
@@ -179,6 +185,16 @@ class InferService:
         for served in ended:
             served.fail(error)
         return len(ended)
+
+    def took_part(self, session: bytes) -> bool:
+        """Whether this node served in that session, now or a short while ago."""
+        return trio.current_time() - self._recent.get(session, -math.inf) <= RECENT_S
+
+    def _note_recent(self, session: bytes) -> None:
+        self._recent[session] = trio.current_time()
+        self._recent.move_to_end(session)
+        if len(self._recent) > RECENT_MAX:
+            self._recent.popitem(last=False)
 
     def check_nodes(self, opened: Open) -> None:
         """Whether this node works for and with all of these. Raises NotAllowedError."""
@@ -200,12 +216,15 @@ class InferService:
             async with alive(control):
                 with self._seat(control.peer_id, message):
                     manifest = await self._admit(control, message)
+                    self._note_recent(message.terms.session)
                     async with self._hold_stage(control, message, manifest) as stage:
                         served = _Served(self, control, message, manifest, stage)
                         with self.live.one():
                             await served.run()
         except* NexusError as group:  # may come with Cancelled beside it when the node stops: that goes on its way
             failure = first_cause(group)
+        if served:
+            self._note_recent(message.terms.session)
         if failure:
             step = served.step if served else 0
             log.warning(
