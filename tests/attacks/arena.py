@@ -61,6 +61,7 @@ class Arena:
         self.trusts = trusts
         self.homes = homes
         self.transports: list[SimulatedTransport] = []
+        self.cheats: set[int] = set()
 
     def key(self, number: int) -> bytes:
         return self.identity(number).public_key
@@ -77,6 +78,12 @@ class Arena:
                     return event
         raise AssertionError("no end came")
 
+    async def meet(self, number: int) -> None:
+        """Have a node know the others, so that it can plan."""
+        for transport in self.transports:
+            if transport is not self.transports[number]:
+                await self.nodes[number]._membership.refresh(transport.peer_id)
+
     async def is_planned(self, number: int, asker: int = 0) -> bool:
         view = await self.nodes[asker].plan("tiny", 2)
         return peer_id_of(self.key(number)) in {stage.peer_id for stage in view.stages}
@@ -91,13 +98,15 @@ class Arena:
         return [Evidence.from_file((await trust.evidence_file(view.id.hex())).content) for view in views]
 
     async def outcome(self, number: int = 1, observer: int = 0) -> Outcome:
-        """What became of a node in the eyes of another one. Whoever is convicted is so by bytes alone, and nobody else is."""
+        """What became of a node in the eyes of another one. Whoever is convicted is so by bytes alone, and nobody is but those that
+        cheat."""
         proofs = [evidence for evidence in await self.evidence(observer) if evidence.accused == self.key(number)]
         for evidence in proofs:
             assert self.verify(evidence).accused == self.key(number)
         kind = proofs[0].kind if proofs else ""
         for other in range(len(self.nodes)):
-            assert other == number or self.state(other, observer) not in (DEMOTED, SUSPENDED, SLASHED), f"node {other} is blamed"
+            honest = other != number and other not in self.cheats
+            assert not honest or self.state(other, observer) not in (DEMOTED, SUSPENDED, SLASHED), f"node {other} is blamed"
         return Outcome(kind, await self._consequence(number, observer))
 
     async def _consequence(self, number: int, observer: int) -> str:
@@ -160,13 +169,14 @@ async def open_arena(
     policy: str = "light",
     burn_max: int = 8,
 ) -> AsyncIterator[Arena]:
-    """`cheats`: by node, an attack's name or a conduct. `others`: nodes that serve, from node 1 on; the last one is slow, so that it
-    is planned with only when it has to be."""
+    """`cheats`: by node, an attack's name or a conduct. `others`: nodes that serve, from node 1 on; the last one is slow, so that
+    it is planned with only when it has to be."""
     network = SimulatedNetwork(1, delay_s=(0.0, 0.001))
     template = _template(model, directory)
     keys = identities(1 + others)
     async with AsyncExitStack() as stack:
         arena = Arena(network, model, [], [], [])
+        arena.cheats = set(cheats or {})
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         for number, identity in enumerate(keys):
@@ -196,8 +206,7 @@ async def open_arena(
             for transport in arena.transports:
                 if transport is not node._transport:
                     await node._transport.connect(transport.addresses[0])
-        for transport in arena.transports[1:]:
-            await arena.nodes[0]._membership.refresh(transport.peer_id)
+        await arena.meet(0)
         yield arena
         nursery.cancel_scope.cancel()
 
