@@ -54,7 +54,7 @@ class Outcome:
 @click.option("--max-tokens", type=click.IntRange(1), default=DEMO_TOKENS, show_default=True, help="Tokens of the answer at most.")
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof bundle in this file.")
 @click.option("--byzantine", is_flag=True, help="One of the nodes cheats, and is caught.")
-@click.option("--attack", metavar="NAME", help="What the cheater does; nexus attacks lists the names. [default: skipped-layer]")
+@click.option("--attack", metavar="NAME", help="What the cheater does; nexus attacks lists the names. [default: stale-cache]")
 @click.option(
     "--evidence", type=click.Path(path_type=Path, dir_okay=False), help="Keep the proof against the cheater in this file."
 )
@@ -198,7 +198,7 @@ def ask(
     finished: Finished | None = None
     body: dict[str, Json] = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": max_tokens, "stages": stages, "verify": verify}
     try:
-        with waiting(shared) as progress:
+        with waiting(shared, disable=silently) as progress:
             for event in daemon.stream("/v0/run", body):
                 match event:
                     case Planned():

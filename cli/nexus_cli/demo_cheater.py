@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from nexus_cli.demo import Answer
     from nexus_cli.testnet import TestnetNode
 
-# What a lazy node saves work with, and of which the answer suffers.
-DEMO_ATTACK = "skipped-layer"
+# One whose answer suffers so that everybody sees it.
+DEMO_ATTACK = "stale-cache"
 # A conviction travels by gossip, and every node checks the proof before it believes it.
 SPREAD_TIMEOUT_S = 30.0
 CONVICTION_TIMEOUT_S = 5.0
@@ -54,14 +54,16 @@ def show_cheater(
     temporary. Raises VerificationError, which says what was not seen."""
     from nexus_cli.attacks import deed
     from nexus_cli.client import Daemon
-    from nexus_cli.demo import DEMO_MODEL, add_model
+    from nexus_cli.demo import DEMO_MODEL, add_model, say
 
     began_s = time.monotonic()
     cheater, honest = members[-1], members[:-1]
     with ExitStack() as stack:
         daemons = {node.name: stack.enter_context(closing(Daemon(node.socket))) for node in honest}
         daemon = daemons[honest[0].name]
+        say(shared, f"{honest[0].name} takes in {DEMO_MODEL} ...")
         add_model(shared, daemon)
+        _tell(shared, "")
         _tell(shared, f"1  {cheater.name} cheats: it {deed(cheater.attack)}. The others do not know.")
         _tell(shared, "")
         _tell(
@@ -70,7 +72,7 @@ def show_cheater(
         )
         first, found_by = _ask_and_catch(shared, daemon, cheater, prompt, max_tokens, len(members))
         conviction = _conviction(daemon, cheater, first)
-        _tell_conviction(shared, cheater, conviction)
+        _tell_conviction(shared, cheater, conviction, seen=not isinstance(first, str))
         proof = _check_elsewhere(daemon, conviction, keep or directory / "proof.evidence", directory)
         _tell_proof(shared, cheater, proof, keep is not None)
         slashed = _spread(shared, daemons, cheater)
@@ -103,7 +105,6 @@ def _ask_and_catch(
     from nexus_cli.run import closing_line
 
     _tell(shared, f"   > {show.printable(prompt)}")
-    _tell(shared, "")
     try:
         answer = ask(shared, daemon, prompt, max_tokens, stages, LIGHT)
     except NexusError as error:
@@ -178,7 +179,8 @@ def _convicted(daemon: Daemon, cheaters: Sequence[TestnetNode]) -> list[SlashedV
     return found
 
 
-def _tell_conviction(shared: Shared, cheater: TestnetNode, conviction: EvidenceView) -> None:
+def _tell_conviction(shared: Shared, cheater: TestnetNode, conviction: EvidenceView, *, seen: bool) -> None:
+    """`seen`: the table of an audit has said already what it did."""
     where = [
         f"stage {conviction.stage}" if conviction.stage is not None else "",
         f"step {conviction.step}" if conviction.step is not None else "",
@@ -186,7 +188,8 @@ def _tell_conviction(shared: Shared, cheater: TestnetNode, conviction: EvidenceV
         f"operation {conviction.op}" if conviction.op else "",
     ]
     _tell(shared, f"   {cheater.name} is convicted: {', '.join(filter(None, where)) or conviction.kind}.")
-    _tell(shared, f"   {_named(conviction.summary, cheater)}")
+    if not seen:
+        _tell(shared, f"   {_named(conviction.summary, cheater)}")
     _tell(shared, "")
 
 
@@ -226,8 +229,8 @@ def _tell_proof(shared: Shared, cheater: TestnetNode, proof: Proof, kept: bool) 
     _tell(shared, f"4  The proof against {cheater.name}: {where}, {show.size(proof.size)}.")
     _tell(
         shared,
-        f"   `nexus evidence verify`, in a new process without daemon, network or model: convicts, "
-        f"checked in {show.duration(proof.check_s)} ({show.duration(proof.process_s)} with starting Python).",
+        "   `nexus evidence verify`, in a new process without daemon, network or model: it convicts. "
+        f"Checked in {show.duration(proof.check_s)}.",
     )
     _tell(shared, "")
 

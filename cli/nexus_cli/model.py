@@ -284,20 +284,26 @@ def plan_table(view: PlanView) -> Table:
 
 @contextmanager
 def progress_bars(shared: Shared) -> Iterator[Callable[[Progress], None]]:
-    """A bar per node and phase on stderr; nothing where nobody watches."""
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+    """A bar per node on stderr, with what it is doing now; nothing where nobody watches."""
+    from rich.progress import BarColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
 
     console = show.console(shared, stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[amount]}", markup=False))
     with Bars(*columns, console=console, transient=True, disable=shared.json or not console.is_terminal) as bars:
-        tasks: dict[tuple[str, str], TaskID] = {}
+        tasks: dict[str, TaskID] = {}
 
         def advance(event: Progress) -> None:
-            key = (event.peer_id, event.phase)
-            if key not in tasks and len(tasks) < 64:
-                tasks[key] = bars.add_task(f"{show.short_id(event.peer_id)} {show.printable(event.phase)}", total=None)
-            if key in tasks:
-                bars.update(tasks[key], completed=event.done, total=event.total or None)
+            if event.peer_id not in tasks and len(tasks) < 64:
+                tasks[event.peer_id] = bars.add_task("", total=None, amount="")
+            if event.peer_id in tasks:
+                bars.update(
+                    tasks[event.peer_id],
+                    description=f"{show.short_id(event.peer_id)} {show.printable(event.phase)}",
+                    completed=event.done,
+                    # No amount is known: the bar only moves.
+                    total=event.total or None,
+                    amount=f"{show.size(event.done)} of {show.size(event.total)}" if event.total else "",
+                )
 
         yield advance

@@ -238,7 +238,7 @@ def closing_line(finished: Finished, *, asked_for_receipts: bool = True) -> str:
 
 
 @contextmanager
-def waiting(shared: Shared) -> Iterator[Callable[[object], None]]:
+def waiting(shared: Shared, *, disable: bool = False) -> Iterator[Callable[[object], None]]:
     """Progress while fragments are fetched; calling with None takes it off the screen, since the answer begins."""
     from contextlib import ExitStack
 
@@ -250,6 +250,8 @@ def waiting(shared: Shared) -> Iterator[Callable[[object], None]]:
 
         def report(event: object) -> None:
             if isinstance(event, Progress):
+                if disable:
+                    return
                 if not bars:
                     bars.append(stack.enter_context(progress_bars(shared)))
                 bars[0](event)

@@ -63,7 +63,7 @@ def test_the_demo_catches_a_cheater(environ: dict[str, str], tmp_path: Path) -> 
     proof = tmp_path / "proof.evidence"
     shown = nexus(environ, "demo", "--byzantine", "--nodes", "3", "--evidence", str(proof))
     cheater = shown["cheater"]
-    assert (cheater["name"], cheater["attack"]) == ("node-3", "skipped-layer")
+    assert (cheater["name"], cheater["attack"]) == ("node-3", "stale-cache")
     assert shown["found_by"] in ("light", "replica")
     assert (shown["conviction"]["kind"], shown["conviction"]["accused"]) == (OP, cheater["peer_id"])
     assert shown["conviction"]["layer"] is not None
