@@ -223,6 +223,22 @@ class _Seals(Honest):
         return cast("Stage", _FalseSeal(stage, stage.trace_shape, self._change))
 
 
+class _AuthenticSums(_Seals):
+    """Shows to audits what it computed, which is right, whatever it signed for."""
+
+    def show(self, stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        from nexus.engine.exact.audit import StageWeights
+        from nexus.engine.exact.replay import replay
+        from nexus.engine.exact.stage import ExactStage
+        from nexus.proof.arithmetic.sampler import Sampling
+        from nexus.proof.audit_open import open_cell
+
+        assert isinstance(stage, ExactStage)
+        done = replay(stage, subject.inputs, Sampling.of(subject.terms) if subject.is_last else None)
+        weights = StageWeights(subject.manifest, subject.exact, files)
+        return [open_cell(subject, done, weights, cell) for cell in cells]
+
+
 def _scrambled(hashes: bytes) -> bytes:
     return b"".join(leaf_hash(hashes[at : at + HASH_BYTES]) for at in range(0, len(hashes), HASH_BYTES))
 
@@ -352,7 +368,7 @@ ATTACKS: dict[str, Attack] = {
         Attack(
             "forged-trace",
             "answers rightly, and commits to something else",
-            lambda means: _Seals(lambda trace: replace(trace, cells=_scrambled(trace.cells))),
+            lambda means: _AuthenticSums(lambda trace: replace(trace, cells=_scrambled(trace.cells))),
         ),
         Attack(
             "rewritten-log",

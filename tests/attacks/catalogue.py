@@ -74,7 +74,7 @@ ROWS = (
     Row(
         "right sums over a forged trace",
         "an audit: what is shown is not what was signed for",
-        OP,
+        FALSE_RESPONSE,
         SLASHED,
         "test_outputs.py::test_authentic_sums_over_a_forged_trace",
         ("forged-trace",),
