@@ -18,7 +18,10 @@ MIXED = "mixed"
 @click.command(cls=NexusCommand)
 @pass_shared
 def attacks(shared: Shared) -> None:
-    """List what nodes of a testnet can be made to do wrong, by name. No setting makes a node do so."""
+    """List what cheaters of a testnet do, by name.
+
+    No setting makes a node do any of it.
+    """
     from nexus.node.attacks import ATTACKS
 
     if shared.json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -67,8 +66,8 @@ def audit_list(shared: Shared) -> None:
     if not found:
         click.echo("no sessions are kept; a model of the exact profile leaves one: nexus run MODEL PROMPT", err=True)
         return
-    rows = [(one.session.hex()[:16], _moment(one.ended_ms), one.model, show.size(one.size), str(one.audits)) for one in found]
-    columns = ("session", "ended", "model", "size", "audits")
+    rows = [(one.session.hex()[:16], show.moment(one.ended_ms), one.model, show.size(one.size), str(one.audits)) for one in found]
+    columns = ("session", "ended (UTC)", "model", "size", "audits")
     show.console(shared).print(show.table(columns, rows, right=("size", "audits")))
 
 
@@ -94,7 +93,7 @@ def _print_session(shared: Shared, view: SessionView) -> None:
         [
             ("session", view.session.hex()),
             ("model", f"{view.model} {view.model_root.hex()[:16]}"),
-            ("ended", _moment(view.ended_ms)),
+            ("ended", f"{show.moment(view.ended_ms)} UTC"),
             ("steps", f"{view.steps}, over {show.count(view.stages, 'stage')}"),
             ("audits", str(len(view.audits))),
         ]
@@ -105,7 +104,7 @@ def _print_session(shared: Shared, view: SessionView) -> None:
 
 
 def _print(shared: Shared, view: AuditView) -> None:
-    click.echo(_moment(view.at_ms))
+    click.echo(f"{show.moment(view.at_ms)} UTC")
     show.console(shared).print(audit_table(view))
 
 
@@ -118,8 +117,7 @@ def audit_table(view: AuditView) -> Table:
             stage.verdict,
             _checked(stage),
             show.duration(stage.cost_s),
-            # Who it was stands two columns before.
-            stage.detail.replace(stage.peer_id, "it") + (f" (evidence {stage.evidence.hex()[:16]})" if stage.evidence else ""),
+            _detail(stage) + (f" (evidence {stage.evidence.hex()[:16]})" if stage.evidence else ""),
         )
         for stage in view.stages
     ]
@@ -134,8 +132,9 @@ def _path(session: str) -> str:
     return f"/v0/audits/{session}"
 
 
-def _moment(unix_ms: int) -> str:
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+def _detail(stage: StageAuditView) -> str:
+    """For where the stage has been named already."""
+    return stage.detail.replace(stage.peer_id, "it")
 
 
 def _checked(stage: StageAuditView) -> str:
@@ -205,7 +204,7 @@ def _check(view: AuditView, *, asked: bool) -> None:
         who = f"stage {stage.stage} ({stage.name or stage.peer_id}, {stage.peer_id})"
         if stage.verdict == CONVICTED:
             raise VerificationError(
-                f"{who} is convicted of a wrong computation: {stage.detail}",
+                f"{who} is convicted: {_detail(stage)}",
                 f"Do not use this answer; run it again. The proof: nexus evidence show {stage.evidence.hex()[:16]}",
                 stage.peer_id,
             )

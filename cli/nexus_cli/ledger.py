@@ -21,9 +21,9 @@ ANSWER_TIMEOUT_S = 90.0
 @click.argument("peer", required=False)
 @pass_shared
 def ledger(shared: Shared, peer: str | None) -> None:
-    """Show the account of PEER: bond, earnings, reputation, and the newest entries of its chain.
+    """Show the account of PEER: standing, balance, bond, earnings.
 
-    PEER is an id, the start of one, or a node's name; without it, the account of your own node. The chain is read from the node
+    Then its reputation and the newest entries of its chain. PEER is an id, the start of one, or a node's name; without it, the account of your own node. The chain is read from the node
     itself and checked from its first entry on.
     """
     from nexus.gateway.wire import to_json
@@ -62,7 +62,7 @@ def _lines(view: LedgerView) -> list[tuple[str, str]]:
         ("earned", in_credits(view.earned)),
         ("paid", in_credits(view.paid)),
         ("owes you", in_credits(view.owed) if view.owed > 0 else ""),
-        ("price", f"{view.price} millionths of a credit per token and layer"),
+        ("price", f"{in_credits(view.price)} per token and layer"),
         (
             "reputation",
             known if audited else "no audit of it here yet",

@@ -12,7 +12,7 @@ from nexus_cli.options import NexusCommand, Shared, pass_shared
 @click.option("--resume", is_flag=True, help="Burn the bonds that are held back because too many nodes were convicted at once.")
 @pass_shared
 def slashed(shared: Shared, resume: bool) -> None:
-    """List the nodes that are convicted here, with the evidence against them.
+    """List the nodes that are convicted here, and why.
 
     They get no work. Their bonds are gone, unless so many were convicted at once that an error in Nexus is likelier than so many
     cheaters: then they are suspended until you have looked at the evidence.
@@ -38,7 +38,15 @@ def slashed(shared: Shared, resume: bool) -> None:
         click.echo("nobody is convicted here", err=True)
         return
     rows = [
-        (one.name, show.short_id(one.peer_id), one.state, show.moment(one.known_ms), one.kind, one.evidence.hex()[:16], one.summary)
+        (
+            one.name,
+            show.short_id(one.peer_id),
+            one.state,
+            show.moment(one.known_ms),
+            one.kind,
+            one.evidence.hex()[:16],
+            one.summary.replace(one.peer_id, "it"),
+        )
         for one in found
     ]
     show.console(shared).print(
