@@ -12,6 +12,8 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
+from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -52,12 +54,16 @@ POLL_S = 1.0
 PULL_EVERY_S = 300.0
 PULL_AGAIN_S = 15.0
 PULLS_AT_ONCE = 4
+# Who is asked for news may let this node wait: so many at once leave room for those who are due.
+NEWS_AT_ONCE = PULLS_AT_ONCE - 1
 FETCHES_PER_PULL = 16
 PEERS_MAX = 1024
-# Of one peer: verifications per second, what it may save up, and what a mebibyte of evidence costs of that.
+# Of one peer: verifications per second, what it may save up, and what a mebibyte of evidence and a second of verifying it cost of
+# that: whoever brings the dearest evidence there is has one processor's twentieth.
 CHECKS_PER_S = 0.5
 CHECKS_BURST = 32.0
 CHECKS_PER_MIB = 2.0
+CHECKS_PER_WORK_S = 10.0
 # So much evidence that convicts nobody, and the peer is not listened to for a time.
 INVALID_MAX = 3
 REFUSED_S = 600.0
@@ -134,11 +140,14 @@ async def in_thread(work: Callable[[], T], /) -> T:
 
 @dataclass(slots=True)
 class _Peer:
-    """What attention a peer gets. `due_s`: when its list is to be asked for; `invalid`: evidence of it that convicted nobody."""
+    """What attention a peer gets. `due_s`: when its list is to be asked for; `pulled_s`: when it last was; `judged`: evidence of it
+    that was judged; `invalid`: that convicted nobody."""
 
     checks: TokenBucket
     served: TokenBucket
     due_s: float = 0.0
+    pulled_s: float = -inf
+    judged: int = 0
     invalid: int = 0
     refused_until_s: float = 0.0
 
@@ -286,7 +295,8 @@ class EvidenceService:
             while True:
                 now_s = trio.current_time()
                 before, connected = connected, {connection.peer_id for connection in self._transport.connections()}
-                for peer_id in sorted(connected):
+                # Those who waited longest first: else a few that never answer, by the order of their names, would be all there is.
+                for peer_id in sorted(connected, key=lambda one: (self._peer(one).pulled_s, one)):
                     peer = self._peer(peer_id)
                     if peer_id not in before:
                         peer.due_s = min(peer.due_s, now_s + PULL_AGAIN_S)
@@ -306,7 +316,7 @@ class EvidenceService:
                     continue
                 refused = trio.current_time() < self._peer(message.peer_id).refused_until_s
                 if not refused and message.peer_id != self._transport.peer_id and self._wants(news):
-                    if len(self._pulling) < PULLS_AT_ONCE:
+                    if len(self._pulling) < NEWS_AT_ONCE:
                         nursery.start_soon(self._pull, message.peer_id, news)
                         await trio.lowlevel.checkpoint()
                     else:
@@ -351,14 +361,19 @@ class EvidenceService:
         if peer_id in self._pulling:
             return
         self._pulling.add(peer_id)
+        peer = self._peer(peer_id)
+        peer.pulled_s, judged = trio.current_time(), peer.judged
         try:
             with _deadline(peer_id, EXCHANGE_TIMEOUT_S):
                 await self._exchange(peer_id, news)
         except (MalformedError, VerificationError) as error:
             self._note_invalid(peer_id, error)
         except TimedOutError as error:
-            # What came is kept: the next exchange goes on from there.
-            self._peer(peer_id).due_s = trio.current_time() + PULL_AGAIN_S
+            # What came is kept: the next exchange goes on from there. One that says nothing is left alone for a while.
+            if peer.judged > judged:
+                peer.due_s = trio.current_time() + PULL_AGAIN_S
+            else:
+                peer.refused_until_s = max(peer.refused_until_s, trio.current_time() + PULL_EVERY_S)
             log.info("evidence_not_pulled", peer_id=peer_id, reason=error.cause)
         except (PeerError, CapacityError) as error:
             log.info("evidence_not_pulled", peer_id=peer_id, reason=error.cause)
@@ -433,12 +448,8 @@ class EvidenceService:
             evidence = Evidence.from_bytes(found.content)
             if (evidence.accused, evidence.id) != (listed.offender, listed.evidence):
                 raise VerificationError("it hands out another evidence than it lists", peer=stream.peer_id)
+            peer.judged += 1
             await self._judge_of(stream.peer_id, evidence)
-        except (MalformedError, VerificationError):
-            self._worthless[listed.evidence] = None
-            while len(self._worthless) > WORTHLESS_MAX:
-                self._worthless.popitem(last=False)
-            raise
         finally:
             self._fetching.discard(listed.evidence)
         return True
@@ -446,7 +457,13 @@ class EvidenceService:
     async def _judge_of(self, peer_id: str, evidence: Evidence) -> None:
         sender = public_key_of(peer_id)
         try:
-            verdict = await self._judge(evidence)
+            verdict = await self._judge(evidence, self._peer(peer_id))
+        except (MalformedError, VerificationError):
+            # Only what was judged is worthless: a peer that has nothing, or something else, must not make others' evidence so.
+            self._worthless[evidence.id] = None
+            while len(self._worthless) > WORTHLESS_MAX:
+                self._worthless.popitem(last=False)
+            raise
         except (NotFoundError, LocalError) as error:
             log.info("evidence_pending", evidence=evidence.id.hex()[:16], accused=evidence.peer_id, reason=error.cause)
             self._keep_pending(evidence, sender)
@@ -455,15 +472,30 @@ class EvidenceService:
 
     # --- judging -----------------------------------------------------------------------------------------------------------------
 
-    async def _judge(self, evidence: Evidence) -> Verdict:
+    async def _judge(self, evidence: Evidence, sender: _Peer | None = None) -> Verdict:
+        """`sender`: the peer that pays for the time that it takes."""
+
+        took_s = 0.0
+
+        def verify() -> Verdict:
+            nonlocal took_s
+            began_s = perf_counter()
+            try:
+                return self._verify(evidence)
+            finally:
+                took_s = perf_counter() - began_s
+
         async with self._checking:
             try:
-                return await self._offload(lambda: self._verify(evidence))
+                return await self._offload(verify)
             except NexusError:
                 raise
             except Exception as error:  # the boundary: evidence is made by strangers, and no bug of ours may end the node
                 log.exception("evidence_not_judged", evidence=evidence.id.hex(), kind=evidence.kind)
                 raise VerificationError("it cannot be judged for an error in Nexus; please report it") from error
+            finally:
+                if sender is not None:
+                    sender.checks.take(CHECKS_PER_WORK_S * took_s, trio.current_time())
 
     async def _believe(self, evidence: Evidence, verdict: Verdict, sender: bytes) -> None:
         """Keep verified evidence, durably, then act on it and tell others."""

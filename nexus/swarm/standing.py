@@ -14,7 +14,7 @@ Times are Unix milliseconds and end in `_ms`.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +50,7 @@ class SlashedSet:
     def __init__(self, most: int = SLASHED_MAX) -> None:
         self._most = most
         self._least: dict[bytes, bytes] = {}
+        self._sorted: list[bytes] = []  # its keys: a list is asked for more often than it changes, and by anyone
 
     def add(self, offender: bytes, evidence_id: bytes) -> bool:
         """Note a verified evidence; whether that changed the set. Raises CapacityError."""
@@ -61,6 +62,8 @@ class SlashedSet:
             )
         if known is not None and known <= evidence_id:
             return False
+        if known is None:
+            insort(self._sorted, offender)
         self._least[offender] = evidence_id
         return True
 
@@ -83,10 +86,9 @@ class SlashedSet:
 
     def page(self, after: bytes, limit: int) -> tuple[list[tuple[bytes, bytes]], bool]:
         """Up to `limit` entries whose offender comes after `after`, and whether there are more."""
-        offenders = sorted(self._least)
-        start = bisect_right(offenders, after) if after else 0
-        chosen = offenders[start : start + limit]
-        return [(offender, self._least[offender]) for offender in chosen], start + limit < len(offenders)
+        start = bisect_right(self._sorted, after) if after else 0
+        chosen = self._sorted[start : start + limit]
+        return [(offender, self._least[offender]) for offender in chosen], start + limit < len(self._sorted)
 
     def __contains__(self, offender: object) -> bool:
         return offender in self._least

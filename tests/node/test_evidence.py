@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -376,6 +377,55 @@ class TestHostilePeers:
         await two.transport.connect(one.transport.addresses[0])
         await trio.sleep(100)
         assert 4 <= len(two.verified) <= 4 + 100 * 0.05 + 2
+
+    @pytest.mark.parametrize("content", [b"", b"garbage", fork(CHEATERS[1]).to_bytes()], ids=["nothing", "junk", "another"])
+    async def test_a_liar_does_not_make_true_evidence_worthless(self, swarm: Swarm, autojump_clock: Clock, content: bytes) -> None:
+        """A cheater's friend lists the very evidence against it, and hands out something else."""
+        node, liar = await swarm.node(), Liar(listing((GOOD.accused, GOOD.id), content=content))
+        hostile = await swarm.hostile(liar.handle)
+        await hostile.connect(node.transport.addresses[0])
+        await until(lambda: EvidenceAsk(GOOD.id) in liar.asked, 30)
+        honest = await swarm.node()
+        await honest.service.submit(GOOD)
+        await honest.transport.connect(node.transport.addresses[0])
+        await until(lambda: node.convicted() == {GOOD.accused}, 60)
+
+    async def test_peers_that_never_answer_do_not_keep_others_from_being_asked(self, swarm: Swarm, autojump_clock: Clock) -> None:
+        async def silent(stream: Stream) -> None:
+            await trio.sleep_forever()
+
+        node = await swarm.node()
+        hostile = [await swarm.hostile(silent) for _ in range(64)]
+        for one in hostile:
+            await one.connect(node.transport.addresses[0])
+        honest = await swarm.node()
+        await honest.service.submit(GOOD)
+        await trio.sleep(60)
+
+        async def gossip() -> None:
+            for number in count():
+                for one in hostile:
+                    await one.publish(TOPIC, Listed(number.to_bytes(32, "big"), b"1" * 32).to_bytes())
+                await trio.sleep(5)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(gossip)
+            await honest.transport.connect(node.transport.addresses[0])
+            await until(lambda: node.convicted() == {GOOD.accused}, 100)
+            nursery.cancel_scope.cancel()
+
+    async def test_dear_evidence_is_judged_seldom(
+        self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who brings evidence pays for the time that it takes to verify, not for the number of pieces."""
+        clock_s = iter(range(0, 10**6, 6))
+        monkeypatch.setattr(evidence_module, "perf_counter", lambda: float(next(clock_s)))
+        one, two = await swarm.node(), await swarm.node()
+        for cheater in CHEATERS:
+            await one.service.submit(fork(cheater))
+        await two.transport.connect(one.transport.addresses[0])
+        await trio.sleep(600)
+        assert len(two.verified) * 6 <= 600 / 20 + 6
 
     async def test_whoever_asks_too_much_is_cut_off(self, swarm: Swarm, autojump_clock: Clock) -> None:
         node = await swarm.node()
