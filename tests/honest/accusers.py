@@ -104,6 +104,7 @@ class Keys:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], PieceKeys] = {}
+        self._tables: dict[str, AuditorKeys] = {}
 
     def of(self, subject: Subject, cells: Sequence[Cell]) -> AuditorKeys:
         model, pieces = subject.model, {}
@@ -117,7 +118,9 @@ class Keys:
                     linears = ()
                 self._kept[key] = read_piece_keys(model.folder.paths[name], model.exact, name, linears, SEED)
             pieces[name] = self._kept[key]
-        return auditor_keys(model.exact, model.folder.paths, pieces)
+        if model.name not in self._tables:
+            self._tables[model.name] = auditor_keys(model.exact, model.folder.paths, {})
+        return replace(self._tables[model.name], pieces=pieces)
 
 
 def refuse(evidence: Evidence, model: Model) -> str:
