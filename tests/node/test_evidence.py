@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -394,25 +393,16 @@ class TestHostilePeers:
         async def silent(stream: Stream) -> None:
             await trio.sleep_forever()
 
-        node = await swarm.node()
-        hostile = [await swarm.hostile(silent) for _ in range(64)]
-        for one in hostile:
-            await one.connect(node.transport.addresses[0])
-        honest = await swarm.node()
+        node, honest = await swarm.node(), await swarm.node()
         await honest.service.submit(GOOD)
+        hostile = [await swarm.hostile(silent) for _ in range(96)]
+        first = [one for one in hostile if one.peer_id < honest.transport.peer_id][:32]
+        assert len(first) == 32
+        for one in first:
+            await one.connect(node.transport.addresses[0])
         await trio.sleep(60)
-
-        async def gossip() -> None:
-            for number in count():
-                for one in hostile:
-                    await one.publish(TOPIC, Listed(number.to_bytes(32, "big"), b"1" * 32).to_bytes())
-                await trio.sleep(5)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(gossip)
-            await honest.transport.connect(node.transport.addresses[0])
-            await until(lambda: node.convicted() == {GOOD.accused}, 100)
-            nursery.cancel_scope.cancel()
+        await honest.transport.connect(node.transport.addresses[0])
+        await until(lambda: node.convicted() == {GOOD.accused}, 600)
 
     async def test_dear_evidence_is_judged_seldom(
         self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
@@ -455,7 +445,7 @@ class TestHostilePeers:
 
         hostile = await swarm.hostile(Liar(answer).handle)
         await hostile.connect(node.transport.addresses[0])
-        for _ in range(120):
+        for _ in range(96):
             current[0] = ordered[min(ordered.index(current[0]) + 1, 29)]
             await hostile.publish(TOPIC, Listed(current[0].accused, current[0].id).to_bytes())
             await trio.sleep(1)
