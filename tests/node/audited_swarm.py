@@ -173,12 +173,14 @@ async def audited_swarm(
     shows: Mapping[int, Show] | None = None,
     *,
     holds_weights: bool = True,
+    planned: int = 2,
 ) -> AsyncIterator[AuditedSwarm]:
     """`cheats`: by stage. `shows`: who computes what a stage shows, where it is not what it computed with. `holds_weights`:
-    whether the auditor has the model's pieces, or its files alone."""
+    whether the auditor has the model's pieces, or its files alone. `planned`: stages of the plan; more nodes are there for a
+    runner to plan with."""
     manifest = model[0]
     network = SimulatedNetwork(1, delay_s=(0.0, 0.001))
-    planned = min(stages, 2)  # more nodes are there for a runner to plan with
+    planned = min(stages, planned)
     edges = [round(manifest.layers * i / planned) for i in range(planned + 1)]
     plan = Plan(
         1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import trio
 import trio.testing
 
 from nexus.core.audits import CONVICTED, DUAL, LIGHT, OFF, OK, REPLICA, UNAUDITED
-from nexus.core.errors import CapacityError, UsageError
+from nexus.core.errors import CapacityError, NotAllowedError, UsageError, VerificationError
+from nexus.core.keys import public_key_of
 from nexus.core.manifest import Manifest
 from nexus.core.plan import Plan
-from nexus.node.api import Finished, GenerateRequest
+from nexus.node.api import Finished, GenerateRequest, Planned, Token
+from nexus.node.attacks import Means, conduct_of
 from nexus.node.audit.asking import Auditor
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.runner import Runner
@@ -198,3 +200,90 @@ async def test_a_canary_is_a_request_like_any_other(tiny: tuple[Manifest, Folder
         (kept,) = await here.audits.listed()
         assert kept.audits == 1
         assert {one.verdict for one in here.noted} == {OK}
+
+
+# --- a node is convicted while it works for this one ------------------------------------------------------------------------------
+
+
+async def cut_off(here: Home, request: GenerateRequest, after: int | None) -> tuple[list[Token], Finished, str]:
+    """Run a request, in which the node of stage 0 is convicted after so many tokens; None: never; 0: before any came out."""
+    tokens: list[Token] = []
+    plans: list[Planned] = []
+    reason = NotAllowedError("it was convicted while the session ran", "Run it again")
+
+    def convict() -> None:
+        first = plans[0].plan.stages[0].peer_id
+        assert here.runner.end_sessions_with(public_key_of(first), reason) == 1
+
+    async def convict_at_once() -> None:
+        while not here.runner._running:
+            await trio.lowlevel.checkpoint()
+        convict()
+
+    with trio.fail_after(60):
+        async with aclosing(here.runner.generate(request)) as events:
+            async for event in events:
+                if isinstance(event, Planned):
+                    plans.append(event)
+                    if after == 0 and len(plans) == 1:
+                        trio.lowlevel.spawn_system_task(convict_at_once)
+                elif isinstance(event, Token):
+                    tokens.append(event)
+                    if len(tokens) == after:
+                        convict()
+                elif isinstance(event, Finished):
+                    return tokens, event, plans[0].plan.stages[0].peer_id
+    raise AssertionError
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("after", [0, 20])
+async def test_an_answer_goes_on_without_a_node_that_is_convicted_meanwhile(
+    tiny: tuple[Manifest, Folder], tmp_path: Path, temperature: float, after: int
+) -> None:
+    """Nothing is shown twice, nothing changes, and the receipts are for all of it."""
+    request = GenerateRequest("tiny", "abc def", max_tokens=100, stages=2, temperature=temperature, seed=1)
+    async with home(tiny, tmp_path / "once", others=4) as here:
+        expected, undisturbed, _ = await cut_off(here, request, None)
+    assert len(expected) > 90  # or the session would be over before anybody is convicted
+    async with home(tiny, tmp_path / "twice", others=4) as here:
+        tokens, done, convicted = await cut_off(here, request, after)
+        assert [(one.step, one.token, one.text) for one in tokens] == [(one.step, one.token, one.text) for one in expected]
+        assert done.bundle.outputs == undisturbed.bundle.outputs
+        assert convicted not in {stage.peer_id for stage in done.stages}
+        assert done.completion_tokens == undisturbed.completion_tokens
+        assert done.audit
+        assert [stage.verdict for stage in done.audit.stages] == [OK, OK]
+        assert not here.runner._cut_off
+        assert len(await here.audits.listed()) == 1
+
+
+async def test_an_answer_that_was_wrong_so_far_fails_when_its_node_is_convicted(
+    tiny: tuple[Manifest, Folder], tmp_path: Path
+) -> None:
+    cheats = {0: Tampered("swapped-weights", tiny[1])}
+    request = GenerateRequest("tiny", "abc def", max_tokens=100, stages=2)
+    async with home(tiny, tmp_path, others=4, cheats=cheats) as here:
+        with pytest.raises(VerificationError, match="convicted in the middle of it"):
+            await cut_off(here, request, 20)
+        assert not here.runner._cut_off
+        assert not here.runner._running
+
+
+async def test_a_conviction_of_the_last_node_left_ends_the_answer(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    request = GenerateRequest("tiny", "abc def", max_tokens=100, stages=2)
+    async with home(tiny, tmp_path, others=2) as here:
+        with pytest.raises(NotAllowedError, match="it was convicted while the session ran"):
+            await cut_off(here, request, 20)
+
+
+async def test_who_spoils_a_session_is_avoided_as_long_as_others_suffice(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    forger = conduct_of("forged-signature", Means(identity(1), tiny[1].stage_files))
+    async with home(tiny, tmp_path, others=3, cheats={0: forger}) as here:
+        before = await here.runner.place(tiny[0], 2)
+        assert identity(1).public_key in {stage.node for stage in before.plan.stages}
+        with pytest.raises(VerificationError, match="not signed by the key"):
+            await here.run(max_tokens=20)
+        for stages, avoided in ((2, True), (3, False)):
+            plan = (await here.runner.place(tiny[0], stages)).plan
+            assert (identity(1).public_key not in {stage.node for stage in plan.stages}) == avoided
