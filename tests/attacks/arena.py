@@ -69,9 +69,9 @@ class Arena:
     def identity(self, number: int) -> Identity:
         return identities(len(self.nodes))[number]
 
-    async def ask(self, verify: str | None = None, asker: int = 0, steps: int = STEPS) -> Finished:
+    async def ask(self, verify: str | None = None, asker: int = 0, steps: int = STEPS, stages: int = 2) -> Finished:
         """Run a request on a node as its user does."""
-        request = GenerateRequest("tiny", "abc def ghi", max_tokens=steps, stages=2, verify=verify)
+        request = GenerateRequest("tiny", "abc def ghi", max_tokens=steps, stages=stages, verify=verify)
         with trio.fail_after(60):
             async for event in self.nodes[asker].generate(request):
                 if isinstance(event, Finished):

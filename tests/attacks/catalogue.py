@@ -194,8 +194,8 @@ ROWS = (
         ("silent",),
     ),
     Row(
-        "a prover that several others find silent",
-        "a quorum of witnesses of good standing",
+        "a prover that is silent to all who ask",
+        "a quorum of the session, each asking for itself",
         "",
         SUSPENDED,
         "test_audits.py::test_a_silent_prover_is_suspended_by_a_quorum",

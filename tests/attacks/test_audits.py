@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import trio
 from nexus.core.errors import LocalError, NexusError, RefusedError, VerificationError
 from nexus.core.hashing import leaf_hash
 from nexus.core.plan import Plan, PlanStage
+from nexus.engine.importer import import_model
 from nexus.node.attacks import Means, conduct_of
 from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Ask, Declined
 from nexus.node.evidence import INVALID_MAX
@@ -27,6 +29,7 @@ from nexus.storage.evidence import StoredEvidence
 from nexus.swarm.standing import SILENT, SUSPENSION_MS, SignedStatement, Statement, SuspensionCase
 from tests.attacks.arena import Arena, Model, identities, open_arena
 from tests.attacks.catalogue import Row
+from tests.engine.conftest import Folder
 from tests.node.test_evidence import fork, identity_of
 
 
@@ -50,23 +53,26 @@ async def test_a_silent_prover_is_demoted(tiny: Model, tmp_path: Path, row: Row)
         assert arena.trusts[0].standings.may_work(arena.key(1))
 
 
-async def test_a_silent_prover_is_suspended_by_a_quorum(tiny: Model, tmp_path: Path, row: Row) -> None:
-    async with open_arena(tiny, tmp_path, others=6) as arena:
+async def test_a_silent_prover_is_suspended_by_a_quorum(make_model: Callable[..., Path], tmp_path: Path, row: Row) -> None:
+    """In a chain of five stages: the other four put the auditor's question to the fifth themselves, and hear nothing either."""
+    folder = Folder(tmp_path)
+    manifest = import_model(make_model("llama", num_hidden_layers=5), folder, lambda *_: None, profile="exact")
+    async with open_arena((manifest, folder), tmp_path / "nodes", {1: "silent"}, others=6) as arena:
         trust, now_ms = arena.trusts[0], _now_ms()
-        terms = (await arena.ask("off", steps=2)).bundle.terms
         for witness in range(2, 6):
             for _ in range(20):
                 trust.standings.note_audit(arena.key(witness), True)
-        case = suspension_case(arena, terms, (2, 3, 4), now_ms)
-        for said in (2, 1):  # of four witnesses three have to agree, and one alone may be a liar
+        terms = (await arena.ask("off", steps=2, stages=5)).bundle.terms
+        # Whoever says so without having asked suspends nobody: too few, and the accused, strangers and newcomers do not count.
+        for liars in ((2,), (2, 3), (1, 2, 6)):
             with pytest.raises(VerificationError):
-                trust.standings.suspend(replace(case, statements=case.statements[:said]))
-        with pytest.raises(VerificationError):  # whose own word does not count, nor that of strangers and newcomers
-            trust.standings.suspend(suspension_case(arena, terms, (1, 2, 6), now_ms))
+                trust.standings.suspend(suspension_case(arena, terms, liars, now_ms))
         assert await arena.is_planned(1)
-        suspension = trust.standings.suspend(case)
-        assert suspension.until_ms == suspension.since_ms + SUSPENSION_MS
+        await arena.ask("light", steps=2, stages=5)
         assert await arena.outcome(1) == row.outcome
+        standing = trust.standings.of(arena.key(1))
+        assert "did not answer an audit" in standing.cause
+        assert 0 < standing.until_ms - now_ms <= SUSPENSION_MS + 60_000
         assert not trust.standings.is_slashed(arena.key(1))
 
 
