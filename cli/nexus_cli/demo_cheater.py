@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nexus.core.audits import CONVICTED, LIGHT, OFF, OK, REPLICA, UNAUDITED
+from nexus.core.audits import CONVICTED, LIGHT, OFF, OK, REPLICA
 from nexus_cli import show
 from nexus_cli.options import Shared
 
@@ -116,12 +116,12 @@ def _ask_and_catch(
     _tell(shared, "3  The signatures hold. Do the numbers?")
     if answer.finished.audit is not None:
         _print_audit(shared, answer.finished.audit)
-        if _verdict(answer.finished.audit, cheater) == CONVICTED:
-            return answer, LIGHT
+        if found_by := _convicting_mode(answer.finished.audit, cheater):
+            return answer, found_by
     _tell(shared, "   A light audit looks at a few cells and found nothing there that convicts. So all is computed again:")
     view = _audit(daemon, answer.planned.session)
     _print_audit(shared, view)
-    return answer, REPLICA if _verdict(view, cheater) == CONVICTED else ""
+    return answer, _convicting_mode(view, cheater)
 
 
 def _audit(daemon: Daemon, session: bytes) -> AuditView:
@@ -134,8 +134,9 @@ def _audit(daemon: Daemon, session: bytes) -> AuditView:
     raise LocalError("the daemon ended the audit without saying what came of it", "Please report it")
 
 
-def _verdict(view: AuditView, node: TestnetNode) -> str:
-    return next((stage.verdict for stage in view.stages if stage.peer_id == node.peer_id), UNAUDITED)
+def _convicting_mode(view: AuditView, node: TestnetNode) -> str:
+    """The audit that convicted the node, or "" where none did."""
+    return next((stage.mode for stage in view.stages if stage.peer_id == node.peer_id and stage.verdict == CONVICTED), "")
 
 
 def _print_audit(shared: Shared, view: AuditView) -> None:

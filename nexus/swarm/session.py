@@ -614,7 +614,8 @@ class CoordinatorSession:
                 raise
             evidence, verdict = found
             self.evidence.append(evidence)
-            raise VerificationError(verdict.summary, "It is convicted by what it signed: run it again, without it", verdict.peer_id) from error
+            fix = "It is convicted by what it signed: run it again, without it"
+            raise VerificationError(verdict.summary, fix, verdict.peer_id) from error
         self._receipts.append(signed)
         if trace is None:
             return
