@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import trio
@@ -169,6 +170,28 @@ async def test_an_auditor_with_broken_keys_accuses_nobody(tiny: tuple[Manifest, 
         assert {stage.verdict for stage in report.stages} == {OK} or not nodes.heard.evidence
         assert not nodes.heard.evidence
         assert [stage.verdict for stage in report.stages] == [OK, OK]
+
+
+@pytest.mark.parametrize("holds_weights", [True, False])
+async def test_a_stage_that_is_for_ever_still_at_it_did_not_answer(
+    tiny: tuple[Manifest, Folder], tmp_path: Path, holds_weights: bool
+) -> None:
+    """Signs of life keep a connection open. They must not keep an audit from coming to a verdict."""
+    over = Event()
+
+    def stall(stage: Stage, subject: AuditedStage, cells: tuple[Cell, ...], files: dict[str, Path]) -> list[Opening]:
+        over.wait()
+        raise LocalError("nothing came of it")
+
+    hostile = Tampered("swapped-weights", tiny[1])
+    async with audited_swarm(tiny, tmp_path, cheats={0: hostile}, shows={0: stall}, holds_weights=holds_weights) as nodes:
+        try:
+            report = await nodes.audit(await nodes.run(), None, nodes.auditor(timeout_s=20.0))
+        finally:
+            over.set()
+        assert report.stages[0].verdict == (CONVICTED if holds_weights else UNANSWERED)
+        assert nodes.heard.silent == [nodes.plan.stages[0].node]
+        assert not nodes.heard.unanswered
 
 
 async def test_an_audit_that_takes_too_long_says_so(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:

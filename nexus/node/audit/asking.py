@@ -72,6 +72,8 @@ T = TypeVar("T")
 
 ROW_TIMEOUT_S = 20.0
 LIGHT_AT_ONCE = 4
+# Of the time of an audit, what one stage has to answer: "still at it" must not use up everybody's, and end in no verdict at all.
+ANSWER_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +322,16 @@ class Auditor:
     async def _answered(self, audit: _Audit, stage: int, signed: SignedAuditRequest, cells: Sequence[Cell]) -> Answered | None:
         """What the stage shows, to this node or else to the other participants of the session. None where it shows nothing."""
         node, failure = audit.subjects[stage].layers.node, ""
+        due_s = self._timeout_s * ANSWER_SHARE
         try:
-            return await self._ask(audit, stage, signed, cells)
+            with trio.move_on_after(due_s):
+                return await self._ask(audit, stage, signed, cells)
+            # It gives signs of life, so others would wait for it as long; it may also be that it has much to do.
+            failure = f"it works on it, and showed nothing within {due_s:.0f} s"
+            log.warning("audit_unanswered", node=peer_id_of(node), session=audit.session.hex()[:16], reason=failure)
+            audit.note(stage, LIGHT, UNANSWERED, detail=failure)
+            await self._callbacks.silence(node, audit.session, failure)
+            return None
         except (PeerError, TimedOutError, CapacityError) as error:
             log.warning("audit_unanswered", node=peer_id_of(node), session=audit.session.hex()[:16], reason=error.cause)
             failure = error.cause
