@@ -23,8 +23,8 @@ ANSWER_TIMEOUT_S = 90.0
 def ledger(shared: Shared, peer: str | None) -> None:
     """Show the account of PEER: standing, balance, bond, earnings.
 
-    Then its reputation and the newest entries of its chain. PEER is an id, the start of one, or a node's name; without it, the account of your own node. The chain is read from the node
-    itself and checked from its first entry on.
+    Then its reputation and the newest entries of its chain. PEER is an id, the start of one, or a node's name; without it, the
+    account of your own node. The chain is read from the node itself and checked from its first entry on.
     """
     from nexus.gateway.wire import to_json
     from nexus.node.api import LedgerView
