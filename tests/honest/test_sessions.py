@@ -46,7 +46,7 @@ from tests.honest.swarm import (
 )
 from tests.node.audited_swarm import AuditedSwarm, audited_swarm
 
-SESSIONS = {name: 16 if name == ENCODER else 123 for name in MODELS}
+SESSIONS = {name: 8 if name == ENCODER else 124 for name in MODELS}
 NODES = 4
 # Receipts of earlier sessions that are thrown at every new one.
 REMEMBERED = 12
@@ -114,7 +114,8 @@ def look_at(chance: random.Random, ran: Ran, nodes: Sequence[Node], others: Sequ
         if work.receipts[-1] != subject.signed[-1].receipt:
             continue  # an earlier attempt went further, and audits are of the last receipt
         signed, openings = audit(subject, draw_kernel(chance), KEYS, chance.randrange(256), chance.choice([1, 1, 2, 5]))
-        accuse_of_openings(chance, subject, signed, openings, 1)
+        if chance.random() < 0.4:
+            accuse_of_openings(chance, subject, signed, openings, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
