@@ -230,6 +230,7 @@ class AuditSettings:
 class LedgerSettings:
     price_per_token: int = _setting(_integer(0, PRICE_MAX))
     credit_max: int = _setting(_integer(0, AMOUNT_MAX))
+    price_max: int = _setting(_integer(0, PRICE_MAX))
     burn_max: int = _setting(_integer(1, 65_536))
     burn_window_s: float = _setting(_seconds(30 * 86400))
 

@@ -28,6 +28,7 @@ class LedgerOptions:
     credit_max: int
     burn_max: int
     burn_window_s: float
+    price_max: int
 
 
 @dataclass(frozen=True, slots=True)

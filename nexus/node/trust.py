@@ -38,7 +38,7 @@ BELIEVED, WAITING, NOT_BELIEVED = "believed", "waiting", "not believed"
 
 
 class Trust:
-    """Opened by `open_trust`. `names`: what peers call themselves, by peer id."""
+    """Opened by `open_trust`. `names`: what peers call themselves, by peer id. `price_max`: what other nodes may ask."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Trust:
         evidence: EvidenceService,
         ledger: LedgerService,
         names: Callable[[], dict[str, str]],
+        price_max: int,
     ) -> None:
         self._identity = identity
         self._store = store
@@ -55,6 +56,7 @@ class Trust:
         self.evidence = evidence
         self.ledger = ledger
         self._names = names
+        self._price_max = price_max
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Exchange evidence and payments until cancelled."""
@@ -75,10 +77,12 @@ class Trust:
             raise NotAllowedError(refusal, "It takes payments at once: `nexus ledger` on that node shows what keeps it from paying")
 
     def workers(self, records: Iterable[NodeRecord]) -> list[NodeRecord]:
-        """The nodes that may be planned with: neither convicted nor suspended. One that is demoted counts as much slower than it
-        says, so that it gets little where others can do the work."""
+        """The nodes that may be planned with: neither convicted nor suspended, and not dearer than this node pays. One that is
+        demoted counts as much slower than it says, so that it gets little where others can do the work."""
         found = []
         for record in records:
+            if record.price > self._price_max and record.node != self._identity.public_key:
+                continue
             standing = self.standings.of(record.node)
             if standing.state == DEMOTED:
                 found.append(replace(record, speed=record.speed // DEMOTED_SLOWDOWN))
@@ -97,8 +101,10 @@ class Trust:
         for stage in bundle.plan.stages:
             if stage.node != self._identity.public_key:
                 self.standings.note_run(stage.node)
+        # A record may have changed since: nobody is paid more than was meant to be.
+        due = {node: min(price, self._price_max) for node, price in prices.items()}
         try:
-            await self.ledger.pay_for(bundle, prices, forfeited)
+            await self.ledger.pay_for(bundle, due, forfeited)
         except NexusError as error:
             log.warning("session_not_paid", session=bundle.terms.session.hex()[:16], reason=error.cause, fix=error.fix)
 
@@ -282,7 +288,7 @@ async def open_trust(
         stack.callback(ledger.save)
         await evidence.load()
         await ledger.load()
-        yield Trust(identity, store, standings, evidence, ledger, names)
+        yield Trust(identity, store, standings, evidence, ledger, names, options.price_max)
 
 
 def _open_ledger(home: Home, identity: Identity) -> tuple[LedgerStore | None, str]:

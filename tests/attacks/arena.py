@@ -172,7 +172,7 @@ async def open_arena(
     """`cheats`: by node, an attack's name or a conduct. `others`: nodes that serve, from node 1 on; the last one is slow, so that
     it is planned with only when it has to be."""
     network = SimulatedNetwork(1, delay_s=(0.0, 0.001))
-    template = _template(model, directory)
+    template = _template(model)
     keys = identities(1 + others)
     async with AsyncExitStack() as stack:
         arena = Arena(network, model, [], [], [])
@@ -225,17 +225,18 @@ def _options(home: Home, number: int, policy: str, burn_max: int) -> NodeOptions
         sessions_max=8,
         auto_fetch=True,
         audit=AuditOptions(policy, 0.1, 20, 3, 0.0, 60.0, 1 << 30, 1e6),
-        ledger=LedgerOptions(10, 0, burn_max, 3600.0),
+        ledger=LedgerOptions(10, 0, burn_max, 3600.0, 1000),
         threads=1,
     )
 
 
-def _template(model: Model, directory: Path) -> Path:
-    """The model as a node keeps it."""
-    path = directory / "template"
+def _template(model: Model) -> Path:
+    """The model as a node keeps it, made once."""
     manifest, folder = model
-    blobs, catalog = BlobStore.open(path), Catalog.open(path)
-    for blob in (*manifest.files, *manifest.pieces):
-        blobs.put(blob.name, blob.size, [folder.paths[blob.name].read_bytes()])
-    catalog.add("tiny", manifest)
+    path = folder.root / "as-a-node-keeps-it"
+    if not path.exists():
+        blobs, catalog = BlobStore.open(path), Catalog.open(path)
+        for blob in (*manifest.files, *manifest.pieces):
+            blobs.put(blob.name, blob.size, [folder.paths[blob.name].read_bytes()])
+        catalog.add("tiny", manifest)
     return path

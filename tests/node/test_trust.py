@@ -18,12 +18,13 @@ from nexus.node.options import LedgerOptions
 from nexus.node.trust import Trust, open_trust
 from nexus.proof.evidence import OP, Evidence, Verdict, verify_evidence
 from nexus.storage.home import Home, create_home
+from nexus.swarm.ledger import session_cost
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.standing import GOOD, PROBATION, SLASHED, SUSPENDED
 from tests.node.test_evidence import CHEATERS, fork, identity_of
 from tests.node.test_ledger import Node, bundle
 
-OPTIONS = LedgerOptions(price_per_token=10, credit_max=1000, burn_max=2, burn_window_s=3600.0)
+OPTIONS = LedgerOptions(price_per_token=10, credit_max=1000, burn_max=2, burn_window_s=3600.0, price_max=1000)
 ONE, TWO = identity_of(1), identity_of(2)
 
 
@@ -182,3 +183,18 @@ async def test_two_that_fit_are_ambiguous(homes: tuple[Home, Home], monkeypatch:
             await one.evidence.submit(fork(cheater))
         with pytest.raises(UsageError, match="fits 2"):
             await one.evidence_view("")
+
+
+async def test_nobody_is_paid_more_than_this_node_pays(homes: tuple[Home, Home]) -> None:
+    """One session at the highest price there is would use up all the credit that its payer has with anybody."""
+    network = SimulatedNetwork(1)
+    async with opened(network, homes[0], ONE) as (one, _):
+        records = [
+            cast(NodeRecord, SimpleNamespace(node=identity.public_key, price=price))
+            for identity, price in ((ONE, 10**9), (TWO, 1000), (CHEATERS[0], 1001))
+        ]
+        assert [record.node for record in one.workers(records)] == [ONE.public_key, TWO.public_key]
+        payer, stage = (cast(Node, SimpleNamespace(key=identity.public_key)) for identity in (ONE, TWO))
+        paid = bundle(b"s" * 32, payer, stage, tokens=100)
+        await one.settle(paid, {TWO.public_key: 10**9}, ())
+        assert one.ledger.account.paid == session_cost(paid.plan, 100, {TWO.public_key: 1000}, ONE.public_key).amount  # type: ignore[union-attr]
