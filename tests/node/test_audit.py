@@ -11,13 +11,15 @@ import pytest
 import trio
 
 from nexus.core.audits import CONVICTED, LIGHT, OFF, OK, REPLICA, UNANSWERED, UNAUDITED
-from nexus.core.errors import LocalError, RefusedError, UsageError
+from nexus.core.errors import LocalError, NotFoundError, RefusedError, UsageError
 from nexus.core.manifest import Manifest
 from nexus.engine.exact.audit import answer
 from nexus.engine.exact.tampering import TAMPERINGS
 from nexus.engine.exact.weight_rows import StoredWeights
 from nexus.engine.stage import Stage
+from nexus.network.transport import Transport
 from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Answer, Ask, Declined, Shown, Working
+from nexus.node.audit.reading import Unanswered
 from nexus.proof.audit import (
     CELLS,
     ROW,
@@ -224,9 +226,11 @@ def request_for(nodes: AuditedSwarm, kept: KeptSession, **changes: object) -> Au
     return replace(request, **changes)  # type: ignore[arg-type]
 
 
-async def ask(nodes: AuditedSwarm, request: AuditRequest, signer: int = 0, frame: bytes | None = None) -> list[Opening]:
+async def ask(
+    nodes: AuditedSwarm, request: AuditRequest, signer: int = 0, frame: bytes | None = None, asker: Transport | None = None
+) -> list[Opening]:
     """What stage 0 answers. Raises RefusedError with its reason."""
-    stream = await nodes.transport.open_stream(nodes.transports[0].peer_id, AUDIT)
+    stream = await (asker or nodes.transport).open_stream(nodes.transports[0].peer_id, AUDIT)
     await stream.send(frame or AUDIT_MESSAGES.pack(Ask(SignedAuditRequest.sign(request, identity(signer)))))
     openings: list[Opening] = []
     try:
@@ -291,6 +295,49 @@ async def test_a_challenge_is_answered_once_and_a_session_not_for_ever(tiny: tup
                 refused.append(error.cause)
         assert any("faster than this node answers" in cause for cause in refused)
         assert nodes.answers[0].answered <= 16
+
+
+async def test_participants_may_ask_in_the_coordinators_place_and_strangers_may_not(
+    tiny: tuple[Manifest, Folder], tmp_path: Path
+) -> None:
+    """One request each, also one that was answered before: a coordinator that says it was not must not be believed."""
+    async with audited_swarm(tiny, tmp_path, stages=3) as nodes:
+        kept = await nodes.run(20)
+        _, witness, stranger = nodes.transports
+        witness.learn(nodes.sources[0])
+        stranger.learn(nodes.sources[0])
+        request = request_for(nodes, kept)
+        (shown,) = await ask(nodes, request)
+        for _ in range(3):
+            assert await ask(nodes, request, asker=witness) == [shown]
+        for again in (request, request_for(nodes, kept, index=1)):
+            with pytest.raises(RefusedError, match="relayed an audit of that session before"):
+                await ask(nodes, again, asker=witness)
+        with pytest.raises(RefusedError, match="only the coordinator"):
+            await ask(nodes, request, asker=stranger)
+        with pytest.raises(RefusedError, match="only the coordinator"):
+            await ask(nodes, replace(request, coordinator=identity(2).public_key), signer=2, asker=witness)
+
+
+async def test_a_witness_knows_what_is_to_be_shown(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    async with audited_swarm(tiny, tmp_path, stages=3) as nodes:
+        kept = await nodes.run(20)
+        request, terms, plan = request_for(nodes, kept), kept.bundle.terms, kept.bundle.plan
+        receipts = [one for one in kept.bundle.receipts if one.receipt.stage == 0]
+        case = Unanswered(terms, plan, SignedAuditRequest.sign(request, identity(0)), receipts[-1], ())
+        cells = await nodes.answers[1].cells_of(case)
+        assert [one.cell for one in await ask(nodes, request)] == list(cells)
+        # An earlier receipt asks for less of the session, and that is answered too.
+        first = replace(request_for(nodes, kept, index=1), receipt=receipts[0].receipt.id)
+        cells = await nodes.answers[1].cells_of(
+            replace(case, request=SignedAuditRequest.sign(first, identity(0)), receipt=receipts[0])
+        )
+        assert [one.cell for one in await ask(nodes, first)] == list(cells)
+        with pytest.raises(NotFoundError):
+            await nodes.answers[2].cells_of(case)  # it had no part in it
+        beyond = replace(receipts[-1], receipt=replace(receipts[-1].receipt, step0=64))
+        with pytest.raises(NotFoundError, match="no part in all"):
+            await nodes.answers[1].cells_of(replace(case, receipt=beyond))
 
 
 async def test_the_challenges_of_a_session_are_used_up_one_day(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from nexus.node.cheating import HONEST
 from nexus.node.models import Models
 from nexus.proof.audit import (
     CELLS,
+    OPENING_BYTES_MAX,
     AuditAnswer,
     AuditRequest,
     Cell,
@@ -215,16 +216,24 @@ class AuditAnswers:
 
     async def cells_of(self, case: Unanswered) -> tuple[Cell, ...]:
         """What the stage of an unanswered request has to show, as another participant of the session can tell. Raises
-        NotFoundError where this node does not have that session."""
+        NotFoundError where this node does not have that session, or no stage could show so much."""
+        from nexus.proof.audit_check import AuditedStage
+
         plan, last = case.plan, case.receipt.receipt
         number = next((number for number, one in enumerate(plan.stages) if one.node == self._identity.public_key), len(plan.stages))
         work = await trio.to_thread.run_sync(self._sessions.served, case.terms.session, number)
         steps = last.step0 + last.n
-        if steps > len(work.inputs):
+        receipts = [receipt for receipt in work.receipts if receipt.step0 < steps]  # of the same windows as those of the accused
+        if sum(receipt.n for receipt in receipts) != steps:
             raise NotFoundError("this node had no part in all of that session")
         manifest = await self._models.manifest(case.terms.model_root, [])
         rows = _rows(manifest, work)[:steps]
-        return _drawn(case.request.request, plan, await self._exact_plan(manifest), rows)
+        exact, request = await self._exact_plan(manifest), case.request.request
+        cells = _drawn(request, plan, exact, rows)
+        subject = AuditedStage(manifest, exact, plan, case.terms, request.stage, receipts, (), (), (), rows)
+        if max(map(subject.shown_bytes, cells)) > OPENING_BYTES_MAX:
+            raise NotFoundError("that session is too long for a light audit")
+        return cells
 
     async def _open(self, work: ServedWork, cells: tuple[Cell, ...]) -> list[Opening]:
         """Compute the session again, and open what is asked for."""
