@@ -63,7 +63,8 @@ PEERS_MAX = 1024
 # Accounts of payers, and payments of theirs to this node, that need not be read again.
 PAYERS_MAX = 256
 PAID_MAX = 16_384
-# Of one peer: payments per second, each of which is a durable write here, and what it may save up; bytes of chains sent to it.
+# Of one peer: payments per second, each of which is a durable write here, as is every page of its chain that is read for one, and
+# what it may save up; bytes of chains sent to it.
 PAYMENTS_PER_S = 0.5
 PAYMENTS_BURST = 32.0
 SERVED_BYTES_PER_S = 256 * 1024
@@ -361,7 +362,7 @@ class LedgerService:
                 if peer.payments.take(0.0, trio.current_time()) > 0:
                     raise RefusedError("too many payments at once", "Offer it again later")
                 peer.payments.take(1.0, trio.current_time())
-                return await self._take(signed, sender)
+                return await self._take(signed, sender, peer)
             case HeadAsk(account):
                 store = self._store
                 known = await self._offload(lambda: store.newest_seen(account)) if store is not None else None
@@ -371,7 +372,7 @@ class LedgerService:
             case _:
                 raise MalformedError("an answer where a question is due")
 
-    async def _take(self, signed: SignedEntry, payer: bytes) -> Record:
+    async def _take(self, signed: SignedEntry, payer: bytes, peer: _Peer) -> Record:
         """Take a payment that is this node's to take. Raises VerificationError, MalformedError for one that must never be sent."""
         payment = signed.verify()
         if payment.account != payer or payment.kind != PAY:
@@ -386,7 +387,7 @@ class LedgerService:
         if taken is not None:
             return Earned(taken)
         try:
-            await self._check_payer(payment)
+            await self._check_payer(payment, peer)
             earned = await self._append(lambda: (earn_entry(self._account, payment), signed))
         except VerificationError as error:
             return Declined(error.cause[:500])
@@ -395,8 +396,9 @@ class LedgerService:
         log.info("earned", payer=peer_id_of(payer), amount=in_credits(earned.entry.amount), session=payment.session.hex()[:16])
         return Earned(earned)
 
-    async def _check_payer(self, payment: Entry) -> None:
-        """That a payment stands in its owner's chain, and that all before it holds: nobody earns what nobody owes.
+    async def _check_payer(self, payment: Entry, peer: _Peer) -> None:
+        """That a payment stands in its owner's chain, and that all before it holds: nobody earns what nobody owes. `peer` pays for
+        what is read.
 
         Raises VerificationError, MalformedError where it does not; other PeerErrors, TimedOutError where that cannot be read now.
         """
@@ -405,7 +407,7 @@ class LedgerService:
         account = self._payers.pop(payer, None) or Account(payer)
         if payment.seq < account.entries and at not in self._paid:
             account = Account(payer)  # too long ago to remember
-        entries = account.entries
+        entries = known_before = account.entries
         try:
             if payment.seq >= account.entries:
                 with _deadline(peer_id_of(payer), FETCH_TIMEOUT_S):
@@ -413,6 +415,7 @@ class LedgerService:
                         peer_id_of(payer), lambda stream: self._fetch(stream, account, payment.seq + 1, self._keep_payment)
                     )
         finally:
+            peer.payments.take((account.entries - known_before) / PAGE_MAX, trio.current_time())
             known = self._payers.get(payer)
             if known is None or known.entries < account.entries:
                 self._payers[payer] = account

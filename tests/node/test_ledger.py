@@ -417,6 +417,29 @@ class TestHostilePeers:
             await node.service.fetch(hostile.peer_id)
         assert not node.reported
 
+    async def test_a_long_chain_is_paid_for_by_whoever_has_it_read(
+        self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Entries cost their maker nothing, and here a signature to check and a place on the disk each."""
+        monkeypatch.setattr(ledger_module, "PAYMENTS_BURST", 4.0)
+        stage, account = await swarm.node(), Account(identity_of(2).public_key)
+        items = [payment(identity_of(2), stage.key, account=account) for _ in range(6 * ledger_module.PAGE_MAX)]
+        asked: list[int] = []
+
+        def answer(message: Record) -> Record:
+            if isinstance(message, ChainAsk):
+                asked.append(message.start)
+                return ChainPage(tuple(PageItem(one, ()) for one in items[message.start :][: ledger_module.PAGE_MAX]), len(items))
+            return Head(()) if isinstance(message, HeadAsk) else Declined("no")
+
+        transport, owner = await swarm.hostile(answer, stage)
+        assert owner.public_key == account.public_key
+        assert isinstance(await ask(transport, stage, Pay(items[-1])), Earned)
+        assert len(asked) == 6
+        with pytest.raises((trio.EndOfChannel, NexusError)):
+            await ask(transport, stage, Pay(items[0]))
+        assert len(asked) == 6
+
     async def test_a_flood_of_payments_is_slowed(
         self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
