@@ -164,10 +164,15 @@ def test_a_full_disk_keeps_what_was_there_and_goes_on_when_there_is_room(store: 
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     connection.execute(f"PRAGMA max_page_count = {pages + 2}")
     signed = pay(own, OWNER, OTHER)
-    with pytest.raises(LocalError, match="disk is full"):
+
+    def fill_the_disk() -> None:
+        nonlocal signed
         while True:
             store.append(signed)
             signed = pay(own, OWNER, OTHER)
+
+    with pytest.raises(LocalError, match="disk is full"):
+        fill_the_disk()
     assert store.entries() == signed.entry.seq
     connection.execute("PRAGMA max_page_count = 100000")
     store.append(signed)
