@@ -26,7 +26,7 @@ from nexus.proof.evidence import (
 from nexus.proof.evidence.operation import Claim, Proof
 from nexus.proof.evidence.record import MAGIC
 from nexus.proof.evidence.statements import BrokenChain, Equivocation
-from nexus.proof.receipts import SignedReceipt
+from nexus.proof.receipts import SignedReceipt, tokens_to_bytes
 from nexus.proof.trace import ATTENTION, LOGITS, QKV
 from scripts.benchmarks.pure_session import PureSession
 from tests.honest.lies import REFUSALS, cheater_proofs
@@ -145,6 +145,29 @@ def test_work_is_counted_before_it_is_done(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(operation, "WORK_MAX", 1000)
     monkeypatch.setattr(ops, "linear", lambda *_: pytest.fail("worked before it counted"))
     assert "multiplications" in refused(proof.evidence(), one).cause
+
+
+def test_a_prompt_s_rows_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of each row is claimed, and all of the row's embedding has to be computed for it."""
+    one = session("plain")
+    proof = prove_difference(one.accused(0), one.values[0], Difference(0, 0, 0, QKV))
+    narrow = replace(proof, claim=replace(proof.claim, row=0, rows=len(PROMPT), element=0, elements=1))
+    monkeypatch.setattr(operation, "NUMBERS_MAX", 2 * len(PROMPT))
+    monkeypatch.setattr(ops, "embed", lambda *_: pytest.fail("made them before it counted"))
+    assert "more than one proof may be about" in refused(narrow.evidence(), one).cause
+
+
+def test_an_answer_with_a_token_that_there_is_not_is_no_error_of_the_verifier_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accused may sign for anything: no penalty can be worked out for a token that has no logit."""
+    one = session("plain", penalty=1.3)
+    one.outputs[1][2] = tokens_to_bytes([1]) if one.outputs[1][2] == bytes(4) else bytes(4)
+    one.sign()
+    proof = prove_difference(one.accused(1), one.values[1], Difference(0, 2, 0, OUTPUT))
+    assert verify_evidence(proof.evidence(), one.model).step == 2
+    monkeypatch.setattr(exhibits, "verify_merkle_range", lambda *_: None)
+    unknown = tokens_to_bytes([1 << 20])
+    outputs = tuple(payload if payload.step else replace(payload, data=unknown) for payload in proof.outputs)
+    assert "none that the model knows" in refused(replace(proof, outputs=outputs).evidence(), one).cause
 
 
 def test_a_claim_outside_of_what_was_signed_for_is_refused() -> None:

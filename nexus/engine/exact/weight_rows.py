@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,7 @@ class _StoredPiece:
         self._number = number
         self._layout: RowLayout = row_layout(plan, name)
         self._piece = Piece(path, _shapes(path) if name == TABLES else plan.piece_tensors(name))
+        self._vectors: dict[str, NDArray[Any]] = {}
         hashes = []
         for section in self._layout.sections:
             for start in range(0, section.count, _BLOCK_ROWS):
@@ -106,15 +108,20 @@ class _StoredPiece:
         """Leaves [count, leaf bytes] of a section."""
         here, piece = slice(start, start + count), self._piece
         if section.linear:
-            bias = piece.tensor(f"{section.name}.bias")[here] if section.biased else None
-            return linear_leaves(
-                piece.rows(f"{section.name}.weight", start, count), piece.tensor(f"{section.name}.scale")[here], bias
-            )
+            bias = self._vector(f"{section.name}.bias")[here] if section.biased else None
+            scale = self._vector(f"{section.name}.scale")[here]
+            return linear_leaves(piece.rows(f"{section.name}.weight", start, count), scale, bias)
         if section.float64:
             return tensor_leaves(piece.tensor(section.name)[here])
         if len(piece.shape(section.name)) == 1:
             return tensor_leaves(piece.tensor(section.name))
         return tensor_leaves(piece.rows(section.name, start, count))
+
+    def _vector(self, name: str) -> NDArray[Any]:
+        """Read once: a prompt's tokens are proven one by one, and scales are as many as the vocabulary."""
+        if name not in self._vectors:
+            self._vectors[name] = self._piece.tensor(name)
+        return self._vectors[name]
 
 
 def _shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -330,6 +330,8 @@ class Recomputation:
     def _embedded(self, ids: Sequence[int], first: int) -> Array:
         """Token ids at positions from `first` on, at the first stage."""
         plan, weights = self._plan, self._weights
+        # Four bytes of a prompt become a whole row: of a model wide enough some kilobytes of evidence would take all memory.
+        self._bound(len(ids), plan.hidden)
         if max(ids) >= plan.vocab:
             raise VerificationError("an honest node reads no token that the model does not know")
         self._spend(len(ids) * _TOKEN_WORK)
@@ -476,7 +478,10 @@ class Recomputation:
             window = answers[4 * receipt.step0 : 4 * (receipt.step0 + receipt.n)]
             if payload_root(window[at : at + 4] for at in range(0, len(window), 4)) != receipt.out_root:
                 raise VerificationError("the tokens before the window are not the ones that were signed for")
-        return tokens_from_bytes(answers + b"".join(exhibits.output(earlier) for earlier in range(case.receipt.step0, step)))
+        tokens = tokens_from_bytes(answers + b"".join(exhibits.output(earlier) for earlier in range(case.receipt.step0, step)))
+        if tokens and max(tokens) >= self._plan.vocab:
+            raise VerificationError("a token before is none that the model knows: that is the fault to show")
+        return tokens
 
     def _output_fault(self, claim: Claim) -> Fault | None:
         """What leaves the stage is the last layer's x, or an encoder's vector made of it."""
