@@ -79,6 +79,8 @@ PUBLISH_EVERY_S = 1.0
 PUBLISH_MAX = 256
 PUBLISH_TIMEOUT_S = 10.0
 SAVE_EVERY_S = 30.0
+# What may be spent at start on verifying again what was verified before it was kept: others decide how much of it there is.
+LOAD_WORK_S = 20.0
 
 EVIDENCE = ProtocolSpec(
     "/nexus/evidence/1",
@@ -216,10 +218,14 @@ class EvidenceService:
         return verdict
 
     async def load(self) -> None:
-        """Read what is kept and verify it again. What does not hold any more is not believed, and stays where it is."""
+        """Read what is kept and verify it again, as far as there is time. What does not hold any more is not believed, and stays
+        where it is."""
+        due_s, late = perf_counter() + LOAD_WORK_S, 0
         for stored in await self._offload(self._store.listed):
+            again = perf_counter() < due_s
+            late += not again
             try:
-                evidence, verdict = await self._recall(stored)
+                evidence, verdict = await self._recall(stored, again)
             except (PeerError, LocalError) as error:
                 log.error("kept_evidence_not_believed", evidence=stored.id.hex()[:16], reason=error.cause, fix=error.fix)
                 continue
@@ -228,12 +234,16 @@ class EvidenceService:
             if stored.size > GOSSIP_BYTES_MAX:
                 self._not_shared.add(stored.id)
             self._convict(evidence, stored.known_ms)
+        if late:
+            log.warning("kept_evidence_not_repeated", pieces=late, reason=f"it takes longer than {LOAD_WORK_S:.0f} s at start")
 
-    async def _recall(self, stored: StoredEvidence) -> tuple[Evidence, Verdict | None]:
+    async def _recall(self, stored: StoredEvidence, again: bool) -> tuple[Evidence, Verdict | None]:
         content = await self._offload(lambda: self._store.content(stored.id))
         evidence = Evidence.from_bytes(content or b"")
         if (evidence.id, evidence.accused) != (stored.id, stored.offender):
             raise VerificationError("the file holds another evidence than it says")
+        if not again:
+            return evidence, None
         try:
             return evidence, await self._judge(evidence)
         except NotFoundError as error:

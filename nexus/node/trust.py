@@ -228,7 +228,7 @@ class Trust:
         )
 
 
-_UNREPEATED = "verified when it came, with the weights of a model that is not here any more"
+_UNREPEATED = "verified when it came; not again since this node started, for want of the model's weights or of time"
 
 
 def entry_views(chain: Chain) -> tuple[EntryView, ...]:

@@ -245,6 +245,23 @@ class TestBelieving:
         assert again.service.verdict(model.id) is None
         assert again.service.verdict(fork(CHEATERS[1]).id) is not None
 
+    async def test_a_start_takes_no_longer_than_it_may(
+        self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Others decide how much evidence there is and what it takes to verify it. All of it was verified before it was kept."""
+        node = await swarm.node()
+        for cheater in CHEATERS:
+            await node.service.submit(fork(cheater))
+        node.store.close()
+        transport, identity = await swarm.transport()
+        again = Node(transport, identity, tmp_path / "1.db")
+        swarm.nodes = [again]
+        clock_s = iter(range(10**6))
+        monkeypatch.setattr(evidence_module, "perf_counter", lambda: float(next(clock_s)))
+        await again.service.load()
+        assert again.convicted() == keys(*CHEATERS)
+        assert 0 < len(again.verified) <= evidence_module.LOAD_WORK_S
+
     async def test_evidence_for_an_unknown_model_waits_and_is_not_believed(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one, two = await swarm.node(), await swarm.node()
         one.known_models = True
