@@ -142,10 +142,11 @@ async def in_thread(work: Callable[[], T], /) -> T:
 
 @dataclass(slots=True)
 class _Peer:
-    """What attention a peer gets. `due_s`: when its list is to be asked for; `pulled_s`: when it last was; `judged`: evidence of it
-    that was judged; `invalid`: that convicted nobody."""
+    """What attention a peer gets. `checks_of_known`: of evidence against nodes that are known here. `due_s`: when its list is to be
+    asked for; `pulled_s`: when it last was; `judged`: evidence of it that was judged; `invalid`: that convicted nobody."""
 
     checks: TokenBucket
+    checks_of_known: TokenBucket
     served: TokenBucket
     due_s: float = 0.0
     pulled_s: float = -inf
@@ -155,7 +156,9 @@ class _Peer:
 
 
 class EvidenceService:
-    """`verify`: raises as `verify_evidence` does; called in a thread.
+    """`verify`: raises as `verify_evidence` does; called in a thread. `is_known`: whether a node, by its public key, is one that
+    this node may work with. Evidence against such nodes has a budget of its own and goes first: others can make as many cheaters
+    of their own as they like, and no number of them must keep back what matters.
 
     `on_slashed` is called once for every node that is newly convicted, itself excepted, on the trio thread; it must not wait.
     """
@@ -169,8 +172,10 @@ class EvidenceService:
         verify: Callable[[Evidence], Verdict],
         now_ms: Callable[[], int],
         offload: Offload = in_thread,
+        is_known: Callable[[bytes], bool] = lambda public_key: False,
     ) -> None:
         self._transport = transport
+        self._is_known = is_known
         self._own_key = own_key
         self._store = store
         self._standings = standings
@@ -394,6 +399,7 @@ class EvidenceService:
         stream = await self._transport.open_stream(peer_id, EVIDENCE)
         try:
             wanted = [news] if news is not None else await self._missing(stream)
+            wanted.sort(key=lambda listed: not self._is_known(listed.offender))
             for listed in wanted[:FETCHES_PER_PULL]:
                 if not await self._fetch(stream, listed):
                     break
@@ -442,32 +448,33 @@ class EvidenceService:
             return True
         peer, now_s = self._peer(stream.peer_id), trio.current_time()
         # Looking whether there is something left takes nothing, so that asking again and again makes the debt no deeper.
-        if peer.checks.take(0.0, now_s) > 0:
+        budget = peer.checks_of_known if self._is_known(listed.offender) else peer.checks
+        if budget.take(0.0, now_s) > 0:
             peer.due_s = now_s + PULL_AGAIN_S
             return False
-        peer.checks.take(1.0, now_s)
+        budget.take(1.0, now_s)
         self._fetching.add(listed.evidence)
         try:
             await stream.send(MESSAGES.pack(EvidenceAsk(listed.evidence)))
             found = MESSAGES.unpack(await stream.receive())
             if not isinstance(found, EvidenceFound):
                 raise MalformedError("something else than evidence where it is due", peer=stream.peer_id)
-            peer.checks.take(CHECKS_PER_MIB * len(found.content) / 2**20, trio.current_time())
+            budget.take(CHECKS_PER_MIB * len(found.content) / 2**20, trio.current_time())
             if not found.content:
                 raise VerificationError("it lists evidence that it does not have", peer=stream.peer_id)
             evidence = Evidence.from_bytes(found.content)
             if (evidence.accused, evidence.id) != (listed.offender, listed.evidence):
                 raise VerificationError("it hands out another evidence than it lists", peer=stream.peer_id)
             peer.judged += 1
-            await self._judge_of(stream.peer_id, evidence)
+            await self._judge_of(stream.peer_id, evidence, budget)
         finally:
             self._fetching.discard(listed.evidence)
         return True
 
-    async def _judge_of(self, peer_id: str, evidence: Evidence) -> None:
+    async def _judge_of(self, peer_id: str, evidence: Evidence, budget: TokenBucket) -> None:
         sender = public_key_of(peer_id)
         try:
-            verdict = await self._judge(evidence, self._peer(peer_id))
+            verdict = await self._judge(evidence, budget)
         except (MalformedError, VerificationError):
             # Only what was judged is worthless: a peer that has nothing, or something else, must not make others' evidence so.
             self._worthless[evidence.id] = None
@@ -482,8 +489,8 @@ class EvidenceService:
 
     # --- judging -----------------------------------------------------------------------------------------------------------------
 
-    async def _judge(self, evidence: Evidence, sender: _Peer | None = None) -> Verdict:
-        """`sender`: the peer that pays for the time that it takes."""
+    async def _judge(self, evidence: Evidence, budget: TokenBucket | None = None) -> Verdict:
+        """`budget`: of the peer that pays for the time that it takes."""
 
         took_s = 0.0
 
@@ -504,8 +511,8 @@ class EvidenceService:
                 log.exception("evidence_not_judged", evidence=evidence.id.hex(), kind=evidence.kind)
                 raise VerificationError("it cannot be judged for an error in Nexus; please report it") from error
             finally:
-                if sender is not None:
-                    sender.checks.take(CHECKS_PER_WORK_S * took_s, trio.current_time())
+                if budget is not None:
+                    budget.take(CHECKS_PER_WORK_S * took_s, trio.current_time())
 
     async def _believe(self, evidence: Evidence, verdict: Verdict, sender: bytes) -> None:
         """Keep verified evidence, durably, then act on it and tell others."""
@@ -528,7 +535,8 @@ class EvidenceService:
         if len(content) > GOSSIP_BYTES_MAX:
             self._not_shared.add(evidence_id)
         else:
-            self._news.append(Listed(evidence.accused, evidence_id))
+            news = Listed(evidence.accused, evidence_id)
+            (self._news.appendleft if not sender or self._is_known(evidence.accused) else self._news.append)(news)
         if replaces:
             self._replaced_s[evidence.accused] = trio.current_time()
             while len(self._replaced_s) > PEERS_MAX:
@@ -588,7 +596,9 @@ class EvidenceService:
         if peer is None:
             now_s = trio.current_time()
             peer = self._peers[peer_id] = _Peer(
-                TokenBucket(CHECKS_PER_S, CHECKS_BURST, now_s), TokenBucket(SERVED_BYTES_PER_S, SERVED_BYTES_BURST, now_s)
+                TokenBucket(CHECKS_PER_S, CHECKS_BURST, now_s),
+                TokenBucket(CHECKS_PER_S, CHECKS_BURST, now_s),
+                TokenBucket(SERVED_BYTES_PER_S, SERVED_BYTES_BURST, now_s),
             )
             while len(self._peers) > PEERS_MAX:
                 self._peers.popitem(last=False)

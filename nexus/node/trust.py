@@ -271,7 +271,15 @@ async def open_trust(
         fuse = Fuse(options.burn_max, round(options.burn_window_s * 1000))
         standings = Standings(store, fuse, probation_sessions, now_ms)
         stack.callback(_save, standings)
-        evidence = EvidenceService(transport, identity.public_key, store, standings, verify, now_ms)
+        evidence = EvidenceService(
+            transport,
+            identity.public_key,
+            store,
+            standings,
+            verify,
+            now_ms,
+            is_known=lambda node: peer_id_of(node) in names(),
+        )
         accounts, frozen = _open_ledger(home, identity)
         if accounts is not None:
             stack.callback(accounts.close)

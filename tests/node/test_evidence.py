@@ -421,6 +421,22 @@ class TestHostilePeers:
         await honest.transport.connect(node.transport.addresses[0])
         await until(lambda: node.convicted() == {GOOD.accused}, 600)
 
+    async def test_cheaters_made_to_fill_the_budget_do_not_hide_one_that_is_known(
+        self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(evidence_module, "CHECKS_BURST", 4.0)
+        monkeypatch.setattr(evidence_module, "CHECKS_PER_S", 0.001)
+        one, two = await swarm.node(), await swarm.node()
+        for cheater in CHEATERS:
+            await one.service.submit(fork(cheater))
+        await two.transport.connect(one.transport.addresses[0])
+        await trio.sleep(60)
+        known = identity_of(5000)
+        assert 0 < len(two.convicted()) < len(CHEATERS)
+        two.service._is_known = lambda public_key: public_key == known.public_key
+        await one.service.submit(fork(known))
+        await until(lambda: known.public_key in two.convicted(), 60)
+
     async def test_dear_evidence_is_judged_seldom(
         self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
