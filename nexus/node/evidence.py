@@ -525,6 +525,8 @@ class EvidenceService:
         except (LocalError, CapacityError) as error:
             # It holds all the same: no work for the convicted, though it will have to be found again after a restart.
             log.error("evidence_not_kept", evidence=evidence_id.hex()[:16], reason=error.cause, fix=error.fix)
+            # Who lists what it cannot hand out is taken for a liar.
+            self._not_shared.add(evidence_id)
             self._convict(evidence, known_ms)
             if not sender:
                 raise
@@ -535,6 +537,7 @@ class EvidenceService:
         if len(content) > GOSSIP_BYTES_MAX:
             self._not_shared.add(evidence_id)
         else:
+            self._not_shared.discard(evidence_id)
             news = Listed(evidence.accused, evidence_id)
             (self._news.appendleft if not sender or self._is_known(evidence.accused) else self._news.append)(news)
         if replaces:

@@ -290,6 +290,11 @@ class TestBelieving:
             await two.service.submit(fork(CHEATERS[1]))
         await two.transport.connect(one.transport.addresses[0])
         await until(lambda: two.convicted() == keys(*CHEATERS[:2]), 30)
+        # It does not list what it cannot show: others would take it for a liar.
+        three = await swarm.node()
+        await three.transport.connect(two.transport.addresses[0])
+        await trio.sleep(60)
+        assert three.service._peer(two.transport.peer_id).invalid == 0
 
     async def test_many_at_once_are_suspended_and_not_burned(self, swarm: Swarm, autojump_clock: Clock) -> None:
         node = await swarm.node()
