@@ -292,10 +292,14 @@ class EvidenceService:
                 await stream.send(frame)
 
     def _page(self, after: bytes) -> ListPage:
-        found, more = self._standings.slashed.page(after, PAGE_MAX)
-        entries = tuple(Listed(*entry) for entry in found if entry[1] not in self._not_shared)
-        # A page of nothing but evidence that is not passed on would end the list early.
-        return ListPage(entries, int(more and bool(entries)))
+        more = True
+        while more:
+            found, more = self._standings.slashed.page(after, PAGE_MAX)
+            entries = tuple(Listed(*entry) for entry in found if entry[1] not in self._not_shared)
+            if entries:
+                return ListPage(entries, int(more))
+            after = found[-1][0] if found else after  # nothing of this page is passed on, maybe of the next
+        return ListPage((), 0)
 
     async def _content(self, evidence_id: bytes) -> bytes:
         if evidence_id in self._not_shared:
@@ -520,14 +524,16 @@ class EvidenceService:
         known_ms = self._standings.known_ms(evidence.accused) or self._now_ms()
         stored = StoredEvidence(evidence.accused, evidence_id, evidence.kind, known_ms, sender, len(content))
         replaces = evidence.accused in self._standings.slashed
+        of_stranger = bool(sender) and not self._is_known(evidence.accused)
         try:
-            kept = await self._offload(lambda: self._store.put(stored, content))
+            kept = await self._offload(lambda: self._store.put(stored, content, of_stranger=of_stranger))
         except (LocalError, CapacityError) as error:
             # It holds all the same: no work for the convicted, though it will have to be found again after a restart.
             log.error("evidence_not_kept", evidence=evidence_id.hex()[:16], reason=error.cause, fix=error.fix)
             # Who lists what it cannot hand out is taken for a liar.
             self._not_shared.add(evidence_id)
-            self._convict(evidence, known_ms)
+            if not (of_stranger and isinstance(error, CapacityError)):
+                self._convict(evidence, known_ms)
             if not sender:
                 raise
             return

@@ -13,7 +13,7 @@ from pathlib import Path
 from nexus.core.errors import CapacityError
 from nexus.core.hashing import HASH_BYTES
 from nexus.storage.database import Cell, Database, row_hash
-from nexus.swarm.standing import SLASHED_MAX, Suspension, Tally
+from nexus.swarm.standing import SLASHED_MAX, Suspension, Tally, room_of_strangers
 
 DATABASE_BYTES_MAX = 2 * 1024**3
 TALLIES_MAX = 16_384
@@ -62,14 +62,21 @@ class EvidenceStore:
     def close(self) -> None:
         self._database.close()
 
-    def put(self, stored: StoredEvidence, content: bytes) -> bool:
-        """Keep verified evidence, durably, unless one with a lesser id is kept; whether it is kept now. Raises CapacityError."""
+    def put(self, stored: StoredEvidence, content: bytes, *, of_stranger: bool = False) -> bool:
+        """Keep verified evidence, durably, unless one with a lesser id is kept; whether it is kept now. Raises CapacityError.
+
+        `of_stranger`: against a node that nobody here has met. It may have all but a part of the room, so that convictions of keys
+        that were made for it keep nothing out that matters.
+        """
+        most, bytes_max = SLASHED_MAX, self._bytes_max
+        if of_stranger:
+            most, bytes_max = room_of_strangers(most), room_of_strangers(bytes_max)
         with self._database.transaction() as connection:
             known = connection.execute("SELECT id, known_ms FROM evidence WHERE offender = ?", (stored.offender,)).fetchone()
             if known is not None and known[0] <= stored.id:
                 return False
             (count, size) = connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM evidence").fetchone()
-            if known is None and (count >= SLASHED_MAX or size + len(content) > self._bytes_max):
+            if known is None and (count >= most or size + len(content) > bytes_max):
                 raise CapacityError(
                     f"{count} pieces of evidence of {size} bytes together are all that this node keeps",
                     "Somebody may be convicting keys of their own by the thousand; please report it",

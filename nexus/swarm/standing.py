@@ -44,6 +44,11 @@ TALLY_MAX = 256
 _Z95 = 1.959963984540054
 
 
+def room_of_strangers(most: int) -> int:
+    """What evidence against nodes that nobody here has met may take of a bound: anyone convicts keys of their own for nothing."""
+    return most - most // 8
+
+
 class SlashedSet:
     """Offender -> the least id of the evidence known against it. Grows only. Bounded: raises CapacityError when it is full."""
 

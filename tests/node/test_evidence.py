@@ -282,7 +282,7 @@ class TestBelieving:
         one, two = await swarm.node(), await swarm.node()
         await one.service.submit(fork(CHEATERS[0]))
 
-        def put(*_: object) -> bool:
+        def put(*_: object, **__: object) -> bool:
             raise LocalError("the disk is full")
 
         monkeypatch.setattr(two.store, "put", put)

@@ -60,6 +60,13 @@ def test_it_is_bounded(store: EvidenceStore, monkeypatch: pytest.MonkeyPatch) ->
     assert store.put(stored(A, b"4"), b"x")
 
 
+def test_convicted_strangers_leave_room_for_those_that_matter(store: EvidenceStore) -> None:
+    store.put(stored(A, b"5"), b"x" * 800, of_stranger=True)
+    with pytest.raises(CapacityError):
+        store.put(stored(B, b"5"), b"x" * 100, of_stranger=True)
+    assert store.put(stored(B, b"5"), b"x" * 100)
+
+
 def test_a_damaged_row_is_noticed(store: EvidenceStore, path: Path) -> None:
     store.put(stored(A, b"5"), b"content")
     store.put_tally(A, Tally(audits_ok=3), 5)
