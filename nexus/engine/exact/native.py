@@ -244,16 +244,20 @@ class _Arena:
     """Memory for weights in the large pages of the system, where it has them: with small ones decoding is some percent slower,
     since a processor does not read ahead from one page into the next."""
 
-    _PIECE_BYTES = 64 << 20
+    # A small model must not claim address space for a large one: a process with many of them could not fork.
+    _PIECE_BYTES_MIN, _PIECE_BYTES_MAX = 2 << 20, 64 << 20
 
     def __init__(self) -> None:
         self._piece = np.empty(0, np.uint8)
+        self._claimed = 0
 
     def take(self, size: int) -> Array:
         """`size` bytes that begin at a multiple of 64; memory that is never written is never used."""
         whole = -(-size // _ALIGNMENT) * _ALIGNMENT
         if whole > len(self._piece):
-            region = mmap.mmap(-1, max(whole, self._PIECE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            grown = min(max(self._claimed, self._PIECE_BYTES_MIN), self._PIECE_BYTES_MAX)
+            region = mmap.mmap(-1, max(whole, grown), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._claimed += len(region)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a kernel without them
                     region.madvise(mmap.MADV_HUGEPAGE)
