@@ -163,20 +163,11 @@ def write_file(file: Path, content: bytes) -> None:
 def verify_file(file: Path, weights: WeightSource | None = None) -> tuple[Evidence, Verdict]:
     """Raises NotFoundError or LocalError for the file, VerificationError for what convicts nobody, NotFoundError for a proof that
     does not carry its weights where `weights` has them not either."""
-    from nexus.core.errors import LocalError, MalformedError, NotFoundError, UsageError, VerificationError
+    from nexus.core.errors import MalformedError, VerificationError
     from nexus.proof.evidence import EVIDENCE_BYTES_MAX, Evidence, verify_evidence
+    from nexus_cli.receipts import read_file
 
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(EVIDENCE_BYTES_MAX + 1)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {file}", "Give a file of evidence") from error
-    except OSError as error:
-        raise LocalError(f"cannot read {file}: {error.strerror}", "Give a file that you may read") from error
-    if len(content) > EVIDENCE_BYTES_MAX:
-        raise UsageError(
-            f"{file} is larger than any evidence ({show.size(EVIDENCE_BYTES_MAX)})", "Give a file of evidence, which is smaller"
-        )
+    content = read_file(file, EVIDENCE_BYTES_MAX, "evidence", "Give a file of evidence")
     # Exit code 7 for all that convicts nobody: a script that checks must not have to tell them apart.
     try:
         proof = Evidence.from_file(content)

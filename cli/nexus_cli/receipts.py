@@ -48,20 +48,10 @@ def receipts_verify(shared: Shared, file: Path) -> None:
 
 def verify_file(file: Path) -> BundleReport:
     """Raises NotFoundError or LocalError for the file, VerificationError for what is no bundle or does not hold."""
-    from nexus.core.errors import LocalError, MalformedError, NotFoundError, UsageError, VerificationError
+    from nexus.core.errors import MalformedError, VerificationError
     from nexus.proof.bundle import BUNDLE_BYTES_MAX, Bundle, verify_bundle
 
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(BUNDLE_BYTES_MAX + 1)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {file}", "Write one with: nexus run --receipts FILE") from error
-    except OSError as error:
-        raise LocalError(f"cannot read {file}: {error.strerror}", "Give a file that you may read") from error
-    if len(content) > BUNDLE_BYTES_MAX:
-        raise UsageError(
-            f"{file} is larger than any proof bundle ({show.size(BUNDLE_BYTES_MAX)})", "Give a file of: nexus run --receipts"
-        )
+    content = read_file(file, BUNDLE_BYTES_MAX, "a proof bundle", "Write one with: nexus run --receipts FILE")
     # Exit code 7 for every proof that does not hold: a script that checks must not have to tell them apart.
     try:
         bundle = Bundle.from_bytes(content)
@@ -75,6 +65,22 @@ def verify_file(file: Path) -> BundleReport:
         raise VerificationError(
             f"{file} does not hold: {error.cause}", "Do not rely on the answer that it is about; it may be changed: get it again"
         ) from error
+
+
+def read_file(file: Path, bytes_max: int, what: str, fix: str) -> bytes:
+    """All of a file that a user names. Raises NotFoundError, LocalError, UsageError for one larger than `what` can be."""
+    from nexus.core.errors import LocalError, NotFoundError, UsageError
+
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(bytes_max + 1)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {file}", fix) from error
+    except OSError as error:
+        raise LocalError(f"cannot read {file}: {error.strerror}", "Give a file that you may read") from error
+    if len(content) > bytes_max:
+        raise UsageError(f"{file} is larger than {what} can be ({show.size(bytes_max)})", fix)
+    return content
 
 
 def check_writable(file: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -430,20 +430,30 @@ class Node:
 
     async def _at_work(self, work: Callable[[Callable[[str, int, int], None]], T]) -> AsyncGenerator[Progress | T, None]:
         """Progress of `work` in a thread, then what it returned. One at a time: each uses all of the disk or the processor."""
+
+        async def in_turn(tell: Callable[[Progress], None]) -> T:
+            def progress(phase: str, done: int, total: int) -> None:
+                trio.from_thread.check_cancelled()
+                trio.from_thread.run_sync(tell, Progress(self._identity.peer_id, phase, done, total))
+
+            async with self._work_lock:
+                return await trio.to_thread.run_sync(work, progress)
+
+        async with aclosing(self._told(in_turn)) as events:
+            async for event in events:
+                yield event
+
+    async def _told(self, work: Callable[[Callable[[Progress], None]], Awaitable[T]]) -> AsyncGenerator[Progress | T, None]:
+        """Progress of `work`, which runs in a task of the node, then what it returned. It ends when nobody wants it any more."""
         send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
         done: list[T] = []
         failure: list[Exception] = []
         scope = trio.CancelScope()
 
-        def progress(phase: str, done: int, total: int) -> None:
-            trio.from_thread.check_cancelled()
-            trio.from_thread.run_sync(_offer, send, Progress(self._identity.peer_id, phase, done, total))
-
         async def run() -> None:
             with scope, send:
                 try:
-                    async with self._work_lock:
-                        done.append(await trio.to_thread.run_sync(work, progress))
+                    done.append(await work(partial(_offer, send)))
                 except Exception as error:  # noqa: BLE001 - raised below, where the request is: it fails alone, not the node
                     failure.append(error)
 
@@ -583,31 +593,16 @@ class Node:
 
     async def audit(self, session: str, mode: str) -> AsyncGenerator[Progress | AuditView, None]:
         """Audit a kept session, in a task of the node: an audit may take as long as the session did."""
-        send, receive = trio.open_memory_channel[Progress](PROGRESS_MAX)
-        done: list[AuditView] = []
-        failure: list[NexusError] = []
-        scope = trio.CancelScope()
 
-        async def progress(phase: str, done_bytes: int, total: int) -> None:
-            _offer(send, Progress(self._identity.peer_id, phase, done_bytes, total))
+        async def work(tell: Callable[[Progress], None]) -> AuditView:
+            async def progress(phase: str, done: int, total: int) -> None:
+                tell(Progress(self._identity.peer_id, phase, done, total))
 
-        async def run() -> None:
-            with scope, send:
-                try:
-                    done.append(await self._session_audits.audit(session, mode, progress))
-                except NexusError as error:
-                    failure.append(error)
+            return await self._session_audits.audit(session, mode, progress)
 
-        self._nursery.start_soon(run)
-        try:
-            async with receive:
-                async for event in receive:
-                    yield event
-        finally:
-            scope.cancel()
-        if failure:
-            raise failure[0]
-        yield done[0]
+        async with aclosing(self._told(work)) as events:
+            async for event in events:
+                yield event
 
     async def drain(self) -> None:
         self._draining = True
