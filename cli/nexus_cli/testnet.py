@@ -215,7 +215,8 @@ class Testnet:
                     cause = f"{node.name} ended while starting. It says:\n{why_it_ended(Path(node.home) / 'nexusd.log')}"
                     raise LocalError(cause, "Correct what its log says")
             states = [(node, _status(node.socket)) for node in nodes]
-            if all(status is not None and status.ready and status.peers >= len(nodes) - 1 for _, status in states):
+            connected = all(status is not None and status.ready and status.peers >= len(nodes) - 1 for _, status in states)
+            if connected and all(_named_peers(node.socket) >= len(nodes) - 1 for node in nodes):
                 return
             if all(status is not None for _, status in states):
                 # Discovery would get there too; a testnet is to be complete now.
@@ -286,6 +287,21 @@ def _status(socket_path: Path) -> NodeStatus | None:
         return daemon.get_as(NodeStatus, "/v0/status")
     except NexusError:
         return None
+    finally:
+        daemon.close()
+
+
+def _named_peers(socket: Path) -> int:
+    """Of how many peers a node has the record, by which it plans: a connection comes a moment earlier."""
+    from nexus.core.errors import NexusError
+    from nexus.node.api import PeerView
+    from nexus_cli.client import Daemon
+
+    daemon = Daemon(socket, answer_timeout_s=15.0)
+    try:
+        return sum(bool(peer.name) for peer in daemon.get_list(PeerView, "/v0/peers", "peers"))
+    except NexusError:
+        return 0
     finally:
         daemon.close()
 

@@ -458,12 +458,12 @@ class Node:
                     failure.append(error)
 
         self._nursery.start_soon(run)
-        try:
-            async with receive:
+        async with receive:
+            try:
                 async for event in receive:
                     yield event
-        finally:
-            scope.cancel()
+            finally:
+                scope.cancel()
         if failure:
             raise failure[0]
         yield done[0]

@@ -540,13 +540,14 @@ class Runner:
 
         self._running.add(coordinator)
         self._nursery.start_soon(work)
-        try:
-            async with receive:
+        async with receive:
+            try:
                 async for event in receive:
                     yield event
-        finally:
-            scope.cancel()
-            self._running.discard(coordinator)
+            finally:
+                # Before the channel is closed: whoever sends on a closed one breaks, and with it the node.
+                scope.cancel()
+                self._running.discard(coordinator)
         for evidence in coordinator.evidence:
             try:
                 await self._submit(evidence)

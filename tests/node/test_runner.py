@@ -142,6 +142,20 @@ async def test_an_answer_is_kept_and_audited_by_the_policy(tiny: tuple[Manifest,
         assert [(one.node, one.verdict) for one in here.noted] == [(stage.node, OK) for stage in done.bundle.plan.stages] * 2
 
 
+async def test_an_answer_that_nobody_wants_any_more_breaks_nothing(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    """The stages go on for a moment, and the coordinator has nobody to tell."""
+    async with home(tiny, tmp_path) as here:
+        for wanted in range(1, 6):
+            request = GenerateRequest("tiny", "abc def", max_tokens=40, stages=2, temperature=1.0, seed=wanted, verify=OFF)
+            events = here.runner.generate(request)
+            for _ in range(wanted):
+                await anext(events)
+            for _ in range(wanted):
+                await trio.lowlevel.checkpoint()
+            await events.aclose()
+        assert (await here.run(OFF)).completion_tokens
+
+
 async def test_off_is_off_and_said_so(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
     async with home(tiny, tmp_path) as here:
         done = await here.run(OFF)

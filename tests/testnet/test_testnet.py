@@ -76,8 +76,11 @@ def test_a_model_that_one_node_has_is_split_over_all_and_answers_the_same_everyw
     assert split["tokens"] == alone["tokens"]
     assert len(split["stages"]) == 3
     assert split["receipts"] == split["receipts_verified"] > 0
-    held = [view for view in on(nodes[2], environ, "model", "list")["models"] if view["held_layers"]]
-    assert held, "the node fetched its layers"
+    # It lists a model by the name that node-1 announces, of which it hears within some seconds.
+    deadline = time.monotonic() + 60
+    while not any(view["held_layers"] for view in on(nodes[2], environ, "model", "list")["models"]):
+        assert time.monotonic() < deadline, "the node fetched its layers"
+        time.sleep(0.2)
 
     # The file alone is the proof, on a machine that has no node.
     elsewhere = environ | {"NEXUS_HOME": str(tmp_path / "nothing")}
