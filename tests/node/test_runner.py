@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -20,12 +21,14 @@ from nexus.node.api import Finished, GenerateRequest, Planned, Token
 from nexus.node.attacks import Means, conduct_of
 from nexus.node.audit.asking import Auditor
 from nexus.node.audit.sessions import SessionAudits
+from nexus.node.infer.coordinator import Coordinator
 from nexus.node.runner import Runner
 from nexus.proof.audit import StageAudit
 from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord
+from nexus.swarm.session import Result
 from tests.engine.conftest import Folder
 from tests.node.audited_swarm import AuditedSwarm, Tampered, audited_swarm
 from tests.swarm.ring import identity
@@ -143,16 +146,21 @@ async def test_an_answer_is_kept_and_audited_by_the_policy(tiny: tuple[Manifest,
 
 
 async def test_an_answer_that_nobody_wants_any_more_breaks_nothing(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
-    """The stages go on for a moment, and the coordinator has nobody to tell."""
+    """Its coordinator may be about to hand on a token when the channel closes; an error there would end the node."""
+
+    class Eager:
+        evidence = ()
+
+        async def run(self, emit: Callable[[Result], Awaitable[None]]) -> None:
+            while True:
+                await emit(Result(0, b""))
+
     async with home(tiny, tmp_path) as here:
-        for wanted in range(1, 6):
-            request = GenerateRequest("tiny", "abc def", max_tokens=40, stages=2, temperature=1.0, seed=wanted, verify=OFF)
-            events = here.runner.generate(request)
-            for _ in range(wanted):
-                await anext(events)
-            for _ in range(wanted):
-                await trio.lowlevel.checkpoint()
-            await events.aclose()
+        events = here.runner._drive(cast(Coordinator, Eager()))
+        await anext(events)
+        await trio.testing.wait_all_tasks_blocked()
+        await events.aclose()
+        await trio.testing.wait_all_tasks_blocked()
         assert (await here.run(OFF)).completion_tokens
 
 
