@@ -107,9 +107,6 @@ class Solver:
     def any(self, *terms: Term) -> Term:
         return self.z3.Or(*terms, self.z3.BoolVal(False, self.context))
 
-    def implies(self, condition: Term, then: Term) -> Term:
-        return self.z3.Implies(condition, then)
-
     def choose(self, condition: Term, then: Term, otherwise: Term) -> Term:
         return self.z3.If(condition, then, otherwise)
 

@@ -2,7 +2,8 @@
 
     good         nothing speaks against it
     probation    too new to be trusted with little checking: every execution of it is audited
-    demoted      statistics speak against it (float results that differ, slow, flaky): it is planned with last
+    demoted      statistics speak against it: it is planned with last (nodes count sessions that broke off; nothing measures yet
+                 which were slow, or gave other float results)
     suspended    a quorum of witnesses says that it fell silent, or the fuse holds its conviction back: no work for a time
     slashed      one valid evidence: no work any more, and its bond is gone
 

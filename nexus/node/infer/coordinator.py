@@ -120,7 +120,6 @@ class Coordinator:
         self._traces: tuple[tuple[WindowTrace, ...], ...] = ()
         self._unwanted: NexusError | None = None
         self._is_unwanted = trio.Event()
-        self._stop_wanted = False
         self._quiet = trio.CancelScope()
         self.session = terms.session
         self.failed_stage: int | None = None

@@ -239,9 +239,6 @@ class Exhibits:
         except KeyError:
             raise MalformedError(f"the proof does not show the input of step {step}") from None
 
-    def has_output(self, step: int) -> bool:
-        return step in self._outputs
-
     def output(self, step: int) -> bytes:
         try:
             return self._outputs[step]
