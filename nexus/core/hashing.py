@@ -141,13 +141,27 @@ def merkle_joint_proof(leaves: Sequence[bytes], indices: Collection[int]) -> lis
     return [merkle_root(leaves[low:high]) for low, high in _beside(0, len(leaves), frozenset(indices))]
 
 
-def merkle_joint_root(size: int, leaves: Mapping[int, bytes], proof: Sequence[bytes]) -> bytes:
-    """The root that a proof of several leaves (leaf hashes by index) of `size` leads to. Raises VerificationError."""
+def merkle_joint_root(
+    size: int, leaves: Mapping[int, bytes], proof: Sequence[bytes], nodes: dict[tuple[int, int], bytes] | None = None
+) -> bytes:
+    """The root that a proof of several leaves (leaf hashes by index) of `size` leads to. Raises VerificationError.
+
+    `nodes`: takes the root over every span [low, high) that was met on the way.
+    """
     if not leaves or not 0 <= min(leaves) <= max(leaves) < size < 1 << MAX_PROOF_HASHES:
         raise VerificationError("the leaves are none of the tree")
     if len(proof) != len(_beside(0, size, frozenset(leaves))):
         raise VerificationError("the Merkle proof has the wrong length")
-    return _joint_root(0, size, leaves, iter(proof))
+    return _joint_root(0, size, leaves, iter(proof), nodes)
+
+
+def merkle_joint_narrow(size: int, leaves: Mapping[int, bytes], proof: Sequence[bytes], wanted: Collection[int]) -> list[bytes]:
+    """From a proof of several leaves the one of some of them, `wanted`. Raises VerificationError as `merkle_joint_root` does."""
+    if not wanted or not leaves.keys() >= set(wanted):
+        raise VerificationError("the wanted leaves are not among those proven")
+    nodes: dict[tuple[int, int], bytes] = {}
+    merkle_joint_root(size, leaves, proof, nodes)
+    return [nodes[span] for span in _beside(0, size, frozenset(wanted))]
 
 
 def _beside(low: int, high: int, indices: frozenset[int]) -> list[tuple[int, int]]:
@@ -161,14 +175,22 @@ def _beside(low: int, high: int, indices: frozenset[int]) -> list[tuple[int, int
     return _beside(low, middle, left) + _beside(middle, high, indices - left)
 
 
-def _joint_root(low: int, high: int, leaves: Mapping[int, bytes], beside: Iterator[bytes]) -> bytes:
+def _joint_root(
+    low: int, high: int, leaves: Mapping[int, bytes], beside: Iterator[bytes], nodes: dict[tuple[int, int], bytes] | None
+) -> bytes:
     if not leaves:
-        return next(beside)
-    if high - low == 1:
-        return leaves[low]
-    middle = low + _split(high - low)
-    left = _joint_root(low, middle, {index: leaf for index, leaf in leaves.items() if index < middle}, beside)
-    return _node_hash(left, _joint_root(middle, high, {index: leaf for index, leaf in leaves.items() if index >= middle}, beside))
+        root = next(beside)
+    elif high - low == 1:
+        root = leaves[low]
+    else:
+        middle = low + _split(high - low)
+        under = {index: leaf for index, leaf in leaves.items() if index < middle}
+        left = _joint_root(low, middle, under, beside, nodes)
+        over = {index: leaf for index, leaf in leaves.items() if index >= middle}
+        root = _node_hash(left, _joint_root(middle, high, over, beside, nodes))
+    if nodes is not None:
+        nodes[low, high] = root
+    return root
 
 
 def merkle_peaks(leaves: Sequence[bytes]) -> list[bytes]:
