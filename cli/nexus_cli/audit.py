@@ -29,7 +29,8 @@ def audit_run(shared: Shared, session: str, mode: str) -> None:
     """Audit SESSION, the start of whose id is enough. `nexus audit list` shows those that are kept."""
     from nexus.core.errors import LocalError
     from nexus.gateway.wire import to_json
-    from nexus.node.api import AuditView, Progress
+    from nexus.node.api import AuditView
+    from nexus.node.progress import Progress
     from nexus_cli.client import connected
     from nexus_cli.run import waiting
 

@@ -168,7 +168,8 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
 
 def add_model(shared: Shared, daemon: Daemon) -> ModelView:
     from nexus.core.errors import LocalError
-    from nexus.node.api import ModelView, Progress
+    from nexus.node.api import ModelView
+    from nexus.node.progress import Progress
     from nexus_cli.model import progress_bars
 
     added: ModelView | None = None
@@ -189,7 +190,8 @@ def ask(
     """Ask the model, and show the answer as it grows unless `silently`. `verify`: how it is audited; None: as the settings say."""
     from nexus.core.errors import LocalError
     from nexus.gateway.wire import Json
-    from nexus.node.api import Finished, Planned, Progress, Token
+    from nexus.node.api import Finished, Planned, Token
+    from nexus.node.progress import Progress
     from nexus_cli.run import Writer, check_finished, waiting
 
     tokens: list[Token] = []

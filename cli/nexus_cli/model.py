@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nexus.core.fidelity import Fidelity
-    from nexus.node.api import ModelView, PlanView, Progress
+    from nexus.node.api import ModelView, PlanView
+    from nexus.node.progress import Progress
 
 _PROFILES = {
     EXACT: "exact: int8, the same bits on every machine",
@@ -48,7 +49,8 @@ def model_add(shared: Shared, source: str, name: str | None, profile: str) -> No
     from nexus.core.errors import LocalError, NotFoundError
     from nexus.gateway.wire import to_json
     from nexus.models import BUILTIN_NAMES
-    from nexus.node.api import ModelView, Notice, Progress
+    from nexus.node.api import ModelView
+    from nexus.node.progress import Notice, Progress
     from nexus_cli.client import connected
 
     if source not in BUILTIN_NAMES:
@@ -162,7 +164,7 @@ def model_fidelity(shared: Shared, name: str, text: Path | None, against: Path |
     """Show how close the exact model NAME comes to float. Both are run over the same text."""
     from nexus.core.errors import LocalError, NotFoundError
     from nexus.core.fidelity import Fidelity
-    from nexus.node.api import Progress
+    from nexus.node.progress import Progress
     from nexus_cli.client import connected, model_path
 
     if against is not None and not against.is_dir():

@@ -58,7 +58,8 @@ def run(
 ) -> None:
     """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input."""
     from nexus.gateway.wire import Json, to_json
-    from nexus.node.api import Finished, Planned, Progress, Token
+    from nexus.node.api import Finished, Planned, Token
+    from nexus.node.progress import Progress
     from nexus_cli.client import connected
     from nexus_cli.receipts import check_writable, write_bundle
 
@@ -132,7 +133,8 @@ def embed(
     import json
 
     from nexus.gateway.wire import Json, to_json
-    from nexus.node.api import Embedding, Finished, Progress
+    from nexus.node.api import Embedding, Finished
+    from nexus.node.progress import Progress
     from nexus_cli.client import connected
     from nexus_cli.receipts import check_writable, write_bundle
 
@@ -242,7 +244,7 @@ def waiting(shared: Shared, *, disable: bool = False) -> Iterator[Callable[[obje
     """Progress while fragments are fetched; calling with None takes it off the screen, since the answer begins."""
     from contextlib import ExitStack
 
-    from nexus.node.api import Progress
+    from nexus.node.progress import Progress
     from nexus_cli.model import progress_bars
 
     with ExitStack() as stack:

@@ -20,7 +20,7 @@ import platformdirs
 from nexus.core.audits import MODES
 from nexus.core.errors import LocalError, NexusError, UsageError
 from nexus.core.keys import parse_peer_id
-from nexus.node.options import AuditOptions, LedgerOptions, NodeOptions
+from nexus.node.options import AuditOptions, LedgerOptions, MemoryOptions, NodeOptions
 from nexus.proof.accounts import AMOUNT_MAX
 from nexus.proof.audit import CELLS_MAX
 from nexus.swarm.ledger import PRICE_MAX
@@ -108,6 +108,32 @@ def _share(raw: Raw) -> float:
     return number
 
 
+def _place(raw: Raw) -> tuple[float, float] | None:
+    """None for "": nowhere."""
+    if raw == "":
+        return None
+    match = (
+        re.fullmatch(r"\s*(-?[0-9]{1,2}(?:\.[0-9]{1,9})?)\s*,\s*(-?[0-9]{1,3}(?:\.[0-9]{1,9})?)\s*", raw)
+        if isinstance(raw, str)
+        else None
+    )
+    latitude, longitude = (float(part) for part in match.groups()) if match else (math.nan, math.nan)
+    if not (-90 <= latitude <= 90 and -180 <= longitude <= 180):
+        raise ValueError('expected "latitude,longitude" in degrees, such as "52.5,13.4", or ""')
+    return latitude, longitude
+
+
+def _place_step(raw: Raw) -> float:
+    try:
+        step = float(raw) if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) else math.nan
+    except ValueError:
+        step = math.nan
+    hundredths = round(step * 100) if math.isfinite(step) else 0
+    if not 10 <= hundredths <= 1000 or 18_000 % hundredths or not math.isclose(step * 100, hundredths):
+        raise ValueError("expected degrees from 0.1 to 10 that divide 180, such as 0.5, 1 or 5")
+    return step
+
+
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -180,6 +206,13 @@ def _peer_address(raw: Raw) -> str:
     return check_multiaddr(raw, with_peer=True)
 
 
+def _peer_id(raw: Raw) -> str:
+    try:
+        return parse_peer_id(raw if isinstance(raw, str) else "")
+    except NexusError as error:
+        raise ValueError(error.cause) from error
+
+
 def _setting(parse: Parse) -> Any:
     return dataclasses.field(metadata={"parse": parse})
 
@@ -236,6 +269,22 @@ class LedgerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorySettings:
+    enabled: bool = _setting(_boolean)
+    model: str = _setting(_printable(4096))
+    disk_max_bytes: int = _setting(parse_size)
+    author_max_bytes: int = _setting(parse_size)
+    place: tuple[float, float] | None = _setting(_place)
+    place_step: float = _setting(_place_step)
+    clock_ahead_s: float = _setting(_seconds(3600))
+    witness_every_s: float = _setting(_seconds(86400))
+    witnesses: int = _setting(_integer(1, 8))
+    trusted_witnesses: tuple[str, ...] = _setting(_list(_peer_id, 64))
+    blocks_per_peer_s: int = _setting(_integer(1, 1_000_000))
+    sync_every_s: float = _setting(_seconds(86400))
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """`threads` None: as many as this process has cores."""
 
@@ -258,6 +307,7 @@ class Settings:
     serve: ServeSettings
     audit: AuditSettings
     ledger: LedgerSettings
+    memory: MemorySettings
     engine: EngineSettings
     log: LogSettings
 
@@ -269,6 +319,7 @@ _SECTIONS: dict[str, type] = {
     "serve": ServeSettings,
     "audit": AuditSettings,
     "ledger": LedgerSettings,
+    "memory": MemorySettings,
     "engine": EngineSettings,
     "log": LogSettings,
 }
@@ -413,6 +464,7 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         auto_fetch=settings.serve.auto_fetch,
         audit=AuditOptions(**dataclasses.asdict(settings.audit)),
         ledger=LedgerOptions(**dataclasses.asdict(settings.ledger)),
+        memory=MemoryOptions(**dataclasses.asdict(settings.memory)),
         threads=settings.engine.threads or core_count(),
     )
 

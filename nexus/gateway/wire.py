@@ -18,7 +18,8 @@ from typing import Any, TypeAlias, TypeVar
 from nexus.core.errors import MalformedError
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
-from nexus.node.api import AuditView, Embedding, Finished, ModelView, Notice, Planned, Progress, StreamItem, Token
+from nexus.node.api import AuditView, Embedding, Finished, ModelView, Planned, StreamItem, Token
+from nexus.node.progress import Notice, Progress
 from nexus.proof.bundle import Bundle
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
+from nexus.node.memory.api import AddedView, ExportPart, MemoryApi, ReindexView, VerifyView
+from nexus.node.progress import Notice, Progress
 from nexus.proof.bundle import Bundle
 from nexus.proof.solver import Proven
 
@@ -142,23 +144,6 @@ class FidelityRequest:
 class Planned:
     plan: PlanView
     session: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """`done` and `total` count bytes while fetching, 0 of 0 while only waiting. `peer_id`: the node that reports it."""
-
-    peer_id: str
-    phase: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something that whoever asked should know, in a sentence. It is not an error."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,11 +330,14 @@ class Finished:
 
 Event = Planned | Progress | Notice | Token | Embedding | Finished
 # What any stream may bring.
-StreamItem = Event | ModelView | Fidelity | AuditView
+StreamItem = Event | ModelView | Fidelity | AuditView | AddedView | VerifyView | ReindexView | ExportPart
 
 
 class NodeApi(Protocol):
     """Every method raises the errors of `nexus.core.errors`."""
+
+    @property
+    def memory(self) -> MemoryApi: ...
 
     def status(self) -> NodeStatus: ...
 

@@ -37,10 +37,8 @@ from nexus.node.api import (
     LedgerView,
     ModelView,
     NodeStatus,
-    Notice,
     PeerView,
     PlanView,
-    Progress,
     SessionSummary,
     SessionView,
     SlashedView,
@@ -55,6 +53,7 @@ from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
 from nexus.node.models import Models
 from nexus.node.options import NodeOptions
+from nexus.node.progress import Notice, Progress
 from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.node.signing import DurableSigner
 from nexus.node.suspensions import Suspensions

@@ -32,6 +32,24 @@ class LedgerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryOptions:
+    """The shared memory: see `[memory]` in `default.toml`, which says what each means. `place`: latitude and longitude."""
+
+    enabled: bool
+    model: str
+    disk_max_bytes: int
+    author_max_bytes: int
+    place: tuple[float, float] | None
+    place_step: float
+    clock_ahead_s: float
+    witness_every_s: float
+    witnesses: int
+    trusted_witnesses: tuple[str, ...]
+    blocks_per_peer_s: int
+    sync_every_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeOptions:
     """Everything that `open_node` needs to know.
 
@@ -56,4 +74,5 @@ class NodeOptions:
     auto_fetch: bool
     audit: AuditOptions
     ledger: LedgerOptions
+    memory: MemoryOptions
     threads: int

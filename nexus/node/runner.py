@@ -42,7 +42,6 @@ from nexus.node.api import (
     GenerateRequest,
     Planned,
     PlanView,
-    Progress,
     StageSummary,
     StageView,
     Token,
@@ -52,6 +51,7 @@ from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, Stage
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
+from nexus.node.progress import Progress
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
 from nexus.proof.bundle import Bundle

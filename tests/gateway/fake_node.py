@@ -35,11 +35,9 @@ from nexus.node.api import (
     LedgerView,
     ModelView,
     NodeStatus,
-    Notice,
     PeerView,
     Planned,
     PlanView,
-    Progress,
     SessionSummary,
     SessionView,
     SlashedView,
@@ -48,6 +46,7 @@ from nexus.node.api import (
     StageView,
     Token,
 )
+from nexus.node.progress import Notice, Progress
 from nexus.proof.accounts import Fork, Share, SignedEntry
 from nexus.proof.bundle import Bundle, make_requests
 from nexus.proof.evidence import FORK, Evidence, verify_evidence
