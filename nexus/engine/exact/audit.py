@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from nexus.core.errors import LocalError, NexusError, NotFoundError, VerificationError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, Manifest
 from nexus.engine.exact.freivalds import piece_keys
+from nexus.engine.exact.known_answers import table_shapes
 from nexus.engine.exact.pieces import Piece, read_tables
 from nexus.engine.exact.replay import Replay, replay
-from nexus.engine.exact.stage import ExactStage, table_shapes
+from nexus.engine.exact.stage import ExactStage
 from nexus.engine.exact.weight_rows import StoredWeights
 from nexus.engine.stage import path_of
 from nexus.proof.accuse import AccusedStage, accuse, accuse_answer, accuse_opening, first_difference

@@ -20,8 +20,9 @@ from nexus.core.errors import ModelFormatError, OutOfBoundsError
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.convert import WEIGHTS_FIX
+from nexus.engine.exact.known_answers import KnownAnswers, vector_tokens
 from nexus.engine.exact.pieces import Piece
-from nexus.engine.exact.stage import KnownAnswers, pooled, vector_tokens
+from nexus.engine.exact.stage import pooled
 from nexus.engine.pooling import Pooling
 from nexus.proof.arithmetic.plan import ATTENTION, HEAD_OP, LINEARS, ExactPlan, LayerPlan
 

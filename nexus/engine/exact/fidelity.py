@@ -28,9 +28,10 @@ from nexus.engine.architecture import Config, read_config
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.commit import Kernel
 from nexus.engine.exact.convert import float_rows, piece_sources
+from nexus.engine.exact.known_answers import table_shapes
 from nexus.engine.exact.pieces import Piece, read_tables
 from nexus.engine.exact.plan import plan_of
-from nexus.engine.exact.stage import Tables, build_model, pooled, read_plan, table_shapes
+from nexus.engine.exact.stage import Tables, build_model, pooled, read_plan
 from nexus.engine.float_stage import SMALL_STAGE_BYTES, use_threads
 from nexus.engine.fragment import Fragment
 from nexus.engine.importer import CONFIG_FILE, SourceModel, read_source

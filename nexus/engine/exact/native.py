@@ -16,10 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
@@ -27,9 +26,13 @@ from nexus.core.errors import LocalError, OutOfBoundsError
 from nexus.core.hashing import HASH_BYTES
 from nexus.core.manifest import EMBEDDING, HEAD, layer_name
 from nexus.engine.exact import native_build
-from nexus.engine.exact.torch_step import Trace, WrongSumsError
 from nexus.proof.arithmetic.plan import ATTENTION, ExactPlan, LayerPlan, value_widths
 from nexus.proof.trace import OPS
+
+if TYPE_CHECKING:
+    import torch
+
+    from nexus.engine.exact.torch_step import Trace
 
 PAGE_TOKENS = 64
 _ABI = 2
@@ -520,6 +523,23 @@ class NativeModel:
         their order. `threads`: as torch's unless given. `commit`: filled with what the step commits to. Raises OutOfBoundsError,
         CancelledError, and LocalError where a step that commits finds that it computed wrongly.
         """
+        import torch
+
+        inputs = x.numpy() if self._first else x.to(torch.float32).numpy()
+        return torch.from_numpy(
+            self.compute(runs, inputs, torch.get_num_threads() if threads is None else threads, trace, cancel, commit)
+        )
+
+    def compute(
+        self,
+        runs: Sequence[NativeRun],
+        x: Array,
+        threads: int,
+        trace: Trace | None = None,
+        cancel: CancelFlag | None = None,
+        commit: Commit | None = None,
+    ) -> NDArray[np.float32]:
+        """`step` on arrays: all of it that needs no torch."""
         rows = sum(run.count for run in runs)
         if len(x) != rows or not rows:
             raise ValueError(f"{len(x)} rows for runs of {rows} tokens")
@@ -534,14 +554,12 @@ class NativeModel:
             struct.commit = commit is not None and (commit.runs is None or number in commit.runs)
             longest = max(longest, end)
             wanted += (0, 1, run.count)[logits]
-        if threads is None:
-            threads = torch.get_num_threads()
-        out = torch.empty((wanted, model.head.n) if has_head else (rows, self.plan.hidden), dtype=torch.float32)
+        out = np.empty((wanted, model.head.n) if has_head else (rows, self.plan.hidden), np.float32)
         batch = _Batch(structs, len(runs), threads)
-        ids, states = (_ids(x, self.plan.vocab), None) if self._first else (None, x.to(torch.float32).contiguous())
+        ids, states = (_ids(x, self.plan.vocab), None) if self._first else (None, np.ascontiguousarray(x, np.float32))
         batch.ids = None if ids is None else ids.ctypes.data
-        batch.states = None if states is None else states.data_ptr()
-        batch.logits_out, batch.states_out = (out.data_ptr(), None) if has_head else (None, out.data_ptr())
+        batch.states = None if states is None else states.ctypes.data
+        batch.logits_out, batch.states_out = (out.ctypes.data, None) if has_head else (None, out.ctypes.data)
         batch.cancel = None if cancel is None else cancel.address
         traced = _Traced(self.plan, self._layers, rows) if trace else None
         batch.trace = None if traced is None else ctypes.addressof(traced.structs)
@@ -565,6 +583,8 @@ class NativeModel:
         if result == _CANCELLED:
             raise CancelledError
         if result == _WRONG:
+            from nexus.engine.exact.torch_step import WrongSumsError
+
             raise WrongSumsError(self.kernel)
         if result != _OK:
             raise ValueError(f"the compiled kernel refused the batch ({result})")
@@ -581,8 +601,7 @@ class NativeModel:
         return workspace if workspace is not None and workspace.nbytes >= size else _aligned(size)
 
 
-def _ids(x: torch.Tensor, vocab: int) -> NDArray[np.uint32]:
-    ids = x.numpy()
+def _ids(ids: Array, vocab: int) -> NDArray[np.uint32]:
     if int(ids.min()) < 0 or int(ids.max()) >= vocab:
         raise ValueError(f"token ids must be from 0 to {vocab - 1}")
     return ids.astype(np.uint32)
@@ -592,6 +611,8 @@ class _Traced:
     """Memory for what a traced step puts out."""
 
     def __init__(self, plan: ExactPlan, layers: Sequence[LayerPlan], rows: int) -> None:
+        import torch
+
         self.structs = (_Trace * max(1, len(layers)))()
         self._values: list[dict[str, torch.Tensor]] = []
         for layer, struct in zip(layers, self.structs, strict=False):

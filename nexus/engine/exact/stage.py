@@ -21,6 +21,7 @@ from nexus.core.manifest import EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTO
 from nexus.engine.architecture import Config
 from nexus.engine.exact import gemm, torch_step
 from nexus.engine.exact.commit import Commitments, Kernel, committed_step
+from nexus.engine.exact.known_answers import KnownAnswers, table_shapes
 from nexus.engine.exact.pieces import STATE_MAX, Piece, read_tables
 from nexus.engine.exact.plan import plan_of
 from nexus.engine.exact.row_roots import check_rows
@@ -28,9 +29,8 @@ from nexus.engine.float_stage import use_threads
 from nexus.engine.pooling import Pooling
 from nexus.engine.safetensors_check import check_safetensors
 from nexus.engine.stage import Cache, Pass, Session, Stage, check_config, path_of
-from nexus.proof.arithmetic.plan import PLAN_BYTES_MAX, ExactPlan, Shapes, plan_from_json, trace_shape
+from nexus.proof.arithmetic.plan import PLAN_BYTES_MAX, ExactPlan, plan_from_json, trace_shape
 from nexus.proof.arithmetic.sampler import GREEDY, sample_exact
-from nexus.proof.arithmetic.tables import PHI_MAX, PHI_PER_UNIT, ROPE_FINE
 from nexus.proof.trace import TraceShape
 
 # A bit that flips in memory is found with the first step after so many seconds.
@@ -176,34 +176,6 @@ def pooled(hidden: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     return vector * torch_step.inverse_sqrt((v * v).sum(-1) / (c[0] * c[0]))
 
 
-class KnownAnswers:
-    """A short text, the hidden state before every layer, and what comes out at the end."""
-
-    def __init__(self, tokens: NDArray[np.int64], states: NDArray[np.float32], answer: NDArray[np.float32]) -> None:
-        """`tokens` [n]; `states` [layers + 1, n, hidden]; `answer`: the last token's logits, or an encoder's vector."""
-        self.tokens, self.states, self.answer = tokens, states, answer
-
-    @classmethod
-    def read(cls, path: Path, plan: ExactPlan) -> KnownAnswers:
-        try:
-            shapes = vector_shapes(plan)
-            piece = Piece(path, shapes)
-        except ModelFormatError:
-            raise ModelFormatError(
-                f"{path.name} does not hold the known answers of this model", "Fetch or add the model again"
-            ) from None
-        tokens = piece.tensor("tokens").astype(np.int64)
-        if int(tokens.min()) < 0 or int(tokens.max()) >= plan.vocab:
-            raise ModelFormatError("the known answers are for tokens that the model does not have", "Add the model again")
-        return cls(tokens, piece.tensor("states").astype(np.float32), piece.tensor(_answer_name(plan)).astype(np.float32))
-
-    def of(self, start: int, end: int) -> StageAnswers:
-        """Those of the stage of layers [start, end), in memory of their own."""
-        last = end == len(self.states) - 1
-        given, expected = self.tokens if start == 0 else self.states[start], self.answer if last else self.states[end]
-        return StageAnswers(given.copy(), expected.copy())
-
-
 @dataclass(frozen=True, slots=True)
 class StageAnswers:
     """What goes into a stage, and what must come out of it: `given` int64 [n] or float32 [n, hidden]."""
@@ -221,33 +193,11 @@ class StageAnswers:
             )
 
 
-VECTOR_TOKENS = 8
-
-
-def vector_shapes(plan: ExactPlan) -> Shapes:
-    n = min(VECTOR_TOKENS, plan.context)
-    return {
-        "tokens": ("I64", (n,)),
-        "states": ("F32", (len(plan.layers) + 1, n, plan.hidden)),
-        _answer_name(plan): ("F32", (plan.vocab if plan.causal else plan.hidden,)),
-    }
-
-
-def _answer_name(plan: ExactPlan) -> str:
-    return "logits" if plan.causal else "vector"
-
-
-def vector_tokens(plan: ExactPlan) -> NDArray[np.int64]:
-    """The text of the known answers: tokens spread over the vocabulary."""
-    return np.array([(7 + 2654435761 * i) % plan.vocab for i in range(min(VECTOR_TOKENS, plan.context))], np.int64)
-
-
-def table_shapes(plan: ExactPlan) -> Shapes:
-    shapes: Shapes = {"exp_hi": ("F64", (256,)), "exp_lo": ("F64", (4096,)), "phi": ("F64", (PHI_PER_UNIT * PHI_MAX + 2,))}
-    for number in range(len(plan.ropes)):
-        shapes[f"rope.{number}.coarse"] = ("F64", (-(-plan.context // ROPE_FINE), plan.rotated // 2, 2))
-        shapes[f"rope.{number}.fine"] = ("F64", (ROPE_FINE, plan.rotated // 2, 2))
-    return shapes
+def stage_answers(known: KnownAnswers, start: int, end: int) -> StageAnswers:
+    """Those of the stage of layers [start, end), in memory of their own."""
+    last = end == len(known.states) - 1
+    given, expected = known.tokens if start == 0 else known.states[start], known.answer if last else known.states[end]
+    return StageAnswers(given.copy(), expected.copy())
 
 
 def read_plan(config: Config, pooling: Pooling, path: Path) -> ExactPlan:
@@ -268,7 +218,7 @@ def load_exact_stage(
     plan = read_plan(config, pooling, path_of(files, EXACT_PLAN))
     check_config(manifest, config, plan.kv_bytes)
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
-    answers = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan).of(start, end)
+    answers = stage_answers(KnownAnswers.read(path_of(files, EXACT_VECTORS), plan), start, end)
     pieces = open_pieces(plan, start, end, files)
     check_rows(manifest, plan, pieces, tables)
     model = build_model(plan, start, end, pieces, tables, kernel)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus.core.manifest import CAUSAL, EMBEDDING, EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
+from nexus.engine.exact.known_answers import KnownAnswers, table_shapes
 from nexus.engine.exact.pieces import Piece, read_tables
-from nexus.engine.exact.stage import ExactStage, KnownAnswers, StageAnswers, build_model, open_pieces, table_shapes
+from nexus.engine.exact.stage import ExactStage, StageAnswers, build_model, open_pieces, stage_answers
 from nexus.engine.pooling import Pooling, read_pooling
 from nexus.engine.stage import path_of
 from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json
@@ -127,7 +128,7 @@ def load_tampered_stage(
     """As `nexus.engine.stage.load_stage` of a model in the exact profile, but for what is changed."""
     plan = plan_from_json(path_of(files, EXACT_PLAN).read_bytes())
     tables = read_tables(path_of(files, EXACT_TABLES), table_shapes(plan))
-    answers = KnownAnswers.read(path_of(files, EXACT_VECTORS), plan).of(start, end)
+    answers = stage_answers(KnownAnswers.read(path_of(files, EXACT_VECTORS), plan), start, end)
     pieces: dict[str, Any] = dict(open_pieces(plan, start, end, files))
     if tampering.weights:
         change = tampering.weights

@@ -28,7 +28,7 @@ from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Blob, M
 from nexus.engine.exact import calibrate, convert
 from nexus.engine.exact.calibrate import ERROR_MAX, relative_error
 from nexus.engine.exact.convert import quantise
-from nexus.engine.exact.stage import VECTOR_TOKENS
+from nexus.engine.exact.known_answers import VECTOR_TOKENS
 from nexus.engine.importer import import_model
 from nexus.engine.stage import load_stage
 from nexus.proof.arithmetic.plan import ExactPlan, plan_from_json

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from nexus.core.errors import LocalError, MalformedError, ModelFormatError, NexusError, UsageError
 from nexus.core.manifest import EXACT_PLAN, EXACT_TABLES, EXACT_VECTORS, Manifest
 from nexus.engine.exact import stage as exact_stage
+from nexus.engine.exact.known_answers import table_shapes
 from nexus.engine.exact.pieces import read_tables
 from nexus.engine.exact.row_roots import model_rows
-from nexus.engine.exact.stage import ExactStage, table_shapes
+from nexus.engine.exact.stage import ExactStage
 from nexus.engine.stage import Stage, load_stage
 from nexus.proof.arithmetic.plan import LayerPlan, plan_from_json, plan_to_json
 from nexus.proof.receipts import tokens_to_bytes
