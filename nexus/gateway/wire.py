@@ -1,4 +1,5 @@
-"""JSON of the control API: one codec for the dataclasses of `nexus.node.api`, so that the CLI reads what the gateway writes.
+"""JSON of the control API: one codec for the dataclasses of `nexus.node.api` and `nexus.node.memory.api`, so that the CLI reads
+what the gateway writes.
 
 Bytes are lowercase hex, tuples are arrays, a proof bundle is base64 of its one byte form. A reader ignores keys it does not know
 (an older client keeps working with a newer daemon); a manifest also says its root, which the reader recomputes.
@@ -19,6 +20,7 @@ from nexus.core.errors import MalformedError
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
 from nexus.node.api import AuditView, Embedding, Finished, ModelView, Planned, StreamItem, Token
+from nexus.node.memory.api import AddedView, ExportPart, ReindexView, VerifyView
 from nexus.node.progress import Notice, Progress
 from nexus.proof.bundle import Bundle
 
@@ -37,6 +39,10 @@ EVENTS: dict[str, type] = {
     "model": ModelView,
     "fidelity": Fidelity,
     "audit": AuditView,
+    "added": AddedView,
+    "verified": VerifyView,
+    "reindexed": ReindexView,
+    "exported": ExportPart,
 }
 _EVENT_NAMES = {kind: name for name, kind in EVENTS.items()}
 
@@ -59,7 +65,8 @@ def to_json(value: object) -> Json:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    # Without the names of the class itself: in one with a field that is called "bytes", this word would not mean the type.
+    return typing.get_type_hints(kind, localns={})
 
 
 def from_json(kind: type[T], value: Json) -> T:

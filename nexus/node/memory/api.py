@@ -13,6 +13,8 @@ from typing import Protocol
 from nexus.node.progress import Notice, Progress
 
 MAIN = "main"
+# What a part of an export may have: the control API takes no more at a time.
+EXPORT_PART_BYTES_MAX = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,8 @@ class VerifyView:
 
 @dataclass(frozen=True, slots=True)
 class ExportPart:
-    """A part of an export: bytes that `import_part` takes, whole batches or charters with all their proofs."""
+    """A part of an export: bytes that `import_part` takes, batches, or parts of them, or charters, with all their proofs; at most
+    EXPORT_PART_BYTES_MAX."""
 
     content: bytes
     blocks: int
@@ -229,7 +232,7 @@ class ReindexView:
 
 @dataclass(frozen=True, slots=True)
 class CollectionView:
-    """`mode`: "open" (anybody, no owner), "public", "writers" or "private". `owner`, `writers`, `members`: peer ids."""
+    """`mode`: "public", "writers" or "private". `owner`, `writers`, `members`: peer ids."""
 
     name: str
     id: bytes
