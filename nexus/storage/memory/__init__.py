@@ -1,0 +1,1 @@
+"""What this node remembers of the shared memory: blocks and their proofs in SQLite, vectors and indexes that follow from them."""
