@@ -44,14 +44,19 @@ class Pooling:
         return torch.nn.functional.normalize(vector, p=2, dim=0) if self.normalize else vector
 
 
-def _modules(path: Path) -> list[tuple[str, str]]:
-    """(last part of the class name, directory) of each module, in order."""
+def read_modules(path: Path) -> list[tuple[str, str]]:
+    """(class, directory) of each module that modules.json lists, in order. Raises ModelFormatError."""
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(CONFIG_BYTES_MAX).decode("utf-8"))
-        return [(str(entry["type"]).rsplit(".", 1)[-1], str(entry["path"])) for entry in value]
+        return [(str(entry["type"]), str(entry["path"])) for entry in value]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise ModelFormatError(f"{MODULES_FILE} is not a list of modules", "Download the model again") from error
+
+
+def _modules(path: Path) -> list[tuple[str, str]]:
+    """(last part of the class name, directory) of each module, in order."""
+    return [(kind.rsplit(".", 1)[-1], directory) for kind, directory in read_modules(path)]
 
 
 def pooling_config_name(modules: Path) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from nexus.core.errors import ModelFormatError, UsageError
@@ -62,12 +63,21 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids with the special tokens around them that the model expects. Raises UsageError for text that is not Unicode,
         ModelFormatError where the tokenizer fails at it."""
+        return list(self._encoded(text).ids)
+
+    def count(self, text: str) -> int:
+        """Tokens of the whole text and the special ones around it, also where `encode` would cut it. Raises as `encode`."""
+        encoded = self._encoded(text)
+        cut = sum(len(rest.ids) - sum(rest.special_tokens_mask) for rest in encoded.overflowing)
+        return len(encoded.ids) + cut
+
+    def _encoded(self, text: str) -> Encoding:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError("the text is not valid Unicode", "Send it as UTF-8") from error
         with _contained("the model's tokenizer fails at this text"):
-            return list(self._fast.encode(text).ids)
+            return self._fast.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, without special ones; ids outside the vocabulary have none."""
