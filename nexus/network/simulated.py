@@ -377,6 +377,9 @@ class SimulatedTransport:
         await self._lookup()
         self._network.provide(PeerAddress(self._peer_id, (self.endpoint,)), key)
 
+    def withdraw(self, key: bytes) -> None:
+        """The record stays until the simulation ends: what others keep is not this node's to take back."""
+
     async def find_providers(self, key: bytes, limit: int = 20) -> list[PeerAddress]:
         check_key(key)
         await self._lookup()

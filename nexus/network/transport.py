@@ -139,6 +139,9 @@ class Transport(Protocol):
     async def provide(self, key: bytes) -> None:
         """Announce on the DHT that this node can be asked about `key` (32 bytes)."""
 
+    def withdraw(self, key: bytes) -> None:
+        """Announce `key` no more. What others keep of it goes with time."""
+
     async def find_providers(self, key: bytes, limit: int = 20) -> list[PeerAddress]:
         """Peers that announced `key`, without duplicates and without this node; they may be gone."""
         ...

@@ -10,7 +10,7 @@ What this node holds is announced on the DHT under one key per model, paced and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +86,8 @@ class Membership:
     """This node's view of the swarm.
 
     `describe`: what this node says of itself now; node key and issue time are filled in here. `now_ms`: Unix time. `is_slashed`:
-    whether the node with this key is convicted: it is neither listed nor introduced to others.
+    whether the node with this key is convicted: it is neither listed nor introduced to others. `also_provided`: DHT keys that other
+    services of this node want announced; they share one pace.
     """
 
     def __init__(
@@ -96,12 +97,14 @@ class Membership:
         describe: Callable[[], NodeRecord],
         now_ms: Callable[[], int],
         is_slashed: Callable[[bytes], bool] = lambda public_key: False,
+        also_provided: Callable[[], Iterable[bytes]] = tuple,
     ) -> None:
         self._transport = transport
         self._identity = identity
         self._describe = describe
         self._now_ms = now_ms
         self._is_slashed = is_slashed
+        self._also_provided = also_provided
         self._table = MemberTable()
         self._own: SignedNodeRecord | None = None
         self._strangers: OrderedDict[str, float | None] = OrderedDict()
@@ -317,11 +320,14 @@ class Membership:
         return self._table.may_ask(message.peer_id, trio.current_time())
 
     async def _provide(self) -> None:
-        """Announce every model that this node holds some of on the DHT, one key at a time, as soon as there is anyone to tell."""
+        """Announce on the DHT every model that this node holds some of, and what else is wanted, one key at a time, as soon as
+        there is anyone to tell."""
         while True:
             wanted = {provider_key(holding.model_root) for holding in self.own().record.models if holding.held}
+            wanted.update(self._also_provided())
             for gone in self._provided_s.keys() - wanted:
                 del self._provided_s[gone]
+                self._transport.withdraw(gone)
             self._tried_s = {key: at_s for key, at_s in self._tried_s.items() if key in wanted}
             key = next_to_provide(wanted, self._tried_s, self._provided_s, trio.current_time())
             if key is not None and self._transport.connections():

@@ -426,7 +426,11 @@ class Libp2pTransport:
         with trio.move_on_after(PROVIDE_TIMEOUT_S):
             confirmed = await self._dht.announce(key)
         log.debug("%d peers keep the announcement of %s", confirmed, key.hex()[:16])
-        self._provided[key] = trio.current_time() + RENEW_AFTER_S.get(confirmed, RENEW_AFTER_MANY_S)
+        if key in self._provided:  # not withdrawn meanwhile
+            self._provided[key] = trio.current_time() + RENEW_AFTER_S.get(confirmed, RENEW_AFTER_MANY_S)
+
+    def withdraw(self, key: bytes) -> None:
+        self._provided.pop(key, None)
 
     async def renew_forever(self) -> None:
         """Announce again what was announced: before it expires, and for peers that came later."""
