@@ -276,12 +276,10 @@ class MemorySettings:
     author_max_bytes: int = _setting(parse_size)
     place: tuple[float, float] | None = _setting(_place)
     place_step: float = _setting(_place_step)
-    clock_ahead_s: float = _setting(_seconds(3600))
     witness_every_s: float = _setting(_seconds(86400))
     witnesses: int = _setting(_integer(1, 8))
     trusted_witnesses: tuple[str, ...] = _setting(_list(_peer_id, 64))
     blocks_per_peer_s: int = _setting(_integer(1, 1_000_000))
-    sync_every_s: float = _setting(_seconds(86400))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,12 +41,10 @@ class MemoryOptions:
     author_max_bytes: int
     place: tuple[float, float] | None
     place_step: float
-    clock_ahead_s: float
     witness_every_s: float
     witnesses: int
     trusted_witnesses: tuple[str, ...]
     blocks_per_peer_s: int
-    sync_every_s: float
 
 
 @dataclass(frozen=True, slots=True)
