@@ -123,7 +123,7 @@ def check_directory(directory: Path) -> list[Path]:
             f"{directory.name} has {len(found)} files; a model has at most {_FILES_MAX}", "Give the model's directory"
         )
     for path in found:
-        if path.suffix.lower() == ".json" and path.name.endswith("config.json"):
+        if path.suffix.lower() == ".json" and path.name.endswith("config.json") and path.name not in _DECIDES_NOT:
             settings = read_json(directory / path)
             if key := next((key for key in _CODE_KEYS if settings.get(key)), None):
                 raise ModelFormatError(

@@ -11,8 +11,7 @@ from nexus.core.manifest import Manifest
 from nexus.engine.embedding.exact_encoder import ExactEmbedder, load_exact_embedder
 from nexus.engine.importer import import_model
 from nexus.models import held_out_text
-
-from ..conftest import Folder
+from tests.engine.conftest import Folder
 
 Stored = tuple[Manifest, Mapping[str, Path]]
 

@@ -21,9 +21,8 @@ from nexus.engine.exact import native
 from nexus.engine.stage import load_stage
 from nexus.engine.tokenizer import Tokenizer
 from nexus.proof.receipts import tokens_to_bytes
-
-from ..conftest import Folder
-from .conftest import Stored
+from tests.engine.conftest import Folder
+from tests.engine.embedding.conftest import Stored
 
 TEXTS = ["hello world", "", "Ünïcödé, 漢字 and 🙂", "שלום עולם", "a\0b", "The river remembers every stone it ever carried. " * 60]
 
