@@ -144,10 +144,11 @@ def _found(keys: Keys, sought: Keys) -> npt.NDArray[np.bool_]:
 class View:
     """A set as one session sees it. Positions are indices into the sorted items; bounds are keys of 40 bytes."""
 
-    __slots__ = ("_keys", "_sums", "hashes")
+    __slots__ = ("_keys", "_sums", "hashes", "salt")
 
     def __init__(self, keys: Keys, salt: bytes) -> None:
         self._keys = keys
+        self.salt = salt
         self.hashes = item_hashes(keys, salt)
         self._sums: Words = np.zeros(keys.size + 1, dtype=np.uint64)
         np.cumsum(self.hashes, out=self._sums[1:])
