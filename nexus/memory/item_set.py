@@ -32,6 +32,8 @@ Words: TypeAlias = "npt.NDArray[np.uint64]"
 
 _KEY = np.dtype(f"S{ITEM_BYTES}")
 _MASK = 2**64 - 1
+# So many additions wait at most.
+_ADDED_MAX = 4096
 # Rows hashed at once: their working arrays fit in a processor's second-level cache.
 _ROWS = 4096
 
@@ -71,7 +73,10 @@ def as_bytes(keys: Keys) -> bytes:
 
 
 class ItemSet:
-    """A sorted set of items. Additions are gathered and merged when they are first needed: 100 into 100,000 take milliseconds."""
+    """A sorted set of items. Additions are gathered and merged when they are first needed: 100 into 100,000 take milliseconds.
+
+    It belongs to one thread; only `view` may be called from others, while that one goes on.
+    """
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
         self._keys: Keys = np.empty(0, dtype=_KEY)
@@ -80,7 +85,9 @@ class ItemSet:
 
     def add(self, items: Iterable[Item]) -> None:
         """Items that are there already change nothing."""
-        self._added.extend(map(pack_item, items))
+        self._added.extend([pack_item(item) for item in items])
+        if len(self._added) > _ADDED_MAX:
+            self._merged()
 
     def add_packed(self, packed: bytes) -> None:
         """Items as 40 bytes each, one after another, in any order: how a store hands over very many of them. Raises ValueError."""
@@ -89,7 +96,7 @@ class ItemSet:
         times = np.frombuffer(packed, dtype=[("t", ">u8"), ("id", f"V{ID_BYTES}")])["t"]
         if times.size and not (times.min() >= TIME_MIN_MS and times.max() <= TIME_MAX_MS):
             raise ValueError("a packed item has a time that no block has")
-        self._merge(as_keys(packed))
+        self._keys = _merge(self._merged(), as_keys(packed))
 
     def discard(self, items: Iterable[Item]) -> None:
         """Items that are not there change nothing."""
@@ -116,21 +123,26 @@ class ItemSet:
 
     def view(self, salt: bytes) -> View:
         """The set as it is now: what is added later does not show in it."""
-        return View(self._merged(), salt)
+        # In this order, and changing nothing: if the owner merges in between, additions are seen twice and never not at all.
+        added = [*self._added]
+        return View(_merge(self._keys, as_keys(added)), salt)
 
     def _merged(self) -> Keys:
         if self._added:
-            added, self._added = self._added, []
-            self._merge(as_keys(added))
+            self._keys = _merge(self._keys, as_keys(self._added))
+            self._added = []
         return self._keys
 
-    def _merge(self, added: Keys) -> None:
-        fresh = np.unique(added)
-        if self._keys.size:
-            fresh = fresh[~_found(self._keys, fresh)]
-            # Never in place: views that were handed out keep the array that they have.
-            fresh = np.insert(self._keys, np.searchsorted(self._keys, fresh), fresh) if fresh.size else self._keys
-        self._keys = fresh
+
+def _merge(keys: Keys, added: Keys) -> Keys:
+    """Never in place: views that were handed out keep the array that they have."""
+    if not added.size:
+        return keys
+    fresh = np.unique(added)
+    if keys.size:
+        fresh = fresh[~_found(keys, fresh)]
+        return np.insert(keys, np.searchsorted(keys, fresh), fresh) if fresh.size else keys
+    return fresh
 
 
 def _found(keys: Keys, sought: Keys) -> npt.NDArray[np.bool_]:

@@ -293,11 +293,15 @@ class Load(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """The peer has these, or `more` of them, that this node lacked: for the schedule. Then send `Told()`."""
+    """The peer says that this node lacks these, and in all `total`: for the schedule. Then send `Told()`."""
 
     collection: bytes
     items: tuple[Item, ...]
-    more: int
+    total: int
+
+    @property
+    def more(self) -> int:
+        return self.total - len(self.items)
 
 
 class Loaded(NamedTuple):
@@ -348,7 +352,7 @@ class SyncResponder:
                 raise MalformedError("a message that tells nothing, or not all")
             if not self.served.serves(message.collection):
                 return NOT_SERVED
-            return Heard(message.collection, tuple(items), message.total - len(items))
+            return Heard(message.collection, tuple(items), message.total)
         raise MalformedError(f"a {type(message).__name__} is no request")
 
     def loaded(self, found: Sequence[Loaded]) -> Batches:

@@ -141,6 +141,14 @@ class SyncSchedule:
         """The sessions to start now."""
         return [self._start(*key, now_s) for key in self._ready(now_s)]
 
+    def begin(self, peer: str, collection: bytes, now_s: float) -> Start | None:
+        """A comparison now, whoever's turn it is: somebody asked for it. None: it runs already, the peer is offline or dropped."""
+        pair = self._pairs.get((peer, collection))
+        if pair is None or pair.running or not pair.online or self.standing(peer, now_s) is Standing.DROPPED:
+            return None
+        pair.due_s = now_s
+        return self._start(peer, collection, now_s)
+
     def next_due_s(self, now_s: float) -> float | None:
         """When to call `next` again, unless something happens before. None: only when something happens."""
         if self._ready(now_s):

@@ -117,6 +117,36 @@ def test_a_view_does_not_change() -> None:
     assert (view.keys(0, len(view)), view.fingerprint(0, 10)) == before
 
 
+class _Interrupted(ItemSet):
+    """Its owner merges whenever somebody else looks at what was added."""
+
+    interrupted = False
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "_added" and object.__getattribute__(self, "interrupted"):
+            self.interrupted = False
+            assert len(self) == 2
+        return object.__getattribute__(self, name)
+
+
+def test_a_view_from_another_thread_misses_nothing() -> None:
+    ours = _Interrupted([Item(2**32, bytes(32))])
+    assert len(ours) == 1
+    ours.add([Item(2**33, bytes(32))])
+    ours.interrupted = True
+    assert len(ours.view(SALT)) == 2
+    # A view changes nothing by itself.
+    ours.add([Item(2**34, bytes(32))])
+    assert len(ours.view(SALT)) == len(ours.view(SALT)) == 3
+    assert list(ours) == [Item(2**32, bytes(32)), Item(2**33, bytes(32)), Item(2**34, bytes(32))]
+
+
+def test_many_additions_do_not_wait() -> None:
+    ours = ItemSet(Item(2**32 + at, bytes(32)) for at in range(10_000))
+    assert not ours._added
+    assert len(ours) == 10_000
+
+
 def test_what_is_no_item_is_refused() -> None:
     good = Item(2**32, bytes(32))
     for bad in (Item(2**32 - 1, bytes(32)), Item(2**53, bytes(32)), Item(2**32, bytes(31))):

@@ -116,6 +116,27 @@ def test_at_most_so_many_at_once_and_one_per_peer() -> None:
     assert len(schedule.next(1.0)) == 1
 
 
+def test_who_asks_gets_a_comparison_now() -> None:
+    schedule = _schedule("a", "b", at_once=1)
+    now_s = 0.0
+    schedule.remove(ONE, "b")
+    for _ in range(8):
+        now_s = _through(schedule, now_s, SAME)
+    schedule.heard("a", ONE, ITEMS[:1], 0, now_s)
+    assert schedule.begin("a", ONE, now_s) == Start("a", ONE, (), WANT_MAX)
+    assert schedule.begin("a", ONE, now_s) is None
+    assert schedule.claim("a", ONE, ITEMS[:1], now_s) == ITEMS[:1]
+    schedule.finished("a", ONE, SAME, now_s)
+    assert _next_try(schedule, now_s) > now_s + GAP_S
+    assert schedule.begin("b", ONE, now_s) is None
+    for _ in range(3):
+        schedule.offend("a", now_s)
+    assert schedule.begin("a", ONE, now_s) is None
+    schedule.add("b", ONE, now_s)
+    schedule.lost("b")
+    assert schedule.begin("b", ONE, now_s) is None
+
+
 def test_everyone_has_a_turn() -> None:
     schedule = _schedule(*"abcdefgh", at_once=1)
     seen = list[str]()

@@ -17,7 +17,7 @@ def _finished(seed: int, honest: int = 6, liars: int = 1) -> Swarm:
     return swarm
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_honest_nodes_converge(seed: int) -> None:
     swarm = _finished(seed)
     sets = {frozenset(node.blocks) for node in swarm.honest}
@@ -74,4 +74,5 @@ def test_partitioned_nodes_that_both_write_agree_when_healed() -> None:
 
 
 def test_same_seed_same_trace() -> None:
-    assert _finished(7).trace.digest() == _finished(7).trace.digest() != _finished(8).trace.digest()
+    one, again, other = (_finished(seed, honest=3).trace.digest() for seed in (7, 7, 8))
+    assert one == again != other
