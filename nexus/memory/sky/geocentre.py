@@ -49,8 +49,9 @@ class Rows(NamedTuple):
     """Which rows hold what, all in km and km/s in the true equator of date, for light that arrives at the Earth's centre.
 
     place: body from the Earth's centre, [3, 7]. drag: the body's velocity v over (c + v's part along the line of sight), [3, 7].
-    distance: [7]. along: 1 - drag along the line of sight, [7]. solar: planet's distance from the Sun, [5]; solar_drag: drag along
-    the line from the Sun, [5]. velocity: of the Earth's centre over c, [3]. spin: apparent sidereal time of Greenwich, radians.
+    distance: [7]. along: 1 - drag along the line of sight, [7]. solar: planet's distance from the Sun, [5]; solar_drag: its drag
+    less the Sun's along the line between them, [5]. velocity: of the Earth's centre over c, [3]. spin: apparent sidereal time of
+    Greenwich, radians.
     """
 
     place: slice = slice(0, 21)
@@ -104,7 +105,7 @@ class Geocentre:
         solar = np.sqrt(_dot(from_sun, from_sun))
         out = np.empty((ROW_COUNT, len(days)))
         out[ROWS.along] = 1 - _dot(drag, toward)
-        out[ROWS.solar_drag] = _dot(drag[:, _PLANETS_AT], from_sun / solar)
+        out[ROWS.solar_drag] = _dot(drag[:, _PLANETS_AT] - drag[:, :1], from_sun / solar)
         out[ROWS.distance] = distance
         out[ROWS.solar] = solar
         place[:, 6] += _bent_by_jupiter(place, distance)
