@@ -31,6 +31,7 @@ from nexus_cli import (
     run,
     settings,
     show,
+    sky,
     slashed,
     testnet,
 )
@@ -65,6 +66,7 @@ for command in (
     evidence.evidence,
     slashed.slashed,
     ledger.ledger,
+    sky.sky,
     engine.engine,
     engine.bench,
     testnet.testnet,
