@@ -8,7 +8,6 @@ from the blocks when the store is opened, so no append has to be synced.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +58,6 @@ class CodeFile:
                 self._map()
         except OSError as error:
             raise storage_error(error, self.path) from error
-
-    def write_rows(self, rows: Sequence[int], codes: bytes) -> None:
-        """The same codes in each of these rows."""
-        for row in rows:
-            self.write(row, codes)
 
     def sync(self) -> None:
         try:

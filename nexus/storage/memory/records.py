@@ -193,8 +193,8 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What to search for: the nearest to `vector` (float32 [d], of the model `fingerprint`), texts with the words of `text`, or with
-    `hybrid` both, fused by rank. A filter for `filters.collections` is the usual case. `blocks`: whether hits carry their blocks."""
+    """What to search for: the nearest to `vector` (float32 [d], of the model `fingerprint`), or without one texts with words of
+    `text`, or with `hybrid` both, fused by rank. `blocks`: whether hits carry their blocks."""
 
     k: int = 10
     vector: NDArray[np.float32] | None = None

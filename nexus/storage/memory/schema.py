@@ -1,5 +1,6 @@
 """The tables of memory.db, and the hash that every row of a block carries.
 
+`erasing` lists what still holds traces of erased blocks: spaces whose index does, 0 for the full-text index.
 What is true: `name`, `batch`, `block`, `body`, `edge`, `vector`, `receipt`, `document`. The others follow from these.
 """
 
@@ -60,7 +61,7 @@ CREATE TABLE IF NOT EXISTS receipt (
 CREATE TABLE IF NOT EXISTS document (
     kind TEXT NOT NULL, key BLOB NOT NULL, data BLOB NOT NULL, hash BLOB NOT NULL, PRIMARY KEY (kind, key)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS erasing (only_one INTEGER PRIMARY KEY CHECK (only_one = 1)) STRICT;
+CREATE TABLE IF NOT EXISTS erasing (space INTEGER PRIMARY KEY) STRICT;
 CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(title, body, tags, content='', tokenize='unicode61 remove_diacritics 2');
 """
 

@@ -97,8 +97,15 @@ class Spaces:
         for space in self._by_number.values():
             space.file.close()
 
+    def matching(self, collections: Sequence[bytes], fingerprint: bytes, dimension: int) -> list[Space]:
+        """Those of one model, in these collections or in all."""
+        if collections:
+            keys = (SpaceKey(collection, fingerprint, dimension) for collection in dict.fromkeys(collections))
+            return [self.by_key[key] for key in keys if key in self.by_key]
+        return [space for space in self.all() if space.key.fingerprint == fingerprint and space.key.dimension == dimension]
+
     def of_collection(self, collection: bytes) -> list[Space]:
-        return [space for key, space in self.by_key.items() if key.collection == collection]
+        return [space for space in self.all() if space.key.collection == collection]
 
     def all(self) -> list[Space]:
         return list(self._by_number.values())
@@ -154,16 +161,20 @@ def place(connection: sqlite3.Connection, space: Space, numbers: Sequence[int], 
         space.file.sync()
         all_numbers = np.concatenate([space.view.numbers, np.array(numbers, np.int64)])
         for page in whole:
-            _keep_page(connection, space, page, all_numbers)
+            keep_page(connection, space, page, all_numbers)
     return Placed(space, list(numbers), np.frombuffer(joined, np.int8).reshape(len(numbers), -1))
 
 
-def erase(connection: sqlite3.Connection, space: Space, rows: Sequence[int]) -> None:
-    """Overwrite the codes of rows that count, or are about to."""
-    space.file.write_rows(rows, bytes(space.key.dimension))
+def erase(connection: sqlite3.Connection, space: Space, rows: Sequence[int], placed: Sequence[int]) -> list[bytes]:
+    """Overwrite the codes of rows that count, or of those of the blocks `placed` behind them: what was there before."""
+    before = [space.file.codes[row].tobytes() for row in rows]
+    for row in rows:
+        space.file.write(row, bytes(space.key.dimension))
     space.file.sync()
-    for page in {row // PAGE_ROWS for row in rows if row // PAGE_ROWS < space.count // PAGE_ROWS}:
-        _keep_page(connection, space, page, space.view.numbers)
+    numbers = np.concatenate([space.view.numbers, np.array(placed, np.int64)])
+    for page in {row // PAGE_ROWS for row in rows if row // PAGE_ROWS < len(numbers) // PAGE_ROWS}:
+        keep_page(connection, space, page, numbers)
+    return before
 
 
 def vector_hash(space: SpaceKey, block: bytes, scale: int, codes: bytes) -> bytes:
@@ -221,12 +232,12 @@ def _load(connection: sqlite3.Connection, space: Space, notices: list[str]) -> N
         elif kept.get(page) != space.file.page_hash(page, part):
             damaged += 1
             rewrite(connection, space, start, part)
-            _keep_page(connection, space, page, numbers)
+            keep_page(connection, space, page, numbers)
     if damaged or (missing and count):
         notices.append(f"{space.file.path} was {'cut short' if missing else 'damaged'}: it was made anew from the blocks")
     space.append(numbers.tolist(), space.file.codes[:count])
 
 
-def _keep_page(connection: sqlite3.Connection, space: Space, page: int, numbers: NDArray[np.int64]) -> None:
+def keep_page(connection: sqlite3.Connection, space: Space, page: int, numbers: NDArray[np.int64]) -> None:
     part = numbers[page * PAGE_ROWS : (page + 1) * PAGE_ROWS]
     connection.execute("INSERT OR REPLACE INTO page VALUES (?, ?, ?)", (space.number, page, space.file.page_hash(page, part)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nexus.core.errors import UsageError
+from nexus.core.errors import CapacityError, UsageError
 from nexus.memory.batch import OpenedBlock
 from nexus.memory.block import SEALED, Vector, split_ids
 from nexus.memory.sky.place import CELL_BYTES
@@ -27,7 +27,7 @@ from nexus.storage.memory.rows import (
     write_proof,
 )
 from nexus.storage.memory.schema import ROW_BYTES, Row, hash_of_row
-from nexus.storage.memory.spaces import Placed, Space, SpaceKey, Spaces, erase, place
+from nexus.storage.memory.spaces import SPACES_MAX, Placed, Space, SpaceKey, Spaces, erase, place, vector_hash
 
 
 class Quotas(NamedTuple):
@@ -55,8 +55,8 @@ class Writing:
     quotas: Quotas
     rows: list[Row] = field(default_factory=list)
     changed: list[Row] = field(default_factory=list)
-    placed: dict[int, list[Placed]] = field(default_factory=dict)
-    erased: list[tuple[Space, int]] = field(default_factory=list)
+    placed: dict[int, Placed] = field(default_factory=dict)
+    erased: list[tuple[Space, int, bytes]] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
 
     def put(self, arrivals: Sequence[Arrival], rules: Rules) -> list[bytes]:
@@ -83,11 +83,6 @@ class Writing:
 
     def apply(self) -> None:
         """Let memory follow, after the commit."""
-        for parts in self.placed.values():
-            for part in parts:
-                part.space.append(part.numbers, part.codes)
-        for space, place_ in self.erased:
-            space.forget(place_)
         self.columns.extend(self.rows)
         for row in self.changed:
             self.columns.change("state", row.number, row.state)
@@ -95,6 +90,16 @@ class Writing:
             self.columns.change("size", row.number, row.size)
         for number in self.forgotten:
             self.columns.change("state", number, GONE)
+        for part in self.placed.values():
+            part.space.append(part.numbers, part.codes)
+        for space, place_, _ in self.erased:
+            space.forget(place_)
+
+    def undo(self) -> None:
+        """Put back what was overwritten in files of codes: the transaction was rolled back."""
+        for space, place_, codes in self.erased:
+            if place_ < space.count:
+                space.file.write(place_, codes)
 
     def index(self, contents: Sequence[tuple[Row, Content]]) -> None:
         """Make contents findable: their words, tags and vectors."""
@@ -119,7 +124,7 @@ class Writing:
                 first.setdefault(number, codes)
             if space.number in self.placed:
                 raise ValueError("one write places vectors in a space once")
-            self.placed[space.number] = [place(self.connection, space, list(first), list(first.values()))]
+            self.placed[space.number] = place(self.connection, space, list(first), list(first.values()))
         return space
 
     def change(self, changes: Sequence[tuple[CheckedRow, State]]) -> None:
@@ -134,6 +139,27 @@ class Writing:
         self.erase(gone)
         update_rows(self.connection, pairs)
         self.changed.extend(new for _, new in pairs)
+
+    def open_sealed(self, contents: Sequence[tuple[CheckedRow, Content]]) -> None:
+        """Add what can be read now of sealed blocks that could not be read before."""
+        self.connection.executemany(
+            "UPDATE body SET content = ?, hash = ? WHERE number = ?",
+            [(data := content.to_bytes(), content_hash(row.row.number, data), row.row.number) for row, content in contents],
+        )
+        self.index([(row.row, content) for row, content in contents])
+
+    def add_vectors(self, key: SpaceKey, model: str, vectors: Sequence[tuple[CheckedRow, int, bytes]]) -> None:
+        """(block, scale, codes) each, of blocks that have none in this space. Raises CapacityError for one space too many."""
+        space = self.place(key, model, [(row.row.number, codes) for row, _, codes in vectors])
+        if space is None:
+            raise CapacityError(f"the collection has vectors of {SPACES_MAX} models, the limit", "Use one of those")
+        self.connection.executemany(
+            "INSERT INTO vector VALUES (?, ?, ?, ?, ?)",
+            [
+                (space.number, row.row.number, scale, codes, vector_hash(key, row.row.id, scale, codes))
+                for row, scale, codes in vectors
+            ],
+        )
 
     def pin(self, row: CheckedRow, pinned: bool) -> None:
         new = row.row._replace(pinned=int(pinned))
@@ -159,10 +185,11 @@ class Writing:
                 by_space.setdefault(space_number, []).append(place_)
         for number, found in by_space.items():
             space = self.spaces.of_number(number)
-            erase(self.connection, space, found)
-            self.erased.extend((space, place_) for place_ in found)
+            placed = self.placed[number].numbers if number in self.placed else []
+            before = erase(self.connection, space, found, placed)
+            self.erased.extend((space, place_, codes) for place_, codes in zip(found, before, strict=True))
         self._count_bytes([(row, -row.size) for row in rows])
-        self.connection.execute("INSERT OR IGNORE INTO erasing VALUES (1)")
+        self.connection.executemany("INSERT OR IGNORE INTO erasing VALUES (?)", [(0,), *((number,) for number in by_space)])
 
     def forget(self, row: Row) -> None:
         """Erase a block, its row too. Its number is not given again: words that cannot be taken out are left behind with it."""

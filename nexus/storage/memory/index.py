@@ -1,0 +1,171 @@
+"""What finds the nearest among many vectors: a usearch graph over one bit per dimension, the sign of code - mean, for each space.
+
+The graph is disposable. It only proposes candidates, which are then ranked by their codes. It is saved now and then as a file, with
+its checksum in SQLite: one that is missing, cut short or changed is made anew from the codes. What is not in it yet is compared
+one by one, so a search never misses what was stored.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+from usearch.index import Index, MetricKind, ScalarKind  # type: ignore[attr-defined]
+
+from nexus.storage.database import row_hash
+from nexus.storage.durable import storage_error, sync_directory
+from nexus.storage.memory.spaces import Rows, Space
+
+# Fewer vectors are compared one by one.
+INDEX_FROM = 5000
+_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 16, 96, 64
+_ADDED_AT_ONCE = 256
+# A file is written again once the graph has grown by this part.
+_SAVE_SHARE = 8
+
+
+class _Saved(NamedTuple):
+    """`data`: None where the file is not what was saved."""
+
+    rows: int
+    mean: bytes
+    data: bytes | None
+
+
+class SpaceIndex:
+    """The graph of one space. `rows`: those below this number are in it. Any thread; one at a time, for a fraction of a millisecond
+    in a search and some milliseconds while it grows."""
+
+    def __init__(self, root: Path, space: Space) -> None:
+        self.space = space
+        self.path = root / f"{space.number}.usearch"
+        self.rows = 0
+        self.saved_rows = 0
+        self._lock = threading.Lock()
+        self._mean: NDArray[np.float32] = np.zeros(space.key.dimension, np.float32)
+        self._graph = self._empty()
+        self._next: SpaceIndex | None = None
+
+    def _empty(self) -> Index:
+        return Index(
+            ndim=-(-self.space.key.dimension // 8) * 8,
+            metric=MetricKind.Hamming,
+            dtype=ScalarKind.B1,
+            connectivity=_CONNECTIVITY,
+            expansion_add=_EXPANSION_ADD,
+            expansion_search=_EXPANSION_SEARCH,
+        )
+
+    def load(self, connection: sqlite3.Connection, notices: list[str]) -> None:
+        """Take the saved file if it is the one that was saved; else start with none, and say so."""
+        saved = self._saved(connection)
+        if saved is None:
+            return
+        rows, mean, data = saved
+        if data is None:
+            notices.append(f"{self.path} was missing or damaged: the index is made anew")
+            return
+        graph = self._empty()
+        try:
+            graph.load(data)
+        except (RuntimeError, ValueError):
+            notices.append(f"{self.path} is of another version of usearch: the index is made anew")
+            return
+        self._graph, self._mean, self.rows, self.saved_rows = graph, np.frombuffer(mean, "<f4").astype(np.float32), rows, rows
+
+    def is_sound(self, connection: sqlite3.Connection) -> bool:
+        """Whether what was saved is still there."""
+        saved = self._saved(connection)
+        return saved is None or saved.data is not None
+
+    def _saved(self, connection: sqlite3.Connection) -> _Saved | None:
+        found = connection.execute(
+            "SELECT rows, mean, checksum, hash FROM indexed WHERE space = ?", (self.space.number,)
+        ).fetchone()
+        if found is None:
+            return None
+        rows, mean, checksum, kept = found
+        try:
+            data: bytes | None = self.path.read_bytes()
+        except OSError:
+            data = None
+        fits = row_hash("indexed", self.space.number, rows, mean, checksum) == kept and rows <= self.space.count
+        if not fits or (data is not None and blake3(data).digest() != checksum):
+            data = None
+        return _Saved(rows, mean, data)
+
+    def grow(self, rows: Rows) -> bool:
+        """Add some of the rows that are not in it; whether there are more. The mean is that of the first rows, and stays."""
+        if self._next is not None:
+            if self._next.grow(rows):
+                return True
+            with self._lock:
+                self._graph, self._mean, self.rows = self._next._graph, self._next._mean, self._next.rows
+                self._next, self.saved_rows = None, 0
+            return False
+        count = len(rows.numbers)
+        if count < INDEX_FROM or self.rows >= count:
+            return False
+        if not self.rows:
+            self._mean = rows.codes[:count].mean(axis=0, dtype=np.float64).astype(np.float32)
+        end = min(self.rows + _ADDED_AT_ONCE, count)
+        there = np.flatnonzero(rows.inverses[self.rows : end] > 0) + self.rows
+        bits = self._bits(rows.codes[there])
+        with self._lock:
+            if len(there):
+                self._graph.add(there, bits, threads=1)
+            self.rows = end
+        return end < count
+
+    def renew(self) -> None:
+        """Make another graph beside this one, without the rows that were erased; `grow` puts it in place when it is as large."""
+        self._next = SpaceIndex(self.path.parent, self.space)
+
+    @property
+    def renewing(self) -> bool:
+        return self._next is not None
+
+    def nearest(self, vector: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """The rows that look nearest, in no order that matters. `vector`: scaled as codes are."""
+        with self._lock:
+            bits = self._bits(vector[None, :])[0]
+            return np.asarray(self._graph.search(bits, count, threads=1).keys, np.int64)
+
+    def needs_saving(self) -> bool:
+        return self._next is None and self.rows - self.saved_rows > self.saved_rows // _SAVE_SHARE
+
+    def write(self) -> tuple[int, bytes]:
+        """Write the file: how many rows are in it, and its checksum, for `keep`. Raises LocalError."""
+        with self._lock:
+            data = bytes(self._graph.save() or b"")
+            rows = self.rows
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise storage_error(error, self.path) from error
+        return rows, blake3(data).digest()
+
+    def keep(self, connection: sqlite3.Connection, rows: int, checksum: bytes) -> None:
+        mean = self._mean.astype("<f4").tobytes()
+        connection.execute(
+            "INSERT OR REPLACE INTO indexed VALUES (?, ?, ?, ?, ?)",
+            (self.space.number, rows, mean, checksum, row_hash("indexed", self.space.number, rows, mean, checksum)),
+        )
+        self.saved_rows = rows
+
+    def _bits(self, vectors: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.packbits(vectors > self._mean, axis=1)
