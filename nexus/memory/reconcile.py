@@ -53,7 +53,8 @@ _PART_ITEMS = 16
 _FEW = 256
 QUEUE_MAX = 2**17
 ROUNDS_MAX = 512
-NEED_MAX = 2**18
+# What one peer can make this side remember: 15 MB.
+NEED_MAX = 2**16
 
 
 class Found(NamedTuple):

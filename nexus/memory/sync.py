@@ -40,9 +40,12 @@ from nexus.memory.sync_messages import (
 ABSENT_MAX = 1024
 ABSENT_PER_ACCEPTED = 3
 EXCHANGE_TIMEOUT_S = 30.0
+# After so long, or so many requests, a session asks for no more blocks; what is left is for the next. The responder bears with
+# more.
+PULL_S = 600.0
 SESSION_TIMEOUT_S = 900.0
-# Of one stream at the responder: a session of the greatest size has fewer.
-REQUESTS_MAX = ROUNDS_MAX + 2 * NEED_MAX // WANT_MAX
+PULL_REQUESTS_MAX = 1024
+REQUESTS_MAX = PULL_REQUESTS_MAX + ROUNDS_MAX + 2
 
 
 class Check(NamedTuple):
@@ -66,8 +69,9 @@ class Checked(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a session came to. `offence`: it ended by a peer that broke the protocol or sent bad blocks. `complete`: both sets were
-    compared to the end. `needed` ids were lacking here; of these `accepted` came, `skipped` were no longer wanted when their turn
-    came, `absent` were not at the peer. `have`: what the peer lacks. `peer_size`: ids that it knows."""
+    compared to the end, and everything lacking was asked for. `needed` ids were lacking here; of these `accepted` came, `skipped`
+    were no longer wanted when their turn came, `absent` were not at the peer. `have`: what the peer lacks. `peer_size`: ids that it
+    knows."""
 
     ok: bool
     offence: bool
@@ -106,7 +110,7 @@ class SyncSession:
     want_max: int = WANT_MAX
     need_max: int = NEED_MAX
     phase: Phase = Phase.RECONCILE
-    rounds: int = 0
+    requests: int = 0
     _reconciliation: Reconciliation | None = None
     _pull: deque[Item] = field(default_factory=deque)
     _asked: dict[bytes, Item] = field(default_factory=dict)
@@ -121,6 +125,7 @@ class SyncSession:
     _declined: int = 0
     _skipped: int = 0
     _absent: list[bytes] = field(default_factory=list)
+    _stopped: bool = False
     _peer_size: int = 0
 
     def __post_init__(self) -> None:
@@ -147,12 +152,12 @@ class SyncSession:
             raise TimedOutError("a peer took too long to synchronise")
         if self.ended or self._waits_for is not None or self._checking:
             return None
-        request = self._query() or self._want() or self._tell()
+        request = self._query() or self._want(now_s) or self._tell()
         if request is None:
             self.phase = Phase.DONE
             return None
         self._deadline_s = now_s + EXCHANGE_TIMEOUT_S
-        self.rounds += 1
+        self.requests += 1
         return request
 
     def receive(self, message: Record, now_s: float) -> Check | None:
@@ -206,7 +211,7 @@ class SyncSession:
             ok=self.phase is Phase.DONE,
             offence=isinstance(self._error, MalformedError | VerificationError),
             cause=self._error.cause if self._error else "",
-            complete=compared,
+            complete=compared and not self._stopped,
             needed=self._needed,
             accepted=self._accepted,
             declined=self._declined,
@@ -235,11 +240,13 @@ class SyncSession:
         self._pull.extend(found.need)
         self._have.extend(found.have)
 
-    def _want(self) -> Record | None:
+    def _want(self, now_s: float) -> Record | None:
         if self.phase is not Phase.PULL:
             return None
         withheld = len(self._absent) >= ABSENT_MAX and len(self._absent) > ABSENT_PER_ACCEPTED * self._accepted
-        while self._pull and not withheld:
+        long = self.requests >= PULL_REQUESTS_MAX or now_s - self.started_s > PULL_S
+        self._stopped = bool(self._pull) and (withheld or long)
+        while self._pull and not self._stopped:
             turn = [self._pull.popleft() for _ in range(min(self.want_max, len(self._pull)))]
             wanted = self.wanted(turn)
             self._skipped += len(turn) - len(wanted)

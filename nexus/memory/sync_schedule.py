@@ -33,6 +33,8 @@ RETRY_MAX_S = 600.0
 # Whoever publishes is not asked by all subscribers at the same moment, and no pair runs more often than this.
 NEWS_SPREAD_S = 0.5
 GAP_S = 1.0
+# So long a block is left to the peer that was asked for it.
+CLAIM_S = 60.0
 HINTS_MAX = 1024
 ABSENT_MAX = 4096
 ABSENT_AGAIN_S = 3600.0
@@ -108,8 +110,8 @@ class SyncSchedule:
         self._at_once = at_once
         self._pairs: dict[_Key, _Pair] = {}
         self._conducts: OrderedDict[str, Conduct] = OrderedDict()
-        # Which pair is getting a block, so that no two do.
-        self._claimed: dict[bytes, dict[bytes, str]] = {}
+        # Which peer a block is under way from, and until when others leave it to that one.
+        self._claimed: dict[bytes, dict[bytes, tuple[str, float]]] = {}
         # From when on news from those who are no peers here counts again, per collection.
         self._strangers_s: dict[bytes, float] = {}
 
@@ -166,12 +168,12 @@ class SyncSchedule:
         if pair is None or pair.running is None:
             return []
         claimed = self._claimed.setdefault(collection, {})
-        free = [item for item in items if claimed.get(item.id, peer) == peer]
+        free = [item for item in items if (held := claimed.get(item.id)) is None or held[0] == peer or now_s >= held[1]]
         mine = [item for item in free if now_s >= pair.absent.get(item.id, -inf)]
         pair.deferred += len(items) - len(free)
         pair.passed += len(items) - len(mine)
         for item in mine:
-            claimed[item.id] = peer
+            claimed[item.id] = peer, now_s + CLAIM_S
             pair.claims.add(item.id)
         return mine
 
@@ -350,7 +352,8 @@ class SyncSchedule:
     def _release(self, key: _Key, pair: _Pair) -> None:
         claimed = self._claimed.get(key[1], {})
         for id_ in pair.claims:
-            claimed.pop(id_, None)
+            if id_ in claimed and claimed[id_][0] == key[0]:
+                del claimed[id_]
         if not claimed:
             self._claimed.pop(key[1], None)
         pair.claims = set()

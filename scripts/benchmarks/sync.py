@@ -94,7 +94,7 @@ class _Served:
 def _measure(mine: ItemSet, theirs: ItemSet, rng: random.Random) -> Part:
     """One session up to the first block that is asked for. `told_bytes`: what telling the other side its part takes besides."""
     started = perf_counter()
-    session = SyncSession(COLLECTION, mine.missing, 0.0, mine.view(rng.randbytes(16)))
+    session = SyncSession(COLLECTION, mine.missing, 0.0, mine.view(rng.randbytes(16)), need_max=len(theirs) + 1)
     responder = SyncResponder(_Served(theirs))
     counts = {"trips": 0, "bytes": 0, "told_bytes": 0}
     compared_s = 0.0

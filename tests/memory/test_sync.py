@@ -22,6 +22,7 @@ from nexus.core.errors import (
 from nexus.core.record import Record
 from nexus.memory import sync
 from nexus.memory.item_set import Item, ItemSet, View, pack_item
+from nexus.memory.reconcile import ROUNDS_MAX
 from nexus.memory.sync import Check, Checked, Heard, Load, Loaded, Outcome, Phase, SyncResponder, SyncSession
 from nexus.memory.sync_messages import (
     BATCHES_BYTES_MAX,
@@ -162,6 +163,26 @@ def test_one_that_has_hardly_anything_of_what_it_names_is_left(monkeypatch: pyte
     assert sum(isinstance(message, Want) for message in sent) == 2
     assert session.outcome().ok
     assert len(session.outcome().absent) == 32
+
+
+def test_a_long_session_ends_well_and_the_rest_comes_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sync.REQUESTS_MAX > sync.PULL_REQUESTS_MAX + ROUNDS_MAX
+    monkeypatch.setattr(sync, "PULL_REQUESTS_MAX", 5)
+    mine, theirs = Store(), Store(_blocks(300))
+    held = [0]
+    while held[-1] < 300:
+        sent, _ = _run(session := _session(mine, want_max=50), mine, theirs)
+        assert sum(isinstance(message, Open | Query | Want) for message in sent) <= 6
+        held.append(len(mine.blocks))
+        assert held[-1] > held[-2]
+        outcome = session.outcome()
+        assert (outcome.ok, outcome.complete) == (True, held[-1] == 300)
+    assert len(held) > 2
+    # A slow one as well: it keeps what it has, and does not fail.
+    session = _session(Store())
+    session.started_s = -sync.PULL_S
+    _run(session, slow := Store(), theirs)
+    assert (session.outcome().ok, session.outcome().complete, len(slow.blocks)) == (True, False, 0)
 
 
 def test_a_session_for_news_pulls_without_comparing() -> None:

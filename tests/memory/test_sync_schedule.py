@@ -15,6 +15,7 @@ from nexus.memory.sync_schedule import (
     ABSENT_AGAIN_S,
     BARREN_MAX,
     CHANGE_FANOUT,
+    CLAIM_S,
     DEMOTED_DELAY_S,
     DEMOTED_WANT_MAX,
     GAP_S,
@@ -249,6 +250,19 @@ def test_no_block_is_under_way_from_two_peers() -> None:
     assert (status.in_sync, status.missing) == (False, 2)
     assert _next_try(schedule, 1.0, "b") <= 1.0 + INTERVAL_MIN_S
     assert schedule.claim("b", ONE, ITEMS[:3], 1.0) == []
+
+
+def test_a_slow_peer_does_not_keep_blocks_from_others() -> None:
+    schedule = _schedule("a", "b")
+    schedule.next(1.0)
+    assert schedule.claim("a", ONE, ITEMS[:3], 1.0) == ITEMS[:3]
+    assert schedule.claim("b", ONE, ITEMS[:3], CLAIM_S) == []
+    assert schedule.claim("b", ONE, ITEMS[:3], 1.0 + CLAIM_S) == ITEMS[:3]
+    # The end of the first does not free what the second is at.
+    schedule.finished("a", ONE, BROKEN, 2.0 + CLAIM_S)
+    schedule.add("c", ONE, 0.0)
+    assert [start.peer for start in schedule.next(3.0 + CLAIM_S)] == ["c"]
+    assert schedule.claim("c", ONE, ITEMS[:4], 3.0 + CLAIM_S) == ITEMS[3:4]
 
 
 def test_what_came_from_someone_else_is_not_missing() -> None:
