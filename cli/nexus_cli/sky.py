@@ -40,22 +40,33 @@ class Seen(NamedTuple):
 
 @sky.command("show", cls=NexusCommand)
 @click.option("--at", metavar="TIME", help="When, in UTC, as in 2026-11-30T21:30:00Z. [default: now]")
-@click.option("--place", metavar="LAT,LON", help="Where, in degrees north and east, as in 50.1,8.7 or -33.9,18.4. [default: 0,0]")
-@click.option("--cell", "step_degrees", type=float, metavar="DEGREES", help="Side of the cell that is named instead. [default: 1]")
+@click.option(
+    "--place",
+    metavar="LAT,LON",
+    help="Where, in degrees north and east, as in 50.1,8.7 or -33.9,18.4. [default: memory.place, or 0,0]",
+)
+@click.option(
+    "--cell",
+    "step_degrees",
+    type=float,
+    metavar="DEGREES",
+    help="Side of the cell that is named instead. [default: memory.place_step]",
+)
 @pass_shared
 def sky_show(shared: Shared, at: str | None, place: str | None, step_degrees: float | None) -> None:
     """Show the sky as a block would sign it: seven bodies as seen from the centre of the cell that the place lies in.
 
     The place itself goes into nothing: a signature would give it away to centimetres.
     """
-    from nexus.memory.sky.place import STEP_DEFAULT, Cell
+    from nexus.memory.sky.place import Cell
     from nexus.storage.sky_tables import load_sky_kernel
 
     t_ms = _parse_time(at) if at is not None else round(datetime.now(UTC).timestamp() * 1000)
-    if place is None:
-        click.echo("no --place was given: this is the sky of 0 N, 0 E", err=True)
-    latitude, longitude = (0.0, 0.0) if place is None else _parse_place(place)
-    cell = Cell.of(latitude, longitude, STEP_DEFAULT if step_degrees is None else _parse_step(step_degrees))
+    memory = shared.settings().memory
+    where = memory.place if place is None else _parse_place(place)
+    if where is None:
+        click.echo("neither --place nor the setting memory.place says where: this is the sky of 0 N, 0 E", err=True)
+    cell = Cell.of(*(where or (0.0, 0.0)), _parse_step(memory.place_step if step_degrees is None else step_degrees))
     stamp = load_sky_kernel().stamps([t_ms], [cell])[0]
     bodies = seen_in(stamp.signature)
     if shared.json:

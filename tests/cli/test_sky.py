@@ -9,9 +9,12 @@ import pytest
 
 from nexus.memory.sky.place import Cell
 from nexus.memory.sky.stamp import SIGNATURE_BYTES, STAMP_BYTES
+from nexus.storage.home import Home
 from nexus.storage.sky_tables import load_sky_kernel
 from nexus_cli.sky import Seen, chart, time_text
 from tests.cli.conftest import Cli
+
+pytestmark = pytest.mark.usefixtures("home")
 
 AT, T_MS, PLACE = "1987-02-03T04:05:06.789Z", 539_323_506_789, "-33.9,18.4"
 CELL = Cell.of(-33.9, 18.4)
@@ -47,6 +50,16 @@ def test_the_sun_at_noon_on_the_equator(cli: Cli) -> None:
     assert "Su" in lines[15]  # the middle of the chart
     for shown in ("Mercury", "altitude", "below the horizon", "stamp "):
         assert shown in result.out
+
+
+def test_the_place_and_the_cell_of_the_settings(cli: Cli, home: Home) -> None:
+    home.config_file.write_text('[memory]\nplace = "-33.9,18.4"\nplace_step = 0.5\n')
+    result = cli("sky", "show", "--json")
+    assert result.err == ""
+    cell = result.json["sky"]["cell"]
+    assert (cell["degrees"], cell["latitude"], cell["longitude"]) == (0.5, -33.75, 18.25)
+    cell = cli("sky", "show", "--place", "50.1,8.7", "--cell", "1", "--json").json["sky"]["cell"]
+    assert (cell["degrees"], cell["latitude"], cell["longitude"]) == (1, 50.5, 8.5)
 
 
 def test_now_and_null_island_unless_told_otherwise(cli: Cli) -> None:

@@ -25,7 +25,7 @@ Flags = NDArray[np.bool_]
 
 # Terms of a day's polynomials.
 TERMS = 9
-# Days whose polynomials are kept: 6 KB each.
+# Days whose polynomials are kept: 5 KB each.
 PAGES_MAX = 4096
 # A call makes the polynomials of at most so many new days; on days beyond that, blocks are computed one by one.
 NEW_PAGES_MAX = 64
