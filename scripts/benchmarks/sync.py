@@ -15,7 +15,7 @@ from typing import Any
 from nexus.core.record import Record
 from nexus.memory.item_set import Item, ItemSet, View
 from nexus.memory.sync import Heard, SyncResponder, SyncSession
-from nexus.memory.sync_messages import MESSAGES, Batches, Told, Want
+from nexus.memory.sync_messages import MESSAGES, Told
 from scripts.benchmarks.result import Result
 
 GOAL = 0.0012
@@ -92,17 +92,13 @@ class _Served:
 
 
 def _measure(mine: ItemSet, theirs: ItemSet, rng: random.Random) -> Part:
-    """One session up to the first block that is asked for. `told_bytes`: what telling the other side its part takes besides."""
+    """One session that asks for none of the blocks. `told_bytes`: what telling the other side its part takes besides."""
     started = perf_counter()
-    session = SyncSession(COLLECTION, mine.missing, 0.0, mine.view(rng.randbytes(16)), need_max=len(theirs) + 1)
+    session = SyncSession(COLLECTION, lambda _: (), 0.0, mine.view(rng.randbytes(16)), need_max=len(theirs) + 1)
     responder = SyncResponder(_Served(theirs))
     counts = {"trips": 0, "bytes": 0, "told_bytes": 0}
     compared_s = 0.0
     while (request := session.generate(0.0)) is not None:
-        if isinstance(request, Want):
-            # The blocks themselves are not what is measured.
-            session.receive(Batches((), request.ids), 0.0)
-            continue
         frame = MESSAGES.pack(request)
         answer = responder.receive(MESSAGES.unpack(frame))
         told = isinstance(answer, Heard)
