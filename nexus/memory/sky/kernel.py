@@ -9,7 +9,7 @@ five hundred multiplications, done for a chunk of blocks at a time in arrays tha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,10 @@ Flags = NDArray[np.bool_]
 TERMS = 9
 # Days whose polynomials are kept: 5 KB each.
 PAGES_MAX = 4096
-# A call makes the polynomials of at most so many new days; on days beyond that, blocks are computed one by one.
+# Polynomials are made at once for so many days. If more are new in one call, those with fewer blocks than PAGE_PAYS are computed
+# one by one: what scattered days can cost stays within a factor of three.
 NEW_PAGES_MAX = 64
+PAGE_PAYS = TERMS // 3
 CHUNK = 2048
 
 _EARTH_KM = 6378.137
@@ -68,7 +70,8 @@ class SkyKernel:
         if not bool(_on_earth(latitude, longitude).all()):
             raise MalformedError("a latitude or longitude that is no place on the Earth")
         out = np.empty((len(t_ms), BODY_COUNT * 3), np.int32)
-        self._fill(t_ms, latitude, longitude, out)
+        for places, found in self._in_chunks(t_ms, latitude, longitude):
+            out[places] = found
         return out.reshape(-1, BODY_COUNT, 3)
 
     def check(self, t_ms: Ints, latitude: Floats, longitude: Floats, signatures: Signatures) -> Flags:
@@ -81,10 +84,12 @@ class SkyKernel:
         if not bool(good.all()):
             good[good] = self.check(t_ms[good], latitude[good], longitude[good], signatures[good])
             return good
-        found: Ints = self.signatures(t_ms, latitude, longitude).astype(np.int64)
-        # In 64 bits: a hostile number must not wrap around.
-        agree: Flags = (np.abs(found - signatures) <= TOLERANCE).all(axis=(1, 2))
-        return agree
+        flat = signatures.reshape(-1, BODY_COUNT * 3)
+        for places, found in self._in_chunks(t_ms, latitude, longitude):
+            # As floats: a hostile number must not wrap around.
+            found -= flat[places]
+            good[places] = np.abs(found, out=found).max(axis=1) <= TOLERANCE
+        return good
 
     def stamps(self, t_ms: Sequence[int], cells: Sequence[Cell]) -> list[SkyStamp]:
         """The stamps of blocks with these times and cells. Raises MalformedError as `signatures` does."""
@@ -120,7 +125,8 @@ class SkyKernel:
         seen = _seen(columns, np.radians(latitude), np.radians(longitude))
         return seen.transpose(2, 1, 0)
 
-    def _fill(self, t_ms: Ints, latitude: Floats, longitude: Floats, out: NDArray[np.int32]) -> None:
+    def _in_chunks(self, t_ms: Ints, latitude: Floats, longitude: Floats) -> Iterator[tuple[Ints, Floats]]:
+        """Which of the blocks, and their rounded numbers [chunk, 21]; all blocks, a chunk at a time."""
         days = t_ms // DAY_MS
         order = np.argsort(days, kind="stable") if len(t_ms) > 1 else np.zeros(len(t_ms), np.int64)
         days, t_ms = days[order], t_ms[order]
@@ -133,7 +139,7 @@ class SkyKernel:
             self._columns(days[chunk], t_ms[chunk] - days[chunk] * DAY_MS, pages, here)
             seen = _seen(here, latitude[chunk], longitude[chunk])
             np.rint(seen, out=seen)
-            out[order[chunk]] = seen.transpose(2, 1, 0).reshape(-1, BODY_COUNT * 3)
+            yield order[chunk], seen.transpose(2, 1, 0).reshape(-1, BODY_COUNT * 3)
 
     def _columns(self, days: Ints, ms: Ints, pages: dict[int, Floats], out: Floats) -> None:
         """The columns for days in ascending order."""
@@ -162,8 +168,8 @@ class SkyKernel:
         known = self._pages
         missing = [int(day) for day in wanted if int(day) not in known]
         if len(missing) > NEW_PAGES_MAX:
-            many = {int(day) for day, count in zip(wanted, counts, strict=True) if count >= TERMS}
-            missing = [day for day in missing if day in many]
+            many = {int(day) for day, count in zip(wanted, counts, strict=True) if count >= PAGE_PAYS}
+            missing = [day for day in missing if day in many][:PAGES_MAX]
         if not missing:
             return known
         made = {}
