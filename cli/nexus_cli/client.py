@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -78,15 +78,21 @@ class Daemon:
         return from_json(kind, self.get(path))
 
     def get_list(self, kind: type[T], path: str, key: str) -> tuple[T, ...]:
-        answer = self.get(path)
-        entries = answer.get(key) if isinstance(answer, Mapping) else None
-        if not isinstance(entries, list):
-            raise LocalError(f"the daemon's answer has no list of {key}", "Run the same version of nexus and nexusd")
-        return tuple(from_json(kind, entry) for entry in entries)
+        return _list_of(kind, self.get(path), key)
 
     def post(self, path: str, body: Mapping[str, Json]) -> Json:
+        return self.post_bytes(path, _encode(body))
+
+    def post_as(self, kind: type[T], path: str, body: Mapping[str, Json]) -> T:
+        return from_json(kind, self.post(path, body))
+
+    def post_list(self, kind: type[T], path: str, body: Mapping[str, Json], key: str) -> tuple[T, ...]:
+        return _list_of(kind, self.post(path, body), key)
+
+    def post_bytes(self, path: str, body: bytes) -> Json:
+        """With a body that is not JSON."""
         with self._explained():
-            return self._answer(self._http.post(path, content=_encode(body)))
+            return self._answer(self._http.post(path, content=body))
 
     def stream(self, path: str, body: Mapping[str, Json]) -> Iterator[StreamItem]:
         """Events as they come. Leaving the loop closes the connection, which cancels the work."""
@@ -94,7 +100,7 @@ class Daemon:
             if response.status_code >= 400:
                 response.read()
                 self._answer(response)
-            for line in response.iter_lines():
+            for line in _lines(response.iter_bytes()):
                 value = _decode(line)
                 if isinstance(value, Mapping) and value.get("event") == ERROR_EVENT:
                     problem = value.get("problem")
@@ -125,6 +131,29 @@ class Daemon:
             raise DaemonNotRunningError(
                 "the daemon went away while it answered", "Its log says why; start it with: nexus start"
             ) from error
+
+
+def _list_of(kind: type[T], answer: Json, key: str) -> tuple[T, ...]:
+    entries = answer.get(key) if isinstance(answer, Mapping) else None
+    if not isinstance(entries, list):
+        raise LocalError(f"the daemon's answer has no list of {key}", "Run the same version of nexus and nexusd")
+    return tuple(from_json(kind, entry) for entry in entries)
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a stream. They end in a line feed alone: JSON text may hold other characters that Unicode counts as ends."""
+    rest = bytearray()
+    for chunk in chunks:
+        start = len(rest)
+        rest += chunk
+        while (end := rest.find(b"\n", start)) >= 0:
+            yield rest[:end].decode("utf-8", "replace")
+            del rest[: end + 1]
+            start = 0
+        if len(rest) > LINE_BYTES_MAX:
+            raise LocalError("the daemon's answer has no end", "Run the same version of nexus and nexusd")
+    if rest:
+        yield rest.decode("utf-8", "replace")
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -17,6 +17,7 @@ from nexus.core.errors import LocalError, NexusError, UsageError
 from nexus_cli import (
     attacks,
     audit,
+    collection,
     demo,
     doctor,
     engine,
@@ -24,6 +25,7 @@ from nexus_cli import (
     judge,
     ledger,
     lifecycle,
+    memory,
     model,
     node,
     peers,
@@ -34,6 +36,7 @@ from nexus_cli import (
     sky,
     slashed,
     testnet,
+    witness,
 )
 from nexus_cli.options import NexusGroup, Shared
 
@@ -67,6 +70,9 @@ for command in (
     slashed.slashed,
     ledger.ledger,
     sky.sky,
+    memory.memory,
+    collection.collection,
+    witness.witness,
     engine.engine,
     engine.bench,
     testnet.testnet,

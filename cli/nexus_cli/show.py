@@ -73,6 +73,21 @@ def moment(unix_ms: int) -> str:
     return datetime.fromtimestamp(unix_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S") if unix_ms else "-"
 
 
+def ago(unix_ms: int) -> str:
+    """How long it is since then, in one unit: "5 min ago", "3 days ago"; a date where that is easier to grasp."""
+    import time
+
+    seconds = time.time() - unix_ms / 1000
+    if seconds < 60:
+        return "just now"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    if seconds < 86_400:
+        return f"{seconds // 3600:.0f} h ago"
+    days = int(seconds // 86_400)
+    return f"{count(days, 'day')} ago" if days <= 60 else f"on {moment(unix_ms)[:10]}"
+
+
 def layers(ranges: Iterable[tuple[int, int]]) -> str:
     """Layer ranges, the last one included, as people count: "0-3, 6"."""
     return ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in ranges) or "none"

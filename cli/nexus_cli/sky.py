@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from nexus.memory.sky.place import Cell
 
-sky = NexusGroup(name="sky", help="The sky that blocks are signed under: see it, and solve it for time and place.")
+sky = NexusGroup(name="sky", help="The sky that blocks are signed under: show, solve.")
 
 # How the chart names the bodies: two letters, as wide as a line is high.
 _LABELS = {"Sun": "Su", "Moon": "Mo", "Mercury": "Me", "Venus": "Ve", "Mars": "Ma", "Jupiter": "Ju", "Saturn": "Sa"}

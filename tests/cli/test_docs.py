@@ -36,7 +36,7 @@ def test_a_command_is_documented(path: str, command: click.Command) -> None:
         assert f"**`{path}`**" in CLI
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            for name in parameter.opts:
+            for name in (*parameter.opts, *parameter.secondary_opts):
                 assert f"`{name}`" in CLI, f"{path} {name}"
             assert parameter.help, f"{path} {parameter.name} has no help"
     assert command.help, path
@@ -45,7 +45,8 @@ def test_a_command_is_documented(path: str, command: click.Command) -> None:
 def test_no_command_or_option_is_documented_that_is_not_there() -> None:
     paths = {path for path, _ in ALL}
     assert set(re.findall(r"\*\*`(nexus[^`]*)`\*\*", CLI)) <= paths
-    options = {name for _, command in ALL for parameter in command.params for name in parameter.opts} | {"--help"}
+    parameters = [parameter for _, command in ALL for parameter in command.params]
+    options = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     assert set(re.findall(r"`(--[a-z-]+)`", CLI)) <= options
 
 
