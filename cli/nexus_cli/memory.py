@@ -141,11 +141,10 @@ def memory_rm(shared: Shared, id: str, yes: bool) -> None:
     with connected(shared, None) as daemon:
         view = daemon.get_as(BlockView, block_path(id))
         if not yes:
-            click.echo(f"{view.id}  {show.printable(view.collection)}, made {show.ago(view.created_ms)}", err=True)
-            click.echo(show.printable(first_words(view))[:100], err=True)
-            if view.parents:
-                click.echo("it replaces earlier versions, which go too", err=True)
-            confirm(shared, "Take it away on every node, for good?")
+            if not shared.json:
+                _print_what_goes(view)
+            check_can_ask(shared)
+            confirm("Take it away on every node, for good?")
         answer = daemon.post("/v0/memory/remove", {"block": view.id})
     removed = answer.get("removed") if isinstance(answer, dict) else None
     if not isinstance(removed, list):
@@ -155,6 +154,13 @@ def memory_rm(shared: Shared, id: str, yes: bool) -> None:
         return
     for one in removed:
         click.echo(show.printable(str(one)))
+
+
+def _print_what_goes(view: BlockView) -> None:
+    click.echo(f"{view.id}  {show.printable(view.collection)}, made {show.ago(view.created_ms)}", err=True)
+    click.echo(show.printable(first_words(view))[:100], err=True)
+    if view.parents:
+        click.echo("it replaces earlier versions, which go too", err=True)
 
 
 @memory.command("pin")
@@ -205,11 +211,12 @@ def memory_prune(shared: Shared, older_than: float | None, max_bytes: int | None
     with connected(shared, None) as daemon:
         if dry_run or not yes:
             view = daemon.post_as(PruneView, "/v0/memory/prune", body | {"dry_run": True})
-            if not shared.json or not dry_run:
+            if not shared.json:
                 click.echo(_pruned(view, "would go"), err=True)
         if not dry_run:
             if not yes:
-                confirm(shared, "Give them up on this node?")
+                check_can_ask(shared)
+                confirm("Give them up on this node?")
             view = daemon.post_as(PruneView, "/v0/memory/prune", body | {"dry_run": False})
             if not shared.json:
                 click.echo(_pruned(view, "given up"), err=True)
@@ -345,13 +352,20 @@ def memory_reindex(shared: Shared, model: str, collection: str | None) -> None:
     click.echo(f"{show.count(view.embedded, 'block')} got a vector of {show.printable(view.model)}{missing}", err=True)
 
 
-def confirm(shared: Shared, question: str) -> None:
-    """Ask on a terminal; elsewhere --yes has to have been given. Raises UsageError, Abort."""
+def check_can_ask(shared: Shared) -> None:
+    """Raises UsageError where nobody sits at a terminal."""
     from nexus.core.errors import UsageError
 
     if shared.json or not sys.stdin.isatty():
         raise UsageError("nothing was changed: this has to be confirmed", "Give --yes")
-    click.confirm(question, abort=True, err=True)
+
+
+def confirm(question: str) -> None:
+    """Raises LocalError for a no."""
+    from nexus.core.errors import LocalError
+
+    if not click.confirm(question, err=True):
+        raise LocalError("nothing was changed")
 
 
 def check_block_name(name: str) -> str:

@@ -110,12 +110,12 @@ def memory_add(
                 files += 1
         except NexusError as error:
             failed = error
-    for notice in notices:
-        click.echo(show.printable(notice), err=True)
-    for file, reason in skipped:
-        # A cause that names the file does not name it twice.
-        click.echo(f"skipped: {show.printable(reason if file in reason else f'{file} {reason}')}", err=True)
     if not shared.json:
+        for notice in notices:
+            click.echo(show.printable(notice), err=True)
+        for file, reason in skipped:
+            # A cause that names the file does not name it twice.
+            click.echo(f"skipped: {show.printable(reason if file in reason else f'{file} {reason}')}", err=True)
         for one in added:
             for id_ in one.ids:
                 click.echo(show.printable(id_))
@@ -132,6 +132,7 @@ def memory_add(
                 "files": files,
                 "blocks": blocks,
                 "known": known,
+                "notices": notices,
             }
         )
     else:

@@ -115,11 +115,11 @@ def memory_import(shared: Shared, file: Path) -> None:
                 advance("import", "reading", done, size, amount)
         except NexusError as error:
             failed = error
-    for reason in total.reasons:
-        click.echo(f"refused: {show.printable(reason)}", err=True)
     if shared.json:
         show.print_json({"imported": to_json(total)})
     else:
+        for reason in total.reasons:
+            click.echo(f"refused: {show.printable(reason)}", err=True)
         click.echo(f"{show.count(total.new, 'new block')}, {total.known} were here already, {total.refused} refused", err=True)
     if failed is not None:
         raise failed

@@ -12,6 +12,7 @@ from nexus_cli import show, values
 from nexus_cli.options import NexusCommand, Shared, pass_shared
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -144,7 +145,7 @@ def _print_hits(shared: Shared, view: SearchView, question: str) -> None:
     for rank, hit in enumerate(view.hits, 1):
         if rank > 1:
             screen.print()
-        for line in hit_lines(rank, hit, words, screen.width):
+        for line in hit_lines(rank, hit, words, screen):
             screen.print(line, soft_wrap=True)
     if not view.hits:
         click.echo("nothing found", err=True)
@@ -168,9 +169,8 @@ def _print_explanation(shared: Shared, view: SearchView) -> None:
         )
 
 
-def hit_lines(rank: int, hit: HitView, words: frozenset[str], width: int) -> list[Text]:
+def hit_lines(rank: int, hit: HitView, words: frozenset[str], screen: Console) -> list[Text]:
     """A hit: what it is, where it comes from, and the lines of its text where most of the words are."""
-    from rich.console import Console
     from rich.text import Text
 
     block = hit.block
@@ -184,12 +184,12 @@ def hit_lines(rank: int, hit: HitView, words: frozenset[str], width: int) -> lis
     about += [f"from {show.short_id(hit.found_at)}"] if hit.found_at else []
     about += [block.state] if block.state != "live" else []
     lines = [head, Text(INDENT + show.printable(", ".join(about)), style="dim")]
-    room = max(20, width - len(INDENT))
+    room = max(20, screen.width - len(INDENT))
     text = Text(show.printable(excerpt(block.text, words, LINES_SHOWN * room * 9 // 10)))
     for match in _WORD.finditer(text.plain):
         if is_meant(match.group(), words):
             text.stylize("bold", match.start(), match.end())
-    wrapped = text.wrap(Console(width=room, file=None), room)
+    wrapped = text.wrap(screen, room)
     for index, line in enumerate(wrapped[:LINES_SHOWN]):
         line.rstrip()
         if index == LINES_SHOWN - 1 and len(wrapped) > LINES_SHOWN:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.core.errors import UsageError, VerificationError
-from nexus.node.memory.api import EXPORT_PART_BYTES_MAX, AddRequest, Filters, SearchRequest
+from nexus.node.memory.api import EXPORT_PART_BYTES_MAX, AddRequest, Filters, HitView, SearchRequest
 from nexus.storage.home import Home
-from nexus_cli import documents, values
+from nexus_cli import documents, show, values
 from nexus_cli.documents import decode, find_documents, fit_title, split_text
 from nexus_cli.memory_file import MAGIC, read_parts
-from nexus_cli.memory_search import excerpt, is_meant, words_of
+from nexus_cli.memory_search import excerpt, hit_lines, is_meant, words_of
 from tests.cli.conftest import Cli
 from tests.gateway.fake_memory import DANUBE, NOW_MS, OTHER, block_view, identifier
 from tests.gateway.fake_node import FakeNode
@@ -320,6 +321,24 @@ def test_ls_shows_a_line_per_block(cli: Cli, node: FakeNode) -> None:
     assert cli("memory", "ls").err == "no blocks; add some with: nexus memory add\n"
 
 
+@given(st.text(max_size=500), st.text(max_size=40), st.text(max_size=20), st.integers(30, 150))
+def test_a_hit_takes_few_lines_that_fit(text: str, title: str, question: str, width: int) -> None:
+    from rich.console import Console
+
+    view = replace(block_view(text), title=title)
+    lines = hit_lines(1, HitView(view, 0.5, None, ""), words_of(question), Console(width=width, file=io.StringIO()))
+    assert len(lines) <= 5
+    assert all(line.cell_len <= width for line in lines[2:])
+    assert all(line.plain == show.printable(line.plain) for line in lines)
+
+
+def test_words_of_the_question_are_emphasised() -> None:
+    from rich.console import Console
+
+    lines = hit_lines(1, HitView(block_view(), 0.5, None, ""), words_of("Vienna?"), Console(width=100, file=io.StringIO()))
+    assert [line.plain[span.start : span.end] for line in lines[2:] for span in line.spans if span.style == "bold"] == ["Vienna"]
+
+
 def test_the_excerpt_is_where_the_words_are() -> None:
     words = words_of("When do towns FLOOD?")
     assert words == {"when", "towns", "flood"}
@@ -379,7 +398,7 @@ def test_rm_says_what_goes_and_wants_to_be_sure(cli: Cli, node: FakeNode) -> Non
     assert f"{BLOCK}  main, made" in asked.err
     assert "Give --yes" in asked.err
     assert BLOCK in node.memory.known
-    assert cli("memory", "rm", BLOCK, "--json").code == 2
+    assert json.loads(cli("memory", "rm", BLOCK, "--json").err)["error"]["exit_code"] == 2
     assert cli("memory", "rm", BLOCK[:20], "--yes").out == BLOCK + "\n"
     assert BLOCK not in node.memory.known
     assert cli("memory", "rm", BLOCK, "--yes").code == 5
@@ -399,6 +418,7 @@ def test_pins(cli: Cli, node: FakeNode) -> None:
 def test_prune_says_what_goes_and_wants_to_be_sure(cli: Cli, node: FakeNode) -> None:
     asked = cli("memory", "prune", "--older-than", "30d")
     assert asked.code == 2
+    assert json.loads(cli("memory", "prune", "--older-than", "30d", "--json").err)["error"]["exit_code"] == 2
     assert "would go: 3 blocks, 3.9 KiB; 1 pinned stay" in asked.err
     dry = cli("memory", "prune", "--max-bytes", "0", "--dry-run", "--json")
     assert (dry.json["pruned"]["dry_run"], dry.err) == (True, "")
