@@ -47,7 +47,7 @@ class SkyStamp:
     def from_bytes(cls, data: bytes) -> Self:
         """Raises MalformedError for another length, a cell of no grid, or numbers that no direction has.
 
-        A model that this node does not know is no error here: such a block can be kept, and not be checked.
+        A model that this node does not know is no fault of form; whether such a block is kept is decided elsewhere.
         """
         if len(data) != STAMP_BYTES:
             raise MalformedError(f"a stamp of the sky is {STAMP_BYTES} bytes, not {len(data)}")
