@@ -248,9 +248,12 @@ def _answer_handles(view: View, part: Asked, start: int, end: int, writer: Reply
         lacked = tuple(handle not in own for handle in part.handles)
     else:
         hashes = view.hashes[start:end] & np.uint64(HANDLE_MASK)
-        told = np.array(part.handles, dtype=np.uint64)
-        unknown = (start + np.flatnonzero(~np.isin(hashes, told))[: IDS_MAX + 1]).tolist()
-        lacked = tuple((~np.isin(told, hashes)).tolist())
+        told = np.unique(np.array(part.handles, dtype=np.uint64))
+        nearest = told[np.minimum(np.searchsorted(told, hashes), told.size - 1)]
+        known = nearest == hashes
+        unknown = (start + np.flatnonzero(~known)[: IDS_MAX + 1]).tolist()
+        there = frozenset(nearest[known].tolist())
+        lacked = tuple(handle not in there for handle in part.handles)
     return _list(view, part, view.keys_at(unknown[: IDS_MAX + 1]), lacked, writer)
 
 

@@ -23,6 +23,8 @@ PAYLOAD_MAX = 512 * 1024
 RANGES_MAX = 4096
 IDS_MAX = 14_000
 HANDLES_MAX = 32_768
+# Of one range: each is looked for among all that the responder has there.
+HANDLES_PER_RANGE_MAX = 256
 PARTS_MAX = 16
 HANDLE_BYTES = 6
 _FINGERPRINT_BYTES = 8
@@ -227,7 +229,7 @@ def decode_query(data: bytes) -> list[Asked]:
         elif kind == Kind.TELL:
             asked.append(Asked(low, high, Kind.TELL))
         else:
-            count = reader.number(handles_left)
+            count = reader.number(min(handles_left, HANDLES_PER_RANGE_MAX))
             if not count:
                 raise MalformedError("a list of no handles")
             handles_left -= count

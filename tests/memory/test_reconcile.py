@@ -141,6 +141,24 @@ def test_it_stops_after_so_many_rounds() -> None:
 # Bytes.
 
 
+def test_the_bytes_of_a_session_stay_what_they_are() -> None:
+    def known(*numbers: int) -> View:
+        return ItemSet(Item(2**40 + 1000 * number, bytes((number,)) * 32) for number in numbers).view(bytes(range(16)))
+
+    session = Reconciliation(known(1, 2, 3))
+    query = session.query()
+    # HANDLES, to the end, three of them.
+    assert query == bytes.fromhex("01 00 03 17265b39c53d b6ffe0c3b8c8 a8d56f235ed8")
+    reply = answer(known(2, 3, 4), query)
+    # None the same, listed, the first handle is lacking, one id with its time.
+    assert reply == bytes.fromhex("00 02 01 01 a09f80808020") + b"\4" * 32
+    assert session.take(reply) == ([Item(2**40 + 4000, b"\4" * 32)], [Item(2**40 + 1000, b"\1" * 32)])
+    # Fingerprints of three parts, each up to a bound.
+    assert Reconciliation(known(*range(1, 41))).query() == bytes.fromhex(
+        "00 91c882808040 670f715c8b819b31 00 a09c01 12d39abe10e290b0 00 00 5733fff0b0343920"
+    )
+
+
 def _rewritten_query(asked: list[Asked]) -> bytes:
     writer = QueryWriter(PAYLOAD_MAX)
     assert all(writer.add(part) for part in asked)
@@ -256,7 +274,6 @@ TIME_33 = b"\x81\x80\x80\x80\x40"  # the bound 2**33 behind FIRST: 1 + 2 * 2**33
         b"\0\0" + bytes(7),
         b"\1\0\0",  # no handles
         b"\1\0\1" + bytes(5),
-        b"\1\0\x81\x80\2" + bytes(6),  # more handles than there may be
         b"\2\0\0",
     ],
 )
@@ -325,6 +342,13 @@ def test_messages_are_bounded() -> None:
     assert len(decode_reply(sixteen * 256, parts)) == 256
     with pytest.raises(MalformedError, match="too many parts"):
         decode_reply(sixteen * 257, parts)
+    some = b"\1\3" + b"\x80\2" + bytes(6 * 256)
+    assert len(decode_query(some * (HANDLES_MAX // 256))) == HANDLES_MAX // 256
+    with pytest.raises(MalformedError, match="too great"):
+        decode_query(some * (HANDLES_MAX // 256) + b"\1\3\1" + bytes(6))
+    with pytest.raises(MalformedError, match="too great"):
+        decode_query(b"\1\3" + b"\x81\2" + bytes(6 * 257))
+    assert reconcile.HANDLES_ASKED_MAX <= 256
     assert HANDLES_MAX * 6 < PAYLOAD_MAX
     assert IDS_MAX * 40 > PAYLOAD_MAX > IDS_MAX * 33
 
