@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from nexus.core.fidelity import Fidelity
 from nexus.core.keys import Identity, parse_peer_id, peer_id_of
 from nexus.core.manifest import DEFAULT_PROFILE, EXACT, FLOAT, Manifest
 from nexus.engine.exact.weight_rows import Find, StoredWeights
+from nexus.memory.sky.kernel import SkyKernel
 from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import PeerAddress, Transport
@@ -51,6 +52,7 @@ from nexus.node.cheating import HONEST, Conduct
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
+from nexus.node.memory.service import Memory, open_memory
 from nexus.node.models import Models
 from nexus.node.options import NodeOptions
 from nexus.node.progress import Notice, Progress
@@ -66,6 +68,7 @@ from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
 from nexus.storage.home import Home, load_identity
 from nexus.storage.journal import ImportJournal
+from nexus.storage.memory.store import MemoryStore
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
@@ -94,7 +97,8 @@ SPEED_ROUNDS = 16
 
 
 class Node:
-    """A running node; see `NodeApi` for what its methods promise. `conduct`: see `nexus.node.cheating`."""
+    """A running node; see `NodeApi` for what its methods promise. `memory`: None where the settings switch it off. `conduct`: see
+    `nexus.node.cheating`."""
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class Node:
         trust: Trust,
         nursery: trio.Nursery,
         speed: int,
+        memory: tuple[MemoryStore, SkyKernel] | None,
         conduct: Conduct = HONEST,
     ) -> None:
         self._options = options
@@ -120,7 +125,9 @@ class Node:
         self._catalog = Catalog.open(home.models)
         self._trust = trust
         self._trust.evidence.on_slashed.append(self._end_work_with)
-        self._membership = Membership(transport, identity, self._describe, _now_ms, trust.standings.is_slashed)
+        self._membership = Membership(
+            transport, identity, self._describe, _now_ms, trust.standings.is_slashed, self._announced_memory
+        )
         self._blob_service = BlobService(transport, self._blobs, self._catalog)
         self._models = Models(
             self._catalog,
@@ -192,6 +199,23 @@ class Node:
         self._holdings_until_s = 0.0
         self._work_lock = trio.Lock()
         self._draining = False
+        self._memory: Memory | None = None
+        if memory is not None:
+            store, sky = memory
+            self._memory = Memory(
+                transport,
+                identity,
+                store,
+                sky,
+                options.memory,
+                self._stored_model,
+                self._import_builtin,
+                options.threads,
+                self._find_peer,
+                self.names,
+                self._told,
+                _now_ms,
+            )
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         self._blob_service.start()
@@ -204,10 +228,29 @@ class Node:
             nursery.start_soon(self._suspensions.run)
             nursery.start_soon(self._meet_again)
             nursery.start_soon(self._keep_book)
+            if self._memory is not None:
+                await nursery.start(self._memory.run)
             if self._options.audit.canary_every_s:
                 nursery.start_soon(self._send_canaries)
             task_status.started()
             await trio.sleep_forever()
+
+    @property
+    def memory(self) -> Memory:
+        """Raises NotAllowedError where the settings switch it off."""
+        if self._memory is None:
+            raise NotAllowedError("this node keeps no shared memory", "Set memory.enabled = true and start it again")
+        return self._memory
+
+    def _announced_memory(self) -> list[bytes]:
+        return self._memory.announced() if self._memory is not None else []
+
+    def _stored_model(self, name: str) -> tuple[Manifest, Mapping[str, Path]]:
+        """A model that was added here, and where its blobs are. Raises NotFoundError."""
+        root = self._catalog.names().get(name)
+        if root is None:
+            raise NotFoundError(f"no model {name!r} is here", "`nexus model list` lists those that are")
+        return _stored_models(Home(self._options.home))(root)
 
     def _workers(self) -> list[NodeRecord]:
         """The nodes that may be planned with: neither convicted nor suspended."""
@@ -707,6 +750,9 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST) -> AsyncIte
         # Closed when nobody is left that signs.
         sessions = SessionStore(home.sessions_file, keep_max_bytes=audit.keep_max_bytes, keep_s=audit.keep_s, now_ms=_now_ms)
         stack.callback(sessions.close)
+        memory = await trio.to_thread.run_sync(open_memory, home, options.memory) if options.memory.enabled else None
+        if memory is not None:
+            stack.callback(memory[0].close)
         transport = await stack.enter_async_context(open_libp2p(identity, network))
         trust = await stack.enter_async_context(
             open_trust(
@@ -721,7 +767,7 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST) -> AsyncIte
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, trust, nursery, speed, conduct)
+        node = Node(options, identity, transport, book, sessions, trust, nursery, speed, memory, conduct)
         await nursery.start(node.run)
         try:
             yield node

@@ -8,6 +8,7 @@
   sessions.db           receipts signed; sessions served and asked for
   audit-keys/           0600, secret keys with which layers of others are audited
   evidence.db           proofs against other nodes, and how their work went
+  memory/               blocks of the shared memory, and what finds them
   ledger.db             this node's account; must never be put back to an older state
   nexusd.lock           held while a daemon runs, with its pid inside
   control.sock          0600, the daemon's control API
@@ -69,6 +70,10 @@ class Home:
     @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.db"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory"
 
     @property
     def lock_file(self) -> Path:

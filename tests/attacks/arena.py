@@ -26,7 +26,7 @@ from nexus.node.api import Finished, GenerateRequest
 from nexus.node.attacks import Means, conduct_of
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.node import Node, _now_ms, _stored_models
-from nexus.node.options import AuditOptions, LedgerOptions, NodeOptions
+from nexus.node.options import AuditOptions, LedgerOptions, MemoryOptions, NodeOptions
 from nexus.node.trust import Trust, open_trust
 from nexus.proof.arithmetic.sampler import Sampling
 from nexus.proof.evidence import Evidence, Verdict, verify_evidence
@@ -196,7 +196,7 @@ async def open_arena(
             )
             speed = SPEED if number < others else SPEED // 4
             book = AddressBook.open(home.peers_file)
-            node = Node(options, identity, transport, book, sessions, trust, nursery, speed, conduct)
+            node = Node(options, identity, transport, book, sessions, trust, nursery, speed, None, conduct)
             await nursery.start(node.run)
             arena.nodes.append(node)
             arena.trusts.append(trust)
@@ -226,6 +226,7 @@ def _options(home: Home, number: int, policy: str, burn_max: int) -> NodeOptions
         auto_fetch=True,
         audit=AuditOptions(policy, 0.1, 20, 3, 0.0, 60.0, 1 << 30, 1e6),
         ledger=LedgerOptions(10, 0, burn_max, 3600.0, 1000),
+        memory=MemoryOptions(False, "minilm", 1 << 20, 1 << 20, None, 1.0, 0.0, 2, (), 100),
         threads=1,
     )
 

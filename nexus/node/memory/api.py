@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nexus.node.progress import Notice, Progress
+from nexus.node.progress import Progress
 
 MAIN = "main"
 # What a part of an export may have: the control API takes no more at a time.
@@ -162,29 +162,26 @@ class PruneRequest:
 class PruneView:
     blocks: int
     bytes: int
-    kept_pinned: int
     dry_run: bool
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionStats:
-    """`vectors`: how many of each model, by its name."""
+    """`live`: blocks that are shown. `vectors`: how many there are of each model, by its name."""
 
     collection: str
     live: int
-    superseded: int
-    removed: int
-    pruned: int
-    expired: int
     bytes: int
     vectors: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StatsView:
-    """`bytes`: blocks; `disk_bytes`: everything of the memory on the disk."""
+    """`blocks`: how many by state, those of `BlockView`. `bytes`: of blocks, of `bytes_max`; `disk_bytes`: everything of the memory
+    on the disk. `model`: what texts are embedded with. `notices`: what was found damaged since the start, and made anew."""
 
     collections: tuple[CollectionStats, ...]
+    blocks: tuple[tuple[str, int], ...]
     bytes: int
     bytes_max: int
     disk_bytes: int
@@ -283,7 +280,7 @@ class WitnessView:
 class MemoryApi(Protocol):
     """Every method raises the errors of `nexus.core.errors`."""
 
-    def add(self, request: AddRequest) -> AsyncIterator[Progress | Notice | AddedView]:
+    def add(self, request: AddRequest) -> AsyncIterator[Progress | AddedView]:
         """Cut, embed, stamp, sign and store a document; what came of it is the last item, and durable by then."""
         ...
 
@@ -315,7 +312,7 @@ class MemoryApi(Protocol):
 
     def verify(self, block: str | None) -> AsyncIterator[Progress | VerifyView]: ...
 
-    def reindex(self, model: str, collection: str | None) -> AsyncIterator[Progress | Notice | ReindexView]:
+    def reindex(self, model: str, collection: str | None) -> AsyncIterator[Progress | ReindexView]:
         """Embed what is here with another model too, whose vectors join those that there are."""
         ...
 

@@ -1,0 +1,253 @@
+"""Questions about the shared memory, `/nexus/memory/ask/1`: collections, blocks, searches and receipts. Both ends are here.
+
+A peer gets what it may read and no more, within a budget: what it is sent costs this node's uplink, and what it searches for this
+node's processor.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import structlog
+import trio
+
+from nexus.core.errors import (
+    CapacityError,
+    MalformedError,
+    NexusError,
+    NotFoundError,
+    PeerError,
+    RefusedError,
+    TimedOutError,
+    UnreachableError,
+    VerificationError,
+)
+from nexus.core.keys import public_key_of
+from nexus.core.record import Record
+from nexus.memory import collection as rules
+from nexus.memory.batch import SignedBatch
+from nexus.network.limits import TokenBucket
+from nexus.network.transport import Stream, Transport
+from nexus.node.memory.charters import Charters
+from nexus.node.memory.messages import (
+    ANSWER_BYTES_MAX,
+    ASK,
+    COLLECTIONS_MAX,
+    GRANTS_MAX,
+    MESSAGES,
+    REASON_BYTES_MAX,
+    RECEIPTS_MAX,
+    BlockReceipt,
+    Blocks,
+    BlocksAsk,
+    Collections,
+    CollectionsAsk,
+    Declined,
+    Receipts,
+    ReceiptsAsk,
+    SearchAsk,
+)
+from nexus.storage.memory.store import MemoryStore
+
+log = structlog.get_logger("nexus.memory.ask")
+
+A = TypeVar("A", bound=Record)
+
+ANSWER_TIMEOUT_S = 30.0
+PEERS_MAX = 1024
+SERVED_BYTES_PER_S = 4 * 1024 * 1024
+SERVED_BYTES_BURST = 32 * 1024 * 1024
+# A search takes some milliseconds of one processor.
+SEARCHES_PER_S = 10.0
+SEARCHES_BURST = 50.0
+
+
+class Search(Protocol):
+    """Runs a peer's search here; the ids of what was found, the best first."""
+
+    def __call__(self, ask: SearchAsk, /) -> Awaitable[Sequence[bytes]]: ...
+
+
+class Attested(Protocol):
+    """Receipts for blocks: this node's own and those that it knows of."""
+
+    def __call__(self, ids: Sequence[bytes], /) -> Awaitable[Sequence[BlockReceipt]]: ...
+
+
+@dataclass(slots=True)
+class _Budget:
+    sent: TokenBucket
+    searches: TokenBucket
+
+
+class Answering:
+    """The serving end."""
+
+    def __init__(self, transport: Transport, store: MemoryStore, charters: Charters, search: Search, attested: Attested) -> None:
+        self._transport = transport
+        self._store = store
+        self._charters = charters
+        self._search = search
+        self._attested = attested
+        self._budgets: OrderedDict[str, _Budget] = OrderedDict()
+
+    def start(self) -> None:
+        self._transport.serve(ASK, self._handle)
+
+    def may_read(self, collection: bytes, peer: bytes) -> bool:
+        """Whether a node, by its key, may have blocks of a collection. What is not known here is nobody's to read from here."""
+        charter = self._charters.find(collection)
+        return charter is not None and rules.may_read(charter, peer)
+
+    async def _handle(self, stream: Stream) -> None:
+        budget = self._budget(stream.peer_id)
+        with trio.move_on_after(ANSWER_TIMEOUT_S):
+            try:
+                ask = MESSAGES.unpack(await stream.receive())
+            except MalformedError as error:
+                error.peer = stream.peer_id
+                raise
+            try:
+                answer = await self._answer(ask, stream.peer_id, budget)
+            except MalformedError as error:
+                error.peer = stream.peer_id
+                raise
+            except NexusError as error:
+                answer = Declined(error.cause.encode()[:REASON_BYTES_MAX].decode(errors="ignore"))
+            frame = MESSAGES.pack(answer)
+            await trio.sleep(budget.sent.take(len(frame), trio.current_time()))
+            await stream.send(frame)
+            return
+        raise TimedOutError(f"peer {stream.peer_id} did not take its answer within {ANSWER_TIMEOUT_S:.0f} s")
+
+    async def _answer(self, ask: Record, peer_id: str, budget: _Budget) -> Record:
+        peer = public_key_of(peer_id)
+        match ask:
+            case CollectionsAsk():
+                return self._collections(ask, peer)
+            case BlocksAsk(ids):
+                return await self._blocks(ids, peer)
+            case ReceiptsAsk(ids):
+                readable = await trio.to_thread.run_sync(self._readable, ids, peer)
+                return Receipts(tuple(await self._attested(readable))[:RECEIPTS_MAX])
+            case SearchAsk():
+                if not self.may_read(ask.collection, peer):
+                    raise NotFoundError("no such collection is followed here")
+                if budget.searches.take(1, trio.current_time()) > 0:
+                    raise CapacityError("too many searches at once", "Ask again in a while")
+                return await self._blocks(await self._search(ask), peer)
+            case _:
+                raise MalformedError("an answer where a question is due", peer=peer_id)
+
+    def _collections(self, ask: CollectionsAsk, peer: bytes) -> Collections:
+        named = [charter.id for charter in self._charters.all() if charter.name == ask.name]
+        charters: list[bytes] = []
+        grants: list[bytes] = []
+        room = ANSWER_BYTES_MAX
+        for collection in (named if ask.name else ask.ids)[:COLLECTIONS_MAX]:
+            signed = self._charters.signed(collection)
+            if signed is None or not rules.may_read(signed.charter, peer):
+                continue
+            keys = self._charters.grants_for(collection, peer)
+            data = signed.to_bytes()
+            room -= len(data) + sum(map(len, keys))
+            if room < 0 or len(grants) + len(keys) > GRANTS_MAX:
+                break
+            charters.append(data)
+            grants += keys
+        return Collections(tuple(charters), tuple(grants))
+
+    async def _blocks(self, ids: Sequence[bytes], peer: bytes) -> Blocks:
+        readable = await trio.to_thread.run_sync(self._readable, ids, peer)
+        batches = await trio.to_thread.run_sync(self._store.batches, readable, ANSWER_BYTES_MAX)
+        return Blocks(tuple(batch.to_bytes() for batch in batches))
+
+    def _readable(self, ids: Sequence[bytes], peer: bytes) -> list[bytes]:
+        """Those of these blocks that are here and that the peer may have, in the order asked."""
+        rows = self._store.get_many(ids)
+        return [each for each in ids if each in rows and self.may_read(rows[each].collection, peer)]
+
+    def _budget(self, peer_id: str) -> _Budget:
+        budget = self._budgets.pop(peer_id, None)
+        if budget is None:
+            now_s = trio.current_time()
+            budget = _Budget(
+                TokenBucket(SERVED_BYTES_PER_S, SERVED_BYTES_BURST, now_s), TokenBucket(SEARCHES_PER_S, SEARCHES_BURST, now_s)
+            )
+        self._budgets[peer_id] = budget
+        if len(self._budgets) > PEERS_MAX:
+            self._budgets.popitem(last=False)
+        return budget
+
+
+class Asking:
+    """The asking end. Every method raises PeerError, also where the peer declines, and TimedOutError."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def collections(self, peer_id: str, name: str = "", ids: Sequence[bytes] = ()) -> Collections:
+        return await self._ask(peer_id, CollectionsAsk(name, tuple(ids)), Collections)
+
+    async def blocks(self, peer_id: str, ids: Sequence[bytes]) -> list[SignedBatch]:
+        return _batches(await self._ask(peer_id, BlocksAsk(tuple(ids)), Blocks), peer_id)
+
+    async def search(self, peer_id: str, ask: SearchAsk) -> list[SignedBatch]:
+        return _batches(await self._ask(peer_id, ask, Blocks), peer_id)
+
+    async def receipts(self, peer_id: str, ids: Sequence[bytes]) -> tuple[BlockReceipt, ...]:
+        return (await self._ask(peer_id, ReceiptsAsk(tuple(ids)), Receipts)).receipts
+
+    async def _ask(self, peer_id: str, ask: Record, kind: type[A]) -> A:
+        with trio.move_on_after(ANSWER_TIMEOUT_S):
+            stream = await self._transport.open_stream(peer_id, ASK)
+            try:
+                await stream.send(MESSAGES.pack(ask))
+                answer = MESSAGES.unpack(await stream.receive())
+                await stream.close()
+            except trio.EndOfChannel:
+                await stream.reset()
+                raise UnreachableError(f"peer {peer_id} closed the stream before it answered", peer=peer_id) from None
+            except BaseException as error:
+                with trio.CancelScope(shield=True):
+                    await stream.reset()
+                if isinstance(error, PeerError):
+                    error.peer = error.peer or peer_id
+                raise
+            if isinstance(answer, Declined):
+                raise RefusedError(f"peer {peer_id} declines: {answer.reason}", peer=peer_id)
+            if not isinstance(answer, kind):
+                raise MalformedError(f"peer {peer_id} answered another question than it was asked", peer=peer_id)
+            return answer
+        raise TimedOutError(f"peer {peer_id} did not answer within {ANSWER_TIMEOUT_S:.0f} s", "It may be busy, or gone")
+
+
+async def ask_all(
+    peers: Sequence[str],
+    ask: Callable[[str], Awaitable[None]],
+    at_once: int,
+) -> None:
+    """`ask` each of these peers, some at a time. What a peer does wrong, or that it is not there, is not the others' affair."""
+    limiter = trio.CapacityLimiter(at_once)
+
+    async def one(peer_id: str) -> None:
+        async with limiter:
+            try:
+                await ask(peer_id)
+            except (PeerError, TimedOutError, CapacityError) as error:
+                log.info("peer_not_heard", peer_id=peer_id, reason=error.cause)
+
+    async with trio.open_nursery() as nursery:
+        for peer_id in peers:
+            nursery.start_soon(one, peer_id)
+
+
+def _batches(answer: Blocks, peer_id: str) -> list[SignedBatch]:
+    try:
+        return [SignedBatch.from_bytes(data) for data in answer.batches]
+    except (MalformedError, VerificationError) as error:
+        error.peer = peer_id
+        raise

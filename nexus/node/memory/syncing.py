@@ -1,0 +1,496 @@
+"""Collections are kept the same on all who follow them: `/nexus/memory-sync/1`, and a gossip topic for each collection.
+
+What to ask whom, and when, is decided in `nexus.memory.sync` and `nexus.memory.sync_schedule`; here are the streams, the gossip and
+the clock. Peers that follow the same collections are found by asking those who are connected, again when one of the two changes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from secrets import token_bytes
+from typing import Any, Protocol
+
+import structlog
+import trio
+
+from nexus.core.errors import CapacityError, LocalError, MalformedError, NexusError, PeerError, TimedOutError, UnreachableError
+from nexus.core.keys import public_key_of
+from nexus.core.record import Record
+from nexus.memory import collection as rules
+from nexus.memory.block import block_id
+from nexus.memory.item_set import SALT_BYTES, Item, ItemSet, View
+from nexus.memory.sync import Check, Checked, Heard, Load, Loaded, SyncResponder, SyncSession
+from nexus.memory.sync_conduct import Standing
+from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, News, Told, told_items
+from nexus.memory.sync_schedule import Start, SyncSchedule, SyncStatus
+from nexus.network.limits import TokenBucket
+from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
+from nexus.node.memory.asking import Asking
+from nexus.node.memory.charters import Charters, read_charters
+from nexus.storage.memory.records import State
+from nexus.storage.memory.store import MemoryStore
+
+log = structlog.get_logger("nexus.memory.sync")
+
+SYNC = ProtocolSpec(
+    PROTOCOL_ID, frame_max=FRAME_MAX, read_timeout_s=60.0, streams_per_peer_max=4, bytes_per_peer_s=16 * 1024 * 1024
+)
+_GONE = (State.REMOVED, State.EXPIRED)
+POLL_S = 1.0
+MEET_EVERY_S = 120.0
+MEET_AT_ONCE = 4
+PUBLISH_PACE_S = 0.25
+PUBLISH_TIMEOUT_S = 10.0
+NEWS_PENDING_MAX = 4096
+RATE_BURST_S = 60
+PEERS_MAX = 1024
+
+
+class Accept(Protocol):
+    """Verify batches of a peer and keep what holds of them."""
+
+    def __call__(
+        self, batches: Sequence[bytes], peer_id: str, collection: bytes, wanted: frozenset[bytes], /
+    ) -> Awaitable[Checked]: ...
+
+
+@dataclass(slots=True)
+class _Count:
+    """What came of a pair since this process started."""
+
+    received: int = 0
+    refused: int = 0
+
+
+class Syncing:
+    """`accept`: see `Accept`. `charters_changed`: told of collections whose rules or keys are new. `blocks_per_peer_s`: a peer that
+    sends more is read more slowly."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        store: MemoryStore,
+        charters: Charters,
+        asking: Asking,
+        accept: Accept,
+        charters_changed: Callable[[Sequence[bytes]], Awaitable[None]],
+        blocks_per_peer_s: int,
+    ) -> None:
+        self._transport = transport
+        self._store = store
+        self._charters = charters
+        self._asking = asking
+        self._accept = accept
+        self._charters_changed = charters_changed
+        self._blocks_per_peer_s = blocks_per_peer_s
+        self._schedule = SyncSchedule(token_bytes(16))
+        self._sets: dict[bytes, ItemSet] = {}
+        # Of each set, the ids of blocks that were taken away or have expired: not in it, and not wanted again.
+        self._gone: dict[bytes, frozenset[bytes]] = {}
+        self._stale: set[bytes] = set()
+        self._set_lock = trio.Lock()
+        self._rates: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._counts: dict[tuple[str, bytes], _Count] = {}
+        self._news: dict[bytes, list[Item]] = {}
+        self._wake = trio.Event()
+        self._met_s: dict[str, float] = {}
+        self._meeting: set[str] = set()
+
+    # --- what others tell this service -------------------------------------------------------------------------------------------
+
+    def added(self, collection: bytes, items: Sequence[Item]) -> None:
+        """Blocks were stored, from here or from a peer: they are in the set, and worth telling."""
+        known = self._sets.get(collection)
+        if known is not None:
+            known.add(items)
+        if self._charters.follows(collection):
+            pending = self._news.setdefault(collection, [])
+            pending.extend(items)
+            del pending[:-NEWS_PENDING_MAX]
+            self._schedule.changed(collection, trio.current_time())
+            self._wake_up()
+
+    def changed(self, collection: bytes) -> None:
+        """Blocks were taken away or have expired: they leave the set, soon."""
+        if collection in self._sets:
+            self._stale.add(collection)
+
+    def followed(self, collection: bytes) -> None:
+        """A collection is followed from now on, or its charter changed: who else has it?"""
+        self._met_s.clear()
+        self._wake_up()
+
+    def unfollowed(self, collection: bytes) -> None:
+        self._schedule.remove(collection)
+        self._sets.pop(collection, None)
+        self._news.pop(collection, None)
+
+    def status(self) -> list[tuple[SyncStatus, int, int]]:
+        """Of every pair, with how many blocks came from it and how many batches were refused."""
+        counted = []
+        for status in self._schedule.status(trio.current_time()):
+            count = self._counts.get((status.peer, status.collection), _Count())
+            counted.append((status, count.received, count.refused))
+        return counted
+
+    def standing(self, peer_id: str) -> Standing:
+        return self._schedule.standing(peer_id, trio.current_time())
+
+    def offend(self, peer_id: str) -> None:
+        """A peer broke the rules elsewhere in the memory."""
+        self._schedule.offend(peer_id, trio.current_time())
+
+    def peers_of(self, collection: bytes) -> list[str]:
+        """Peers in reach that have the collection and are in good standing."""
+        return [
+            status.peer
+            for status in self._schedule.status(trio.current_time())
+            if status.collection == collection and status.state not in ("offline", "dropped", "demoted")
+        ]
+
+    async def sync_now(self, collection: bytes | None) -> None:
+        """Meet everybody and exchange with them, once. Returns when each was tried."""
+        connected = sorted({connection.peer_id for connection in self._transport.connections()})
+        async with trio.open_nursery() as nursery:
+            for peer_id in connected:
+                nursery.start_soon(self._meet, peer_id)
+        wanted = [
+            (status.peer, status.collection)
+            for status in self._schedule.status(trio.current_time())
+            if collection in (None, status.collection) and status.state not in ("offline", "dropped")
+        ]
+        limiter = trio.CapacityLimiter(MEET_AT_ONCE)
+
+        async def one(peer_id: str, each: bytes) -> None:
+            async with limiter:
+                start = self._schedule.begin(peer_id, each, trio.current_time())
+                if start is not None:
+                    await self._run_session(start)
+
+        async with trio.open_nursery() as nursery:
+            for peer_id, each in wanted:
+                nursery.start_soon(one, peer_id, each)
+
+    # --- running -----------------------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve and exchange until cancelled."""
+        self._transport.serve(SYNC, self._handle)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_meeting)
+            nursery.start_soon(self._keep_syncing)
+            nursery.start_soon(self._keep_publishing)
+            nursery.start_soon(self._keep_listening)
+            nursery.start_soon(self._keep_sets)
+            task_status.started()
+
+    def _wake_up(self) -> None:
+        self._wake.set()
+        self._wake = trio.Event()
+
+    async def _keep_meeting(self) -> None:
+        """Ask every connected peer which of this node's collections it has too: at contact, and again now and then."""
+        async with trio.open_nursery() as nursery:
+            connected: set[str] = set()
+            while True:
+                now_s = trio.current_time()
+                before, connected = connected, {connection.peer_id for connection in self._transport.connections()}
+                for peer_id in before - connected:
+                    self._schedule.lost(peer_id)
+                    self._met_s.pop(peer_id, None)
+                for peer_id in sorted(connected, key=lambda one: (self._met_s.get(one, 0.0), one)):
+                    due = peer_id not in self._met_s or now_s - self._met_s[peer_id] >= MEET_EVERY_S
+                    if due and peer_id not in self._meeting and len(self._meeting) < MEET_AT_ONCE:
+                        self._met_s[peer_id] = now_s
+                        nursery.start_soon(self._meet, peer_id)
+                        await trio.lowlevel.checkpoint()
+                wake = self._wake
+                with trio.move_on_after(POLL_S):
+                    await wake.wait()
+
+    async def _meet(self, peer_id: str) -> None:
+        """Take the newer charters and keys that a peer has, and note what it can be asked for."""
+        followed = self._charters.followed()
+        if peer_id in self._meeting or not followed:
+            return
+        self._meeting.add(peer_id)
+        try:
+            answer = await self._asking.collections(peer_id, ids=followed)
+            common = await self.take_charters(answer.charters, answer.grants, "", followed)
+        except (PeerError, TimedOutError, CapacityError, LocalError) as error:
+            log.info("not_met", peer_id=peer_id, reason=error.cause)
+            return
+        finally:
+            self._meeting.discard(peer_id)
+        now_s = trio.current_time()
+        for collection in followed:
+            if collection in common:
+                self._schedule.add(peer_id, collection, now_s)
+            else:
+                self._schedule.remove(collection, peer_id)
+        self._wake_up()
+
+    async def take_charters(
+        self, charters: Sequence[bytes], grants: Sequence[bytes], name: str, ids: Iterable[bytes]
+    ) -> list[bytes]:
+        """Keep what is newer in a peer's answer about collections that are known here; the ids of all that are in it. Raises
+        MalformedError, VerificationError, LocalError."""
+        asked = set(ids)
+
+        def take() -> tuple[list[bytes], bool]:
+            found = read_charters(charters, name, asked)
+            news = False
+            for signed in found:
+                if self._charters.find(signed.charter.id) is not None:
+                    news |= self._charters.take(signed)
+            for grant in grants:
+                news |= self._charters.take_grant(grant)
+            return [signed.charter.id for signed in found], news
+
+        found, news = await trio.to_thread.run_sync(take)
+        if news:
+            await self._charters_changed(found)
+        return found
+
+    async def _keep_syncing(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                now_s = trio.current_time()
+                for start in self._schedule.next(now_s):
+                    nursery.start_soon(self._run_session, start)
+                    await trio.lowlevel.checkpoint()
+                due_s = self._schedule.next_due_s(trio.current_time())
+                wake = self._wake
+                with trio.move_on_at(due_s if due_s is not None else trio.current_time() + MEET_EVERY_S):
+                    await wake.wait()
+
+    async def _run_session(self, start: Start) -> None:
+        session = None
+        try:
+            view = None if start.items else await self._view(start.collection, token_bytes(SALT_BYTES))
+            session = SyncSession(
+                start.collection,
+                partial(self._wanted, start.peer, start.collection),
+                trio.current_time(),
+                view,
+                start.items,
+                start.want_max,
+            )
+            await self._exchange(session, start)
+        except NexusError as error:
+            log.info("sync_failed", peer_id=start.peer, collection=start.collection.hex()[:16], reason=error.cause)
+            if session is not None:
+                session.fail(error)
+        finally:
+            if session is not None:
+                outcome = session.outcome()
+                self._schedule.finished(start.peer, start.collection, outcome, trio.current_time())
+                if outcome.accepted:
+                    log.info("synced", peer_id=start.peer, collection=start.collection.hex()[:16], blocks=outcome.accepted)
+            self._wake_up()
+
+    def _wanted(self, peer_id: str, collection: bytes, items: Sequence[Item]) -> Sequence[Item]:
+        lacking = self._lacking(collection, items)
+        return self._schedule.claim(peer_id, collection, lacking, trio.current_time())
+
+    async def _exchange(self, session: SyncSession, start: Start) -> None:
+        stream = await self._transport.open_stream(start.peer, SYNC)
+        try:
+            while (request := session.generate(trio.current_time())) is not None:
+                await stream.send(MESSAGES.pack(request))
+                with trio.move_on_at(session.deadline_s) as waiting:
+                    answer = MESSAGES.unpack(await stream.receive())
+                if waiting.cancelled_caught:
+                    raise TimedOutError(f"peer {start.peer} takes too long to synchronise")
+                check = await trio.to_thread.run_sync(session.receive, answer, trio.current_time())
+                if check is not None:
+                    await self._check(session, start, check)
+            await stream.close()
+        except trio.EndOfChannel:
+            await stream.reset()
+            raise UnreachableError(f"peer {start.peer} closed the stream in the middle", peer=start.peer) from None
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+            raise
+
+    async def _check(self, session: SyncSession, start: Start, check: Check) -> None:
+        count = self._counts.setdefault((start.peer, start.collection), _Count())
+        checked = await self._accept(check.batches, start.peer, start.collection, check.wanted)
+        count.received += len(checked.accepted)
+        count.refused += checked.refused
+        session.checked(checked)
+        # Blocks cost their receiver time whoever made them: who brings very many is read at its pace.
+        await trio.sleep(self._rate(start.peer).take(len(check.wanted), trio.current_time()))
+
+    def _rate(self, peer_id: str) -> TokenBucket:
+        rate = self._rates.pop(peer_id, None)
+        if rate is None:
+            rate = TokenBucket(self._blocks_per_peer_s, self._blocks_per_peer_s * RATE_BURST_S, trio.current_time())
+        self._rates[peer_id] = rate
+        if len(self._rates) > PEERS_MAX:
+            self._rates.popitem(last=False)
+        return rate
+
+    # --- answering ---------------------------------------------------------------------------------------------------------------
+
+    async def _handle(self, stream: Stream) -> None:
+        if self._schedule.standing(stream.peer_id, trio.current_time()) is Standing.DROPPED:
+            raise PeerError(f"peer {stream.peer_id} sent bad blocks lately and is not served", peer="")
+        responder = SyncResponder(_Served(self, public_key_of(stream.peer_id)))
+        try:
+            while True:
+                message = MESSAGES.unpack(await stream.receive())
+                collection = getattr(message, "collection", None)
+                if collection is not None and self._charters.follows(collection):
+                    await self._loaded_set(collection)
+                done = await trio.to_thread.run_sync(responder.receive, message)
+                await stream.send(MESSAGES.pack(await self._do(done, responder, stream.peer_id)))
+        except PeerError as error:
+            error.peer = error.peer or stream.peer_id
+            if isinstance(error, MalformedError):
+                self._schedule.offend(stream.peer_id, trio.current_time())
+            raise
+
+    async def _do(self, done: Record | Load | Heard, responder: SyncResponder, peer_id: str) -> Record:
+        if isinstance(done, Load):
+            return responder.loaded(await trio.to_thread.run_sync(self._load, done))
+        if isinstance(done, Heard):
+            self._hear(peer_id, done.collection, done.items, max(0, done.total - len(done.items)))
+            return Told()
+        return done
+
+    def _load(self, load: Load) -> list[Loaded]:
+        """Blocks of another collection that are asked for under this one's name are not there."""
+        rows = self._store.get_many(load.ids)
+        wanted = [each for each in load.ids if each in rows and rows[each].collection == load.collection]
+        return [
+            Loaded(batch.to_bytes(), tuple(map(block_id, batch.blocks))) for batch in self._store.batches(wanted, BATCHES_BYTES_MAX)
+        ]
+
+    def _hear(self, peer_id: str, collection: bytes, items: Sequence[Item], more: int) -> None:
+        if collection not in self._sets:
+            return
+        now_s = trio.current_time()
+        self._schedule.add(peer_id, collection, now_s)
+        if self._schedule.heard(peer_id, collection, self._lacking(collection, items), more, now_s):
+            self._wake_up()
+
+    def _lacking(self, collection: bytes, items: Sequence[Item]) -> list[Item]:
+        """Those of some items that this node never had."""
+        known, gone = self._sets.get(collection), self._gone.get(collection, frozenset())
+        return [item for item in known.missing(items) if item.id not in gone] if known is not None else []
+
+    # --- sets --------------------------------------------------------------------------------------------------------------------
+
+    async def _loaded_set(self, collection: bytes) -> ItemSet:
+        """The set of a followed collection, read from the store when it is first needed."""
+        async with self._set_lock:
+            if collection not in self._sets:
+                await self._load_set(collection)
+            return self._sets[collection]
+
+    async def _load_set(self, collection: bytes) -> None:
+        self._sets[collection] = ItemSet()
+        # What is stored while this reads is told to the new set by `added`; whatever comes twice counts once.
+        read = await trio.to_thread.run_sync(lambda: list(self._store.items(collection)))
+        self._sets[collection].add(Item(each.created_ms, each.id) for each in read if each.state not in _GONE)
+        self._gone[collection] = frozenset(each.id for each in read if each.state in _GONE)
+
+    async def _keep_sets(self) -> None:
+        while True:
+            await trio.sleep(POLL_S)
+            while self._stale:
+                collection = self._stale.pop()
+                if collection in self._sets:
+                    async with self._set_lock:
+                        await self._load_set(collection)
+
+    async def _view(self, collection: bytes, salt: bytes) -> View:
+        known = await self._loaded_set(collection)
+        return await trio.to_thread.run_sync(known.view, salt)
+
+    def served_view(self, collection: bytes, salt: bytes, peer: bytes) -> View | None:
+        known = self._sets.get(collection)
+        return known.view(salt) if known is not None and self.serves(collection, peer) else None
+
+    def serves(self, collection: bytes, peer: bytes) -> bool:
+        charter = self._charters.find(collection)
+        return charter is not None and self._charters.follows(collection) and rules.may_read(charter, peer)
+
+    # --- gossip ------------------------------------------------------------------------------------------------------------------
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            for collection in sorted(self._news):
+                items = self._news.pop(collection, [])
+                # News of a private collection would tell everybody when something is written there: its members compare instead.
+                if items and self._is_public(collection) and self._transport.connections():
+                    await self._publish(News.of(collection, items))
+                    await trio.sleep(PUBLISH_PACE_S)
+            wake = self._wake
+            with trio.move_on_after(POLL_S):
+                if not self._news:
+                    await wake.wait()
+
+    async def _publish(self, news: News) -> None:
+        try:
+            with trio.move_on_after(PUBLISH_TIMEOUT_S):
+                await self._transport.publish(_topic(news.collection), news.to_bytes())
+        except (PeerError, TimedOutError, CapacityError) as error:
+            log.info("gossip_failed", reason=error.cause)
+
+    async def _keep_listening(self) -> None:
+        """A task for each public collection that is followed."""
+        listening: dict[bytes, trio.CancelScope] = {}
+        async with trio.open_nursery() as nursery:
+            while True:
+                wanted = {collection for collection in self._charters.followed() if self._is_public(collection)}
+                for gone in listening.keys() - wanted:
+                    listening.pop(gone).cancel()
+                for new in sorted(wanted - listening.keys()):
+                    listening[new] = trio.CancelScope()
+                    nursery.start_soon(self._listen, new, listening[new])
+                wake = self._wake
+                with trio.move_on_after(POLL_S):
+                    await wake.wait()
+
+    async def _listen(self, collection: bytes, scope: trio.CancelScope) -> None:
+        with scope:
+            await self._loaded_set(collection)
+            async with self._transport.subscribe(_topic(collection)) as messages:
+                async for message in messages:
+                    self._take_news(collection, message)
+
+    def _take_news(self, collection: bytes, message: Message) -> None:
+        with suppress(MalformedError):
+            news = News.from_bytes(message.data)
+            public_key_of(message.peer_id)
+            if news.collection == collection and message.peer_id != self._transport.peer_id:
+                self._hear(message.peer_id, collection, told_items(news.items), news.more)
+
+    def _is_public(self, collection: bytes) -> bool:
+        charter = self._charters.find(collection)
+        return charter is not None and charter.mode != rules.PRIVATE
+
+
+class _Served:
+    """What one peer may see: `nexus.memory.sync.Served`."""
+
+    def __init__(self, syncing: Syncing, peer: bytes) -> None:
+        self._syncing = syncing
+        self._peer = peer
+
+    def view(self, collection: bytes, salt: bytes, /) -> View | None:
+        return self._syncing.served_view(collection, salt, self._peer)
+
+    def serves(self, collection: bytes, /) -> bool:
+        return self._syncing.serves(collection, self._peer)
+
+
+def _topic(collection: bytes) -> str:
+    return f"nexus/memory/1/{collection.hex()}"
