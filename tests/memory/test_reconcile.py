@@ -155,7 +155,7 @@ def test_the_bytes_of_a_session_stay_what_they_are() -> None:
     assert session.take(reply) == ([Item(2**40 + 4000, b"\4" * 32)], [Item(2**40 + 1000, b"\1" * 32)])
     # Fingerprints of three parts, each up to a bound.
     assert Reconciliation(known(*range(1, 41))).query() == bytes.fromhex(
-        "00 91c882808040 670f715c8b819b31 00 a09c01 12d39abe10e290b0 00 00 5733fff0b0343920"
+        "00 91c882808040 670f715c8b819b31 00 a19c01 12d39abe10e290b0 00 00 5733fff0b0343920"
     )
 
 
