@@ -8,7 +8,7 @@ from nexus.memory.sync_conduct import Standing
 from nexus.memory.sync_messages import FRAME_MAX
 from tests.memory.sync_swarm import Swarm
 
-FAULTS_S, TAIL_S = 90.0, 60.0
+FAULTS_S, TAIL_S = 60.0, 60.0
 
 
 def _finished(seed: int, honest: int = 6, liars: int = 1) -> Swarm:
@@ -23,7 +23,7 @@ def test_honest_nodes_converge(seed: int) -> None:
     sets = {frozenset(node.blocks) for node in swarm.honest}
     assert len(sets) == 1
     held = next(iter(sets))
-    assert len(held) > 50
+    assert len(held) > 30
     assert all({item.id for item in node.items} == held for node in swarm.honest)
     # Nothing that only the liar named or made is among them: what has a block is signed.
     assert all(block.endswith(b"signed") for node in swarm.honest for block in node.blocks.values())
@@ -34,15 +34,15 @@ def test_honest_nodes_converge(seed: int) -> None:
 
 
 def test_in_quiet_times_nodes_know_that_they_are_in_sync() -> None:
-    swarm = _finished(4, honest=4, liars=0)
+    swarm = _finished(4, honest=3, liars=0)
     for node in swarm.honest:
         states = node.schedule.status(swarm.now_s)
-        assert len(states) == 3
+        assert len(states) == 2
         assert all(status.in_sync and status.missing == 0 and status.failures == 0 for status in states)
     quiet = swarm.sessions
     swarm.run(swarm.now_s + 3600.0)
-    # An hour of nothing: each of the twelve pairs compares every few minutes.
-    assert 12 * 3600 / 300 <= swarm.sessions - quiet <= 12 * 3600 / 100
+    # An hour of nothing: each of the six pairs compares every few minutes.
+    assert 6 * 3600 / 300 <= swarm.sessions - quiet <= 6 * 3600 / 100
 
 
 def test_the_liar_is_dropped_by_everyone() -> None:
