@@ -28,8 +28,8 @@ class CodeFile:
         self._page_bytes = PAGE_ROWS * dimension
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.is_new = not path.exists()
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            self.found_bytes = os.fstat(self._handle).st_size
         except OSError as error:
             raise storage_error(error, path) from error
         self._mapped: NDArray[np.int8] = np.zeros((0, dimension), np.int8)

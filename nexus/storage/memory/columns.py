@@ -68,9 +68,11 @@ class Columns:
         end = numbers[-1] + 1
         self._make_room(end)
         places = np.array(numbers)
-        self.ids[places] = np.frombuffer(b"".join(ids), np.uint8).reshape(-1, ID_BYTES)
+        # A damaged row may hold anything; whoever reads it in full finds out.
+        joined = b"".join(each[:ID_BYTES].ljust(ID_BYTES, b"\0") for each in ids)
+        self.ids[places] = np.frombuffer(joined, np.uint8).reshape(-1, ID_BYTES)
         for name, values in zip(_TYPES, columns, strict=True):
-            self._arrays[name][places] = values
+            self._arrays[name][places] = np.array(values, np.int64).astype(_TYPES[name])
 
     def _make_room(self, end: int) -> None:
         """Let numbers below `end` count."""

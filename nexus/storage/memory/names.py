@@ -19,7 +19,8 @@ class Names:
         return self._number_of.get(value)
 
     def value(self, number: int) -> bytes:
-        return self._value_of[number]
+        """Empty for a number that nothing has: a damaged row."""
+        return self._value_of.get(number, b"")
 
     def number(self, connection: sqlite3.Connection, value: bytes) -> int:
         """The number of `value`, a new one if need be: until `settle` it counts for the transaction alone."""

@@ -36,7 +36,7 @@ CREATE INDEX IF NOT EXISTS version_family ON version (family);
 CREATE TABLE IF NOT EXISTS tag (name TEXT NOT NULL, block INTEGER NOT NULL, PRIMARY KEY (name, block)) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS space (
     number INTEGER PRIMARY KEY, collection INTEGER NOT NULL, fingerprint INTEGER NOT NULL, dimension INTEGER NOT NULL,
-    model TEXT NOT NULL, UNIQUE (collection, fingerprint, dimension)
+    model TEXT NOT NULL, hash BLOB NOT NULL, UNIQUE (collection, fingerprint, dimension)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS code (
     space INTEGER NOT NULL, row INTEGER NOT NULL, block INTEGER NOT NULL, PRIMARY KEY (space, row)

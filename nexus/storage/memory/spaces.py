@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nexus.core.errors import LocalError
 from nexus.core.hashing import tagged_hash
 from nexus.memory.ranking import inverse_lengths
+from nexus.storage.database import row_hash
 from nexus.storage.memory.codes import PAGE_ROWS, CodeFile
 from nexus.storage.memory.names import Names
 from nexus.storage.memory.records import WITH_BODY
@@ -62,8 +64,12 @@ class Space:
         self.count = end
         self._show()
 
-    def forget(self, row: int) -> None:
-        self._inverses[row] = 0
+    def erase(self, rows: Sequence[int]) -> None:
+        """Overwrite the codes of rows for good. Raises LocalError."""
+        self._inverses[list(rows)] = 0
+        for row in rows:
+            self.file.write(row, bytes(self.key.dimension))
+        self.file.sync()
 
     def _show(self) -> None:
         self.view = Rows(self.file.codes[: self.count], self._numbers[: self.count], self._inverses[: self.count])
@@ -86,10 +92,14 @@ class Spaces:
         self.by_key: dict[SpaceKey, Space] = {}
         self._by_number: dict[int, Space] = {}
         self._fresh: list[Space] = []
-        for number, collection, fingerprint, dimension, model in connection.execute(
-            "SELECT * FROM space ORDER BY number"
-        ).fetchall():
+        query = "SELECT number, collection, fingerprint, dimension, model, hash FROM space ORDER BY number"
+        for number, collection, fingerprint, dimension, model, kept in connection.execute(query).fetchall():
             key = SpaceKey(names.value(collection), names.value(fingerprint), dimension)
+            if row_hash("space", number, *key, model) != kept:
+                raise LocalError(
+                    f"the row of the vectors {root / str(number)} is damaged: its hash does not fit",
+                    "The disk or the memory of this machine is failing: check both, and restore the memory from a backup",
+                )
             space = self._open(number, key, model)
             _load(connection, space, notices)
 
@@ -120,14 +130,12 @@ class Spaces:
             return known
         if len(self.of_collection(key.collection)) >= SPACES_MAX:
             return None
-        cells = (
-            self._names.number(connection, key.collection),
-            self._names.number(connection, key.fingerprint),
-            key.dimension,
-            model,
+        collection, fingerprint = (self._names.number(connection, name) for name in (key.collection, key.fingerprint))
+        number = int(connection.execute("SELECT coalesce(max(number), 0) + 1 FROM space").fetchone()[0])
+        connection.execute(
+            "INSERT INTO space VALUES (?, ?, ?, ?, ?, ?)",
+            (number, collection, fingerprint, key.dimension, model, row_hash("space", number, *key, model)),
         )
-        query = "INSERT INTO space (collection, fingerprint, dimension, model) VALUES (?, ?, ?, ?) RETURNING number"
-        number = int(connection.execute(query, cells).fetchone()[0])
         # A file of that number may be left from a transaction that did not end.
         (self._root / f"{number}.codes").unlink(missing_ok=True)
         space = self._open(number, key, model)
@@ -165,16 +173,18 @@ def place(connection: sqlite3.Connection, space: Space, numbers: Sequence[int], 
     return Placed(space, list(numbers), np.frombuffer(joined, np.int8).reshape(len(numbers), -1))
 
 
-def erase(connection: sqlite3.Connection, space: Space, rows: Sequence[int], placed: Sequence[int]) -> list[bytes]:
-    """Overwrite the codes of rows that count, or of those of the blocks `placed` behind them: what was there before."""
-    before = [space.file.codes[row].tobytes() for row in rows]
-    for row in rows:
-        space.file.write(row, bytes(space.key.dimension))
-    space.file.sync()
-    numbers = np.concatenate([space.view.numbers, np.array(placed, np.int64)])
-    for page in {row // PAGE_ROWS for row in rows if row // PAGE_ROWS < len(numbers) // PAGE_ROWS}:
-        keep_page(connection, space, page, numbers)
-    return before
+def doubt(connection: sqlite3.Connection, space: Space, rows: Sequence[int]) -> None:
+    """Rows are about to be overwritten: their pages have no hash until `keep_pages`, and are made anew when the store is opened."""
+    pages = {(space.number, row // PAGE_ROWS) for row in rows}
+    connection.executemany("DELETE FROM page WHERE space = ? AND page = ?", sorted(pages))
+
+
+def keep_pages(connection: sqlite3.Connection, space: Space) -> None:
+    """Note the hashes of whole pages that have none."""
+    kept = {page for (page,) in connection.execute("SELECT page FROM page WHERE space = ?", (space.number,))}
+    for page in range(space.count // PAGE_ROWS):
+        if page not in kept:
+            keep_page(connection, space, page, space.view.numbers)
 
 
 def vector_hash(space: SpaceKey, block: bytes, scale: int, codes: bytes) -> bytes:
@@ -219,8 +229,7 @@ def _load(connection: sqlite3.Connection, space: Space, notices: list[str]) -> N
     """Bring the file in step with the tables, page by page, and let its rows count."""
     query = "SELECT block FROM code WHERE space = ? ORDER BY row"
     numbers = np.array([number for (number,) in connection.execute(query, (space.number,))], np.int64)
-    count, page_bytes = len(numbers), PAGE_ROWS * space.key.dimension
-    missing = space.file.found_bytes < -(-count // PAGE_ROWS) * page_bytes
+    count = len(numbers)
     space.file.resize(count)
     kept = dict(connection.execute("SELECT page, hash FROM page WHERE space = ?", (space.number,)).fetchall())
     damaged = 0
@@ -230,11 +239,11 @@ def _load(connection: sqlite3.Connection, space: Space, notices: list[str]) -> N
         if len(part) < PAGE_ROWS:
             rewrite(connection, space, start, part)
         elif kept.get(page) != space.file.page_hash(page, part):
-            damaged += 1
+            damaged += page in kept
             rewrite(connection, space, start, part)
             keep_page(connection, space, page, numbers)
-    if damaged or (missing and count):
-        notices.append(f"{space.file.path} was {'cut short' if missing else 'damaged'}: it was made anew from the blocks")
+    if count and (damaged or space.file.is_new):
+        notices.append(f"{space.file.path} was {'missing' if space.file.is_new else 'damaged'}: it was made anew from the blocks")
     space.append(numbers.tolist(), space.file.codes[:count])
 
 

@@ -56,7 +56,7 @@ from nexus.storage.memory.records import (
 from nexus.storage.memory.rows import CheckedRow, in_parts, rows_by_id, rows_by_number
 from nexus.storage.memory.schema import SCHEMA
 from nexus.storage.memory.search import Searcher
-from nexus.storage.memory.spaces import Space, SpaceKey, Spaces
+from nexus.storage.memory.spaces import Space, SpaceKey, Spaces, keep_pages
 from nexus.storage.memory.writing import Quotas, Writing
 
 _AT_ONCE = 500
@@ -315,6 +315,8 @@ class MemoryStore:
                     self._erased(space.number)
                 else:
                     self._save(index)
+                with self._lock, self._database.transaction() as connection:
+                    keep_pages(connection, space)
             if 0 in erasing:
                 with self._database.transaction() as connection:
                     words.erase(connection)
@@ -440,7 +442,6 @@ class MemoryStore:
     def _writing(self) -> Iterator[Writing]:
         """One write: all or nothing, on disk and in memory."""
         with self._lock:
-            writing: Writing | None = None
             done = False
             try:
                 with self._database.transaction() as connection:
@@ -448,11 +449,13 @@ class MemoryStore:
                     yield writing
                 done = True
             finally:
-                if writing is not None and not done:
-                    writing.undo()
                 self._names.settle(done)
                 self._spaces.settle(done)
-            writing.apply()
+            try:
+                writing.apply()
+            except LocalError as error:
+                # What was written is durable, and the pages are made anew when the store is opened next.
+                self.notices.append(f"codes of erased blocks are still on the disk: {error.cause}")
 
     def _forget(self, damaged: Sequence[CheckedRow]) -> None:
         if damaged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,7 +28,9 @@ from nexus.storage.memory.rows import (
     write_proof,
 )
 from nexus.storage.memory.schema import ROW_BYTES, Row, hash_of_row
-from nexus.storage.memory.spaces import SPACES_MAX, Placed, Space, SpaceKey, Spaces, erase, place, vector_hash
+from nexus.storage.memory.spaces import SPACES_MAX, Placed, Space, SpaceKey, Spaces, doubt, place, vector_hash
+
+_CELL = struct.Struct("<HHH")
 
 
 class Quotas(NamedTuple):
@@ -56,7 +59,7 @@ class Writing:
     rows: list[Row] = field(default_factory=list)
     changed: list[Row] = field(default_factory=list)
     placed: dict[int, Placed] = field(default_factory=dict)
-    erased: list[tuple[Space, int, bytes]] = field(default_factory=list)
+    erased: list[tuple[Space, list[int]]] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
 
     def put(self, arrivals: Sequence[Arrival], rules: Rules) -> list[bytes]:
@@ -82,7 +85,7 @@ class Writing:
         return [row.id for row in self.rows]
 
     def apply(self) -> None:
-        """Let memory follow, after the commit."""
+        """Let memory follow, after the commit. Raises LocalError where erased codes cannot be overwritten; that is done last."""
         self.columns.extend(self.rows)
         for row in self.changed:
             self.columns.change("state", row.number, row.state)
@@ -92,14 +95,8 @@ class Writing:
             self.columns.change("state", number, GONE)
         for part in self.placed.values():
             part.space.append(part.numbers, part.codes)
-        for space, place_, _ in self.erased:
-            space.forget(place_)
-
-    def undo(self) -> None:
-        """Put back what was overwritten in files of codes: the transaction was rolled back."""
-        for space, place_, codes in self.erased:
-            if place_ < space.count:
-                space.file.write(place_, codes)
+        for space, rows in self.erased:
+            space.erase(rows)
 
     def index(self, contents: Sequence[tuple[Row, Content]]) -> None:
         """Make contents findable: their words, tags and vectors."""
@@ -185,9 +182,8 @@ class Writing:
                 by_space.setdefault(space_number, []).append(place_)
         for number, found in by_space.items():
             space = self.spaces.of_number(number)
-            placed = self.placed[number].numbers if number in self.placed else []
-            before = erase(self.connection, space, found, placed)
-            self.erased.extend((space, place_, codes) for place_, codes in zip(found, before, strict=True))
+            doubt(self.connection, space, found)
+            self.erased.append((space, found))
         self._count_bytes([(row, -row.size) for row in rows])
         self.connection.executemany("INSERT OR IGNORE INTO erasing VALUES (?)", [(0,), *((number,) for number in by_space)])
 
@@ -311,5 +307,9 @@ class Writing:
 
 
 def pack_cell(sky: bytes) -> int:
-    """The cell of a stamp of the sky as one number; 0 for none."""
-    return int.from_bytes(sky[MODEL_BYTES : MODEL_BYTES + CELL_BYTES], "big")
+    """The cell of a stamp of the sky (`nexus.memory.sky.place`) as one number: step, row and column. 0 for none."""
+    cell = sky[MODEL_BYTES : MODEL_BYTES + CELL_BYTES]
+    if len(cell) < CELL_BYTES:
+        return 0
+    step, row, column = _CELL.unpack(cell)
+    return int(step << 32 | row << 16 | column)
