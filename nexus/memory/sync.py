@@ -85,6 +85,11 @@ class Outcome:
     have: int
     peer_size: int
 
+    @classmethod
+    def not_begun(cls, cause: str) -> Outcome:
+        """Of a session that did not come about, by nobody's fault: the schedule wants to hear of it as well."""
+        return cls(False, False, cause, False, 0, 0, 0, 0, (), 0, 0)
+
 
 class Phase(Enum):
     RECONCILE = "reconcile"

@@ -34,7 +34,7 @@ from nexus.memory.sync_schedule import (
 
 ONE, TWO = b"\1" * 32, b"\2" * 32
 SAME = Outcome(True, False, "", True, 0, 0, 0, 0, (), 0, 10)
-BROKEN = replace(SAME, ok=False, complete=False, cause="the stream broke")
+BROKEN = Outcome.not_begun("the stream broke")
 CHEATED = replace(BROKEN, offence=True, cause="bad signature")
 ITEMS = [Item(2**40 + at, at.to_bytes(32, "big")) for at in range(5000)]
 
