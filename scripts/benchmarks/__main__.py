@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from scripts.benchmarks import blocks, decode, engine, memory, receipts, sync, verify
+from scripts.benchmarks import blocks, decode, embed, engine, memory, receipts, sync, verify
 from scripts.benchmarks.result import Result
 
 SWARM: dict[str, Callable[[int, int, bool], Result]] = {"decode": decode.run, "receipts": receipts.run}
@@ -34,6 +34,8 @@ def main() -> int:
     verify.add_arguments(bench)
     bench = benches.add_parser("blocks", parents=[common], help="checking blocks of the shared memory, beside skyfield")
     blocks.add_arguments(bench)
+    bench = benches.add_parser("embed", parents=[common], help="the default embedder beside sentence-transformers")
+    embed.add_arguments(bench)
     bench = benches.add_parser("sync", parents=[common], help="what two nodes tell each other to find out what each lacks")
     sync.add_arguments(bench)
     options = parser.parse_args()
@@ -41,9 +43,14 @@ def main() -> int:
         rounds = min(options.rounds, 3) if options.quick else options.rounds
         result = SWARM[options.bench](rounds, options.tokens, options.quick)
     else:
-        result = {"blocks": blocks.run, "engine": engine.run, "memory": memory.run, "sync": sync.run, "verify": verify.run}[
-            options.bench
-        ](options)
+        result = {
+            "blocks": blocks.run,
+            "embed": embed.run,
+            "engine": engine.run,
+            "memory": memory.run,
+            "sync": sync.run,
+            "verify": verify.run,
+        }[options.bench](options)
     if options.json:
         print(json.dumps(result.as_dict()))
     else:

@@ -7,13 +7,15 @@ transformers' `modeling_rope_utils` (llama3: Llama 3.1's model card; yarn: Peng 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mpmath  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
 from nexus.proof.arithmetic.plan import ExactPlan, Rope
+
+if TYPE_CHECKING:
+    import mpmath  # type: ignore[import-untyped]
 
 BITS = 120
 ROPE_FINE = 256
@@ -23,9 +25,16 @@ PHI_MAX = 8
 Table = NDArray[np.float64]
 
 
+def _import_mpmath() -> None:
+    """When the first table is made: what only reads tables, an embedder above all, starts a tenth sooner without."""
+    global mpmath
+    import mpmath
+
+
 @cache
 def exp_tables() -> tuple[Table, Table]:
     """exp(-i/8) for 256 i, and exp(-j/32768) for 4096 j."""
+    _import_mpmath()
     with mpmath.workprec(BITS):
         coarse = [float(mpmath.exp(-mpmath.mpf(i) / 8)) for i in range(256)]
         fine = [float(mpmath.exp(-mpmath.mpf(j) / 32768)) for j in range(4096)]
@@ -35,6 +44,7 @@ def exp_tables() -> tuple[Table, Table]:
 @cache
 def phi_table() -> Table:
     """The normal distribution function at i/512, for 4098 i."""
+    _import_mpmath()
     with mpmath.workprec(BITS):
         return np.array([float(mpmath.ncdf(mpmath.mpf(i) / PHI_PER_UNIT)) for i in range(PHI_PER_UNIT * PHI_MAX + 2)])
 
@@ -50,6 +60,7 @@ def tables_of(plan: ExactPlan) -> dict[str, Table]:
 
 def rope_tables(rope: Rope, rotated: int, context: int) -> tuple[Table, Table]:
     """(cos, sin) of the angles of positions 256 A, for every A in the context, times the amplitude; and of positions 0 to 255."""
+    _import_mpmath()
     with mpmath.workprec(BITS):
         frequencies, amplitude = _frequencies(rope, rotated, context)
 
