@@ -225,8 +225,7 @@ def memory_prune(shared: Shared, older_than: float | None, max_bytes: int | None
 
 
 def _pruned(view: PruneView, what: str) -> str:
-    pinned = f"; {view.kept_pinned} pinned stay" if view.kept_pinned else ""
-    return f"{what}: {show.count(view.blocks, 'block')}, {show.size(view.bytes)}{pinned}"
+    return f"{what}: {show.count(view.blocks, 'block')}, {show.size(view.bytes)}"
 
 
 @memory.command("stats")
@@ -244,7 +243,8 @@ def memory_stats(shared: Shared) -> None:
         return
     show.pairs(
         [
-            ("blocks", f"{show.size(view.bytes)} of at most {show.size(view.bytes_max)}"),
+            ("blocks", ", ".join(f"{number} {state}" for state, number in view.blocks) or "none"),
+            ("size", f"{show.size(view.bytes)} of at most {show.size(view.bytes_max)}"),
             ("on the disk", f"{show.size(view.disk_bytes)} with indexes"),
             ("model", view.model or "none"),
         ]
@@ -253,18 +253,14 @@ def memory_stats(shared: Shared) -> None:
         (
             one.collection,
             str(one.live),
-            str(one.superseded),
-            str(one.removed),
-            str(one.pruned),
-            str(one.expired),
             show.size(one.bytes),
             ", ".join(f"{model} {number}" for model, number in one.vectors) or "-",
         )
         for one in view.collections
     ]
-    columns = ("collection", "live", "superseded", "removed", "pruned", "expired", "size", "vectors")
+    columns = ("collection", "live", "size", "vectors")
     if rows:
-        show.console(shared).print(show.table(columns, rows, right=columns[1:7], wrap=("collection", "vectors")))
+        show.console(shared).print(show.table(columns, rows, right=columns[1:3], wrap=("collection", "vectors")))
     for notice in view.notices:
         click.echo(show.printable(notice), err=True)
 
@@ -324,25 +320,20 @@ def memory_reindex(shared: Shared, model: str, collection: str | None) -> None:
     from nexus.core.errors import LocalError
     from nexus.gateway.wire import to_json
     from nexus.node.memory.api import ReindexView
-    from nexus.node.progress import Notice, Progress
+    from nexus.node.progress import Progress
     from nexus_cli.bars import bars
     from nexus_cli.client import connected
 
     if Path(model).expanduser().is_dir():
         model = str(Path(model).expanduser().absolute())
     view: ReindexView | None = None
-    notices: list[str] = []
     with connected(shared, None) as daemon, bars(shared) as advance:
         for event in daemon.stream("/v0/memory/reindex", {"model": model, "collection": collection}):
             match event:
                 case Progress():
                     advance("reindex", event.phase, event.done, event.total)
-                case Notice():
-                    notices.append(event.text)
                 case ReindexView():
                     view = event
-    for notice in notices:
-        click.echo(show.printable(notice), err=True)
     if view is None:
         raise LocalError("the daemon did not say that all have vectors", "See its log, and: nexus memory stats")
     if shared.json:

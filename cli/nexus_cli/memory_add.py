@@ -90,7 +90,6 @@ def memory_add(
     if vector is not None:
         options |= {"vector": read_vector(vector), "vector_model": vector_model, "vector_fingerprint": vector_fingerprint}
     added: list[Added] = []
-    notices: list[str] = []
     files = 0
     failed: NexusError | None = None
     with connected(shared, None) as daemon, bars(shared) as advance:
@@ -106,13 +105,11 @@ def memory_add(
                     skipped.append((source.shown if source else "", error.cause))
                     continue
                 # What came before a failure stays in the list.
-                added.extend(_add(daemon, advance, source, title, texts, options, notices))
+                added.extend(_add(daemon, advance, source, title, texts, options))
                 files += 1
         except NexusError as error:
             failed = error
     if not shared.json:
-        for notice in notices:
-            click.echo(show.printable(notice), err=True)
         for file, reason in skipped:
             # A cause that names the file does not name it twice.
             click.echo(f"skipped: {show.printable(reason if file in reason else f'{file} {reason}')}", err=True)
@@ -132,7 +129,6 @@ def memory_add(
                 "files": files,
                 "blocks": blocks,
                 "known": known,
-                "notices": notices,
             }
         )
     else:
@@ -166,29 +162,26 @@ def _add(
     title: str | None,
     texts: list[str],
     options: dict[str, Json],
-    notices: list[str],
 ) -> Iterator[Added]:
     from nexus_cli.documents import fit_title
 
     for number, text in enumerate(texts):
         ending = f" (part {number + 1})" if len(texts) > 1 else ""
         called = fit_title(title if title is not None else source.title if source else "", ending)
-        view = _add_one(daemon, advance, options | {"text": text, "title": called}, notices)
+        view = _add_one(daemon, advance, options | {"text": text, "title": called})
         yield Added(source.shown if source else "", called, view.collection, view.ids, view.known)
 
 
-def _add_one(daemon: Daemon, advance: Advance, body: dict[str, Json], notices: list[str]) -> AddedView:
+def _add_one(daemon: Daemon, advance: Advance, body: dict[str, Json]) -> AddedView:
     from nexus.core.errors import LocalError
     from nexus.node.memory.api import AddedView
-    from nexus.node.progress import Notice, Progress
+    from nexus.node.progress import Progress
 
     added: AddedView | None = None
     for event in daemon.stream("/v0/memory/blocks", body):
         match event:
             case Progress():
                 advance("step", event.phase, event.done, event.total)
-            case Notice():
-                notices.append(event.text)
             case AddedView():
                 added = event
     if added is None:

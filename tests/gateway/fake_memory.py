@@ -32,7 +32,7 @@ from nexus.node.memory.api import (
     VerifyView,
     WitnessView,
 )
-from nexus.node.progress import Notice, Progress
+from nexus.node.progress import Progress
 
 OWNER, OTHER = (Identity(bytes([number]) * 32) for number in (1, 4))
 NOW_MS = 1_795_000_000_000
@@ -109,7 +109,7 @@ class FakeMemory:
     def put(self, view: BlockView) -> None:
         self.known[view.id] = view
 
-    async def add(self, request: AddRequest) -> AsyncGenerator[Progress | Notice | AddedView, None]:
+    async def add(self, request: AddRequest) -> AsyncGenerator[Progress | AddedView, None]:
         self.calls.append(("add", request))
         if "fail at once" in request.text:
             raise NotAllowedError("this node may not write in 'closed'", "Ask its owner: nexus collection grant")
@@ -123,8 +123,6 @@ class FakeMemory:
                 raise ZeroDivisionError("secret detail")
             if "wait" in request.text:
                 await trio.sleep_forever()
-            if "notice" in request.text:
-                yield Notice("it was long\x1b[2J")
             views = [block_view(chunk, collection=request.collection, title=request.title) for chunk in chunks]
             new = [view for view in views if view.id not in self.known]
             for view in new:
@@ -179,11 +177,13 @@ class FakeMemory:
 
     async def prune(self, request: PruneRequest) -> PruneView:
         self.calls.append(("prune", request))
-        return PruneView(3, 4000, 1, request.dry_run)
+        return PruneView(3, 4000, request.dry_run)
 
     async def stats(self) -> StatsView:
-        rows = (CollectionStats("main", 12, 1, 2, 3, 4, 9000, (("minilm", 12),)),)
-        return StatsView(rows, 9000, 2**31, 20_000, "minilm", ("the index is being built anew\x1b[2J",))
+        rows = (CollectionStats("main", 12, 9000, (("minilm", 12),)),)
+        return StatsView(
+            rows, (("live", 12), ("removed", 2)), 9000, 2**31, 20_000, "minilm", ("the index is being built anew\x1b[2J",)
+        )
 
     async def export(self, collections: Sequence[str]) -> AsyncGenerator[ExportPart, None]:
         self.calls.append(("export", tuple(collections)))
@@ -205,10 +205,9 @@ class FakeMemory:
         problems = ("block bafkreix has another hash\x1b[2J",) if self.damaged else ()
         yield VerifyView(12, self.damaged, self.damaged, problems)
 
-    async def reindex(self, model: str, collection: str | None) -> AsyncGenerator[Progress | Notice | ReindexView, None]:
+    async def reindex(self, model: str, collection: str | None) -> AsyncGenerator[Progress | ReindexView, None]:
         self.calls.append(("reindex", (model, collection)))
         yield Progress(OWNER.peer_id, "embedding", 1, 12)
-        yield Notice("old searches go on")
         yield ReindexView(model, 11, 1)
 
     async def collections(self) -> list[CollectionView]:
