@@ -67,8 +67,8 @@ class Rows(NamedTuple):
 ROWS = Rows()
 ROW_COUNT = 70
 
-# Nutation is kept on a grid of half days, in pages of 64 days, and taken from it by six points.
-_GRID_DAYS, _PAGE = 0.5, 128
+# Nutation is kept on a grid of half days, in pages of 16 days, and taken from it by six points.
+_GRID_DAYS, _PAGE = 0.5, 32
 _POINTS = np.arange(-2, 4)
 
 
@@ -78,7 +78,7 @@ def _dot(a: Floats, b: Floats) -> Floats:
 
 
 class Geocentre:
-    """The columns at any time that the tables cover. Keeps pages of nutation: 3 KB for 64 days, 3 MB for all there are."""
+    """The columns at any time that the tables cover. Keeps pages of nutation: 1 KB for 16 days, 4 MB for all there are."""
 
     def __init__(self, tables: SkyTables) -> None:
         self._tables = tables

@@ -120,10 +120,17 @@ class SkyKernel:
 
     def vectors(self, t_ms: Floats, latitude: Floats, longitude: Floats) -> Floats:
         """[n, 7, 3] direction cosines in units of 1e-9, not rounded. Times need not be whole; all has to be within bounds."""
-        day = np.floor(t_ms / DAY_MS).astype(np.int64)
-        columns = self.geocentre.columns(day, t_ms - day * DAY_MS)
-        seen = _seen(columns, np.radians(latitude), np.radians(longitude))
+        seen = _seen(self.columns(t_ms), np.radians(latitude), np.radians(longitude))
         return seen.transpose(2, 1, 0)
+
+    def columns(self, t_ms: Floats) -> Floats:
+        """[ROW_COUNT, n]: the columns of `geocentre`, by the polynomials of the days, at times within bounds."""
+        days = np.floor(t_ms / DAY_MS).astype(np.int64)
+        order = np.argsort(days, kind="stable")
+        found = np.empty((ROW_COUNT, len(days)))
+        self._columns(days[order], (t_ms - days * DAY_MS)[order], self._pages_for(days), found)
+        found[:, order] = found.copy()
+        return found
 
     def _in_chunks(self, t_ms: Ints, latitude: Floats, longitude: Floats) -> Iterator[tuple[Ints, Floats]]:
         """Which of the blocks, and their rounded numbers [chunk, 21]; all blocks, a chunk at a time."""
@@ -141,7 +148,7 @@ class SkyKernel:
             np.rint(seen, out=seen)
             yield order[chunk], seen.transpose(2, 1, 0).reshape(-1, BODY_COUNT * 3)
 
-    def _columns(self, days: Ints, ms: Ints, pages: dict[int, Floats], out: Floats) -> None:
+    def _columns(self, days: Ints, ms: Ints | Floats, pages: dict[int, Floats], out: Floats) -> None:
         """The columns for days in ascending order."""
         starts = np.flatnonzero(np.diff(days, prepend=days[0] - 1)).tolist()
         chebyshev = np.empty((TERMS, len(days)))

@@ -23,7 +23,7 @@ from nexus.memory.sky.tables import DAY_MS, END_DAY, FIRST_DAY, Floats
 
 # Days of the table that are looked at more closely, and how: from a day before to a day after, so many times an hour.
 CANDIDATES = 8
-_SCAN_PER_HOUR = 2
+_SCAN_PER_HOUR = 1
 _ROUNDS_MAX = 12
 # A signature may be off by the tolerance; what is left of that after a fit may be somewhat more in a single number.
 RESIDUAL_MAX = 2 * TOLERANCE
@@ -78,7 +78,7 @@ def solve(signature: bytes, kernel: SkyKernel, table: SightTable) -> Fix:
     angles = (rays[_FIRST] * rays[_SECOND]).sum(axis=1)
     best = None
     for day in _scan(kernel.geocentre, angles, _nearest(table, angles)):
-        fix = _fit(kernel, numbers, day * DAY_MS, *_place(kernel.geocentre, rays, day))
+        fix = _fit(kernel, numbers, day * DAY_MS, *_place(kernel, rays, day))
         if fix is not None and fix.residual <= RESIDUAL_MAX:
             return fix
         if fix is not None and (best is None or fix.residual < best.residual):
@@ -108,10 +108,9 @@ def _scan(geocentre: Geocentre, angles: Floats, days: list[float]) -> list[float
     return [float(times[row, best[row]]) for row in np.argsort(off.min(axis=1))]
 
 
-def _place(geocentre: Geocentre, rays: Floats, day: float) -> tuple[float, float]:
+def _place(kernel: SkyKernel, rays: Floats, day: float) -> tuple[float, float]:
     """Latitude and longitude in degrees, to some degrees, by the attitude of the horizon among the bodies."""
-    whole = int(np.floor(day))
-    columns = geocentre.columns(np.array([whole]), np.array([(day - whole) * DAY_MS]))[:, 0]
+    columns = kernel.columns(np.array([day * DAY_MS]))[:, 0]
     places = columns[ROWS.place].reshape(3, -1).T[_WITHOUT_MOON]
     places /= np.linalg.norm(places, axis=1)[:, None]
     left, _, right = np.linalg.svd(rays[_WITHOUT_MOON].T @ places)
