@@ -6,9 +6,7 @@ node's processor.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import structlog
@@ -29,8 +27,8 @@ from nexus.core.keys import public_key_of
 from nexus.core.record import Record
 from nexus.memory import collection as rules
 from nexus.memory.batch import SignedBatch
-from nexus.network.limits import TokenBucket
 from nexus.network.transport import Stream, Transport
+from nexus.node.memory.budgets import Budget
 from nexus.node.memory.charters import Charters
 from nexus.node.memory.messages import (
     ANSWER_BYTES_MAX,
@@ -57,7 +55,6 @@ log = structlog.get_logger("nexus.memory.ask")
 A = TypeVar("A", bound=Record)
 
 ANSWER_TIMEOUT_S = 30.0
-PEERS_MAX = 1024
 SERVED_BYTES_PER_S = 4 * 1024 * 1024
 SERVED_BYTES_BURST = 32 * 1024 * 1024
 # A search takes some milliseconds of one processor.
@@ -77,12 +74,6 @@ class Attested(Protocol):
     def __call__(self, ids: Sequence[bytes], /) -> Awaitable[Sequence[BlockReceipt]]: ...
 
 
-@dataclass(slots=True)
-class _Budget:
-    sent: TokenBucket
-    searches: TokenBucket
-
-
 class Answering:
     """The serving end."""
 
@@ -92,7 +83,8 @@ class Answering:
         self._charters = charters
         self._search = search
         self._attested = attested
-        self._budgets: OrderedDict[str, _Budget] = OrderedDict()
+        self._sent = Budget(SERVED_BYTES_PER_S, SERVED_BYTES_BURST)
+        self._searches = Budget(SEARCHES_PER_S, SEARCHES_BURST)
 
     def start(self) -> None:
         self._transport.serve(ASK, self._handle)
@@ -103,7 +95,6 @@ class Answering:
         return charter is not None and rules.may_read(charter, peer)
 
     async def _handle(self, stream: Stream) -> None:
-        budget = self._budget(stream.peer_id)
         with trio.move_on_after(ANSWER_TIMEOUT_S):
             try:
                 ask = MESSAGES.unpack(await stream.receive())
@@ -111,19 +102,19 @@ class Answering:
                 error.peer = stream.peer_id
                 raise
             try:
-                answer = await self._answer(ask, stream.peer_id, budget)
+                answer = await self._answer(ask, stream.peer_id)
             except MalformedError as error:
                 error.peer = stream.peer_id
                 raise
             except NexusError as error:
                 answer = Declined(error.cause.encode()[:REASON_BYTES_MAX].decode(errors="ignore"))
             frame = MESSAGES.pack(answer)
-            await trio.sleep(budget.sent.take(len(frame), trio.current_time()))
+            await self._sent.spend(stream.peer_id, len(frame))
             await stream.send(frame)
             return
         raise TimedOutError(f"peer {stream.peer_id} did not take its answer within {ANSWER_TIMEOUT_S:.0f} s")
 
-    async def _answer(self, ask: Record, peer_id: str, budget: _Budget) -> Record:
+    async def _answer(self, ask: Record, peer_id: str) -> Record:
         peer = public_key_of(peer_id)
         match ask:
             case CollectionsAsk():
@@ -136,7 +127,7 @@ class Answering:
             case SearchAsk():
                 if not self.may_read(ask.collection, peer):
                     raise NotFoundError("no such collection is followed here")
-                if budget.searches.take(1, trio.current_time()) > 0:
+                if self._searches.take(peer_id, 1) > 0:
                     raise CapacityError("too many searches at once", "Ask again in a while")
                 return await self._blocks(await self._search(ask), peer)
             case _:
@@ -169,18 +160,6 @@ class Answering:
         """Those of these blocks that are here and that the peer may have, in the order asked."""
         rows = self._store.get_many(ids)
         return [each for each in ids if each in rows and self.may_read(rows[each].collection, peer)]
-
-    def _budget(self, peer_id: str) -> _Budget:
-        budget = self._budgets.pop(peer_id, None)
-        if budget is None:
-            now_s = trio.current_time()
-            budget = _Budget(
-                TokenBucket(SERVED_BYTES_PER_S, SERVED_BYTES_BURST, now_s), TokenBucket(SEARCHES_PER_S, SEARCHES_BURST, now_s)
-            )
-        self._budgets[peer_id] = budget
-        if len(self._budgets) > PEERS_MAX:
-            self._budgets.popitem(last=False)
-        return budget
 
 
 class Asking:

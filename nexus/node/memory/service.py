@@ -248,7 +248,8 @@ class Memory:
             async with self._write_lock:
                 charter = await self._writable(request.collection)
                 document = await self._document(request)
-                embedder = await self._embedders.get()
+                # A vector that is handed in needs no model.
+                embedder = await self._embedders.get() if document.vector is None else None
 
                 def report(phase: str, done: int, total: int) -> None:
                     trio.from_thread.check_cancelled()

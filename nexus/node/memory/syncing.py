@@ -6,7 +6,6 @@ the clock. Peers that follow the same collections are found by asking those who 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from nexus.core.record import Record
 from nexus.memory import collection as rules
 from nexus.memory.block import block_id
 from nexus.memory.item_set import SALT_BYTES, Item, ItemSet, View
-from nexus.memory.sync import Check, Checked, Heard, Load, Loaded, SyncResponder, SyncSession
+from nexus.memory.sync import Check, Checked, Heard, Load, Loaded, Outcome, SyncResponder, SyncSession
 from nexus.memory.sync_conduct import Standing
-from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, News, Told, told_items
+from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, News, Open, Told, told_items
 from nexus.memory.sync_schedule import Start, SyncSchedule, SyncStatus
-from nexus.network.limits import TokenBucket
 from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
 from nexus.node.memory.asking import Asking
+from nexus.node.memory.budgets import Budget
 from nexus.node.memory.charters import Charters, read_charters
 from nexus.storage.memory.records import State
 from nexus.storage.memory.store import MemoryStore
@@ -47,7 +46,10 @@ PUBLISH_PACE_S = 0.25
 PUBLISH_TIMEOUT_S = 10.0
 NEWS_PENDING_MAX = 4096
 RATE_BURST_S = 60
-PEERS_MAX = 1024
+# Of one peer: items of sets that are gone through for its comparisons, some 0.2 us each, and bytes that it is sent.
+COMPARED_PER_S, COMPARED_BURST = 200_000, 10_000_000
+OPEN_COST = 10_000
+SENT_BYTES_PER_S, SENT_BYTES_BURST = 8 * 1024 * 1024, 64 * 1024 * 1024
 
 
 class Accept(Protocol):
@@ -86,14 +88,15 @@ class Syncing:
         self._asking = asking
         self._accept = accept
         self._charters_changed = charters_changed
-        self._blocks_per_peer_s = blocks_per_peer_s
+        self._received = Budget(blocks_per_peer_s, blocks_per_peer_s * RATE_BURST_S)
+        self._comparisons = Budget(COMPARED_PER_S, COMPARED_BURST)
+        self._sent = Budget(SENT_BYTES_PER_S, SENT_BYTES_BURST)
         self._schedule = SyncSchedule(token_bytes(16))
         self._sets: dict[bytes, ItemSet] = {}
         # Of each set, the ids of blocks that were taken away or have expired: not in it, and not wanted again.
         self._gone: dict[bytes, frozenset[bytes]] = {}
         self._stale: set[bytes] = set()
         self._set_lock = trio.Lock()
-        self._rates: OrderedDict[str, TokenBucket] = OrderedDict()
         self._counts: dict[tuple[str, bytes], _Count] = {}
         self._news: dict[bytes, list[Item]] = {}
         self._wake = trio.Event()
@@ -269,7 +272,7 @@ class Syncing:
                     await wake.wait()
 
     async def _run_session(self, start: Start) -> None:
-        session = None
+        session, outcome = None, Outcome.not_begun("the set could not be read")
         try:
             view = None if start.items else await self._view(start.collection, token_bytes(SALT_BYTES))
             session = SyncSession(
@@ -286,11 +289,11 @@ class Syncing:
             if session is not None:
                 session.fail(error)
         finally:
-            if session is not None:
-                outcome = session.outcome()
-                self._schedule.finished(start.peer, start.collection, outcome, trio.current_time())
-                if outcome.accepted:
-                    log.info("synced", peer_id=start.peer, collection=start.collection.hex()[:16], blocks=outcome.accepted)
+            # A session that is cancelled was not begun either, for all that the schedule knows.
+            outcome = session.outcome() if session is not None and session.ended else outcome
+            self._schedule.finished(start.peer, start.collection, outcome, trio.current_time())
+            if outcome.accepted:
+                log.info("synced", peer_id=start.peer, collection=start.collection.hex()[:16], blocks=outcome.accepted)
             self._wake_up()
 
     def _wanted(self, peer_id: str, collection: bytes, items: Sequence[Item]) -> Sequence[Item]:
@@ -325,16 +328,7 @@ class Syncing:
         count.refused += checked.refused
         session.checked(checked)
         # Blocks cost their receiver time whoever made them: who brings very many is read at its pace.
-        await trio.sleep(self._rate(start.peer).take(len(check.wanted), trio.current_time()))
-
-    def _rate(self, peer_id: str) -> TokenBucket:
-        rate = self._rates.pop(peer_id, None)
-        if rate is None:
-            rate = TokenBucket(self._blocks_per_peer_s, self._blocks_per_peer_s * RATE_BURST_S, trio.current_time())
-        self._rates[peer_id] = rate
-        if len(self._rates) > PEERS_MAX:
-            self._rates.popitem(last=False)
-        return rate
+        await self._received.spend(start.peer, len(check.wanted))
 
     # --- answering ---------------------------------------------------------------------------------------------------------------
 
@@ -347,9 +341,13 @@ class Syncing:
                 message = MESSAGES.unpack(await stream.receive())
                 collection = getattr(message, "collection", None)
                 if collection is not None and self._charters.follows(collection):
-                    await self._loaded_set(collection)
+                    known = await self._loaded_set(collection)
+                    if isinstance(message, Open):
+                        await self._comparisons.spend(stream.peer_id, OPEN_COST + len(known))
                 done = await trio.to_thread.run_sync(responder.receive, message)
-                await stream.send(MESSAGES.pack(await self._do(done, responder, stream.peer_id)))
+                frame = MESSAGES.pack(await self._do(done, responder, stream.peer_id))
+                await self._sent.spend(stream.peer_id, len(frame))
+                await stream.send(frame)
         except PeerError as error:
             error.peer = error.peer or stream.peer_id
             if isinstance(error, MalformedError):

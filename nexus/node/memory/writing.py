@@ -87,8 +87,8 @@ class Writing:
         self._after = after
         self._now_ms = now_ms
 
-    async def add(self, charter: Charter, document: Document, embedder: Embedder, report: Report) -> tuple[list[bytes], int]:
-        """The ids of the new blocks, and how many chunks were there already. Raises NotAllowedError, UsageError, CapacityError,
+    async def add(self, charter: Charter, document: Document, embedder: Embedder | None, report: Report) -> tuple[list[bytes], int]:
+        """The ids of the new blocks, and how many chunks were there already. `embedder`: None where the document has its vector. Raises NotAllowedError, UsageError, CapacityError,
         LocalError. `report` is called in a worker thread."""
         self._check_may_write(charter)
         after = await self._after(charter.id)
@@ -126,7 +126,7 @@ class Writing:
 
     # --- in a worker thread ------------------------------------------------------------------------------------------------------
 
-    def _drafts(self, charter: Charter, document: Document, embedder: Embedder, report: Report) -> tuple[list[Block], int]:
+    def _drafts(self, charter: Charter, document: Document, embedder: Embedder | None, report: Report) -> tuple[list[Block], int]:
         """The blocks without what comes after them and their sky."""
         if document.vector is not None:
             model, given = document.vector
@@ -134,6 +134,7 @@ class Writing:
             vectors = model.take([list(given)])
             names, fingerprint = model.name, model.fingerprint
         else:
+            assert embedder is not None
             chunks = self._chunks(document, embedder)
             vectors = embedder.embed([chunk.embedded for chunk in chunks], lambda done, total: report("embed", done, total))
             names, fingerprint = embedder.name, embedder.fingerprint
