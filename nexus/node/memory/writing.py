@@ -88,8 +88,8 @@ class Writing:
         self._now_ms = now_ms
 
     async def add(self, charter: Charter, document: Document, embedder: Embedder | None, report: Report) -> tuple[list[bytes], int]:
-        """The ids of the new blocks, and how many chunks were there already. `embedder`: None where the document has its vector. Raises NotAllowedError, UsageError, CapacityError,
-        LocalError. `report` is called in a worker thread."""
+        """The ids of the new blocks, and how many chunks were there already. `embedder`: None where the document has its vector.
+        `report` is called in a worker thread. Raises NotAllowedError, UsageError, CapacityError, LocalError."""
         self._check_may_write(charter)
         after = await self._after(charter.id)
         drafts, known = await trio.to_thread.run_sync(partial(self._drafts, charter, document, embedder, report))
