@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus.core.errors import LocalError, UsageError
+from nexus.memory.quantise import Codes, Scales, quantise, restore, unit
 
 # A text has some hundred tokens before it is cut; what is so much longer was meant to be chunked first (nexus.memory.chunk).
 TEXT_BYTES_MAX = 64 * 1024
 # Texts whose tokens are held at once, and tokens that are computed at once: they bound the memory, whatever is asked for.
 WINDOW_TEXTS, BATCH_TOKENS = 512, 1024
-# Vectors of one text that two machines or two batches made with the same model. Of an exact model the bits are the same.
+# Between vectors of one text that two machines or two batches made with one model. Of an exact model the bits are the same.
 SAME_COSINE = 0.999
 
 Vectors = NDArray[np.float32]
@@ -159,6 +160,22 @@ def checked(vectors: Vectors) -> Vectors:
             "the model gave a vector that is not of length 1", "The model is damaged, or no sentence encoder: try another"
         )
     return vectors
+
+
+def made_by(embedder: Embedder, texts: Sequence[str], codes: Codes, scales: Scales) -> list[bool]:
+    """Of each of these vectors (`nexus.memory.quantise`), whether the model makes it of its text: its very codes where the model is
+    exact, else one with a cosine of at least SAME_COSINE. `codes` [n, dimension] and `scales` [n] are checked ones. Raises as
+    `embed`, and UsageError for vectors of another dimension."""
+    if codes.shape != (len(texts), embedder.dimension) or scales.shape != (len(texts),):
+        raise UsageError(
+            f"vectors of shape {list(codes.shape)} are not those of {len(texts)} texts", "Was another model used for them?"
+        )
+    vectors = embedder.embed(texts)
+    if embedder.exact:
+        own_codes, own_scales = quantise(vectors)
+        return [bool(same) for same in (own_codes == codes).all(axis=1) & (own_scales == scales)]
+    cosines = np.einsum("nd,nd->n", vectors, unit(restore(codes, scales)))
+    return [bool(cosine >= SAME_COSINE) for cosine in cosines]
 
 
 def processors() -> int:

@@ -88,7 +88,7 @@ def load_library_embedder(name: str, directory: Path) -> LibraryEmbedder:
         raise NotFoundError(f"{directory} is not a directory", "Give a directory with config.json and model.safetensors")
     files = check_directory(directory)
     try:
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise LocalError("sentence-transformers is not installed", "Install it: pip install 'nexus-swarm[embed]'") from error
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nexus.core.manifest import Manifest
@@ -25,6 +26,12 @@ def stored(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
 @pytest.fixture(scope="session")
 def embedder(stored: Stored) -> ExactEmbedder:
     return load_exact_embedder("minilm", *stored, workers=2)
+
+
+@pytest.fixture(scope="session")
+def vectors(embedder: ExactEmbedder, sentences: list[str]) -> np.ndarray:
+    """Of all sentences. Not to be changed."""
+    return embedder.embed(sentences)
 
 
 @pytest.fixture(scope="session")
