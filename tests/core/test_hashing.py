@@ -12,6 +12,7 @@ from nexus.core.hashing import (
     MerkleTree,
     appended_roots,
     leaf_hash,
+    merkle_joint_narrow,
     merkle_joint_proof,
     merkle_joint_root,
     merkle_peaks,
@@ -154,6 +155,25 @@ def test_several_leaves_have_one_proof(values: list[bytes], data: st.DataObject)
             merkle_joint_root(len(leaves), shown, wrong)
     with pytest.raises(VerificationError):
         merkle_joint_root(len(leaves), {len(leaves): leaves[0]}, proof)
+
+
+@given(st.lists(st.binary(max_size=4), min_size=1, max_size=40), st.data())
+def test_a_proof_of_some_leaves_holds_that_of_fewer(values: list[bytes], data: st.DataObject) -> None:
+    leaves = [leaf_hash(value) for value in values]
+    size = len(leaves)
+    indices = data.draw(st.sets(st.integers(0, size - 1), min_size=1))
+    wanted = data.draw(st.sets(st.sampled_from(sorted(indices)), min_size=1))
+    proof, shown = merkle_joint_proof(leaves, indices), {index: leaves[index] for index in indices}
+    narrowed = merkle_joint_narrow(size, shown, proof, wanted)
+    assert narrowed == merkle_joint_proof(leaves, wanted)
+    assert merkle_joint_root(size, {index: leaves[index] for index in wanted}, narrowed) == merkle_root(leaves)
+    for other in (set(), wanted | {size}, wanted | set(range(size)) if len(indices) < size else {-1}):
+        with pytest.raises(VerificationError, match="among"):
+            merkle_joint_narrow(size, shown, proof, other)
+    with pytest.raises(VerificationError, match="length"):
+        merkle_joint_narrow(size, shown, [*proof, bytes(32)], wanted)
+    with pytest.raises(VerificationError, match="none of the tree"):
+        merkle_joint_narrow(size, shown | {size: leaves[0]}, proof, wanted)
 
 
 @given(st.lists(st.binary(max_size=4), min_size=1, max_size=40), st.data())
