@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from scripts.benchmarks import blocks, decode, embed, engine, memory, receipts, sync, verify
+from scripts.benchmarks import blocks, decode, embed, engine, memory, receipts, search, sync, verify
 from scripts.benchmarks.result import Result
 
 SWARM: dict[str, Callable[[int, int, bool], Result]] = {"decode": decode.run, "receipts": receipts.run}
@@ -38,6 +38,8 @@ def main() -> int:
     embed.add_arguments(bench)
     bench = benches.add_parser("sync", parents=[common], help="what two nodes tell each other to find out what each lacks")
     sync.add_arguments(bench)
+    bench = benches.add_parser("search", parents=[common], help="the memory's search beside usearch, chroma and lancedb")
+    search.add_arguments(bench)
     options = parser.parse_args()
     if options.bench in SWARM:
         rounds = min(options.rounds, 3) if options.quick else options.rounds
@@ -48,6 +50,7 @@ def main() -> int:
             "embed": embed.run,
             "engine": engine.run,
             "memory": memory.run,
+            "search": search.run,
             "sync": sync.run,
             "verify": verify.run,
         }[options.bench](options)
