@@ -22,6 +22,14 @@ class Advance(Protocol):
 
 
 @contextmanager
+def waiting_for(shared: Shared, what: str) -> Iterator[None]:
+    """A bar that only moves, while an answer takes its time."""
+    with bars(shared) as advance:
+        advance("waiting", what, 0, 0)
+        yield
+
+
+@contextmanager
 def bars(shared: Shared) -> Iterator[Advance]:
     """What is printed to stdout has to wait until they are gone: it would end up on stderr, where they are."""
     from rich.progress import BarColumn, TextColumn

@@ -107,12 +107,13 @@ def _change(shared: Shared, name: str, verb: str, body: dict[str, Json]) -> None
     from nexus.core.errors import UsageError
     from nexus.gateway.wire import to_json
     from nexus.node.memory.api import CollectionView
+    from nexus_cli.bars import waiting_for
     from nexus_cli.client import connected
 
     # A slash would make another path of it, and nothing is called so.
     if not name or "/" in name or name in (".", ".."):
         raise UsageError(f"{name!r} is no name of a collection", "`nexus collection ls` shows those that there are")
-    with connected(shared, SUBSCRIBE_TIMEOUT_S) as daemon:
+    with connected(shared, SUBSCRIBE_TIMEOUT_S) as daemon, waiting_for(shared, "asking"):
         view = daemon.post_as(CollectionView, f"/v0/collections/{quote(name, safe='@')}/{verb}", body)
     if shared.json:
         show.print_json({"collection": to_json(view)})
@@ -128,9 +129,10 @@ def collection_sync(shared: Shared, name: str | None, status: bool) -> None:
     """Exchange blocks with peers now. The collection NAME, or all, with all peers in reach. It also happens by itself."""
     from nexus.gateway.wire import to_json
     from nexus.node.memory.api import SyncView
+    from nexus_cli.bars import waiting_for
     from nexus_cli.client import connected
 
-    with connected(shared, None) as daemon:
+    with connected(shared, None) as daemon, waiting_for(shared, "exchanging"):
         if status:
             found = daemon.get_list(SyncView, "/v0/collections/sync", "sync")
             if name is not None:

@@ -23,6 +23,13 @@ GET_TIMEOUT_S = 60.0
 # Of the versions of a block that --versions shows.
 VERSIONS_MAX = 64
 
+KINDS_IN_WORDS = {
+    "content": "",
+    "sealed": "sealed: only the members of its collection can read it",
+    "tombstone": "tombstone: it takes away what it replaces",
+    "map": "map: a part of a map between the vectors of two models",
+}
+
 memory = NexusGroup(name="memory", help="The shared memory: add text, search by meaning.")
 for command in (memory_add, memory_search, memory_ls, memory_export, memory_import):
     memory.add_command(command)
@@ -37,10 +44,11 @@ def memory_get(shared: Shared, id: str, network: bool, versions: bool) -> None:
     """Show the block ID, whole. The start of an id is enough for a block that is here."""
     from nexus.gateway.wire import to_json
     from nexus.node.memory.api import BlockView
+    from nexus_cli.bars import waiting_for
     from nexus_cli.client import connected
 
     path = block_path(id) + ("?network=true" if network else "")
-    with connected(shared, GET_TIMEOUT_S) as daemon:
+    with connected(shared, GET_TIMEOUT_S) as daemon, waiting_for(shared, "looking for it"):
         view = daemon.get_as(BlockView, path)
         others = _versions(daemon, view) if versions else []
     if shared.json:
@@ -103,7 +111,7 @@ def _lines(view: BlockView) -> list[tuple[str, str]]:
     document = f"part {view.part + 1} of document {view.source[:16]}" if view.source else ""
     lines = [
         ("block", view.id),
-        ("kind", view.kind if view.kind != "content" else ""),
+        ("kind", KINDS_IN_WORDS.get(view.kind, view.kind)),
         ("title", view.title),
         ("collection", view.collection),
         ("author", f"{view.author} {view.author_name}".rstrip()),

@@ -115,6 +115,8 @@ def memory_import(shared: Shared, file: Path) -> None:
                 advance("import", "reading", done, size, amount)
         except NexusError as error:
             failed = error
+    if failed is not None and total == ImportView(0, 0, 0, ()):
+        raise failed
     if shared.json:
         show.print_json({"imported": to_json(total)})
     else:

@@ -118,10 +118,11 @@ def memory_search(
     """Find the blocks that are nearest in meaning to QUESTION."""
     from nexus.gateway.wire import to_json
     from nexus.node.memory.api import SearchView
+    from nexus_cli.bars import waiting_for
     from nexus_cli.client import connected
 
     body: dict[str, Json] = {"text": question, "filters": filters_body(**filters), "k": k, "hybrid": hybrid, "model": model}
-    with connected(shared, SEARCH_TIMEOUT_S + deadline) as daemon:
+    with connected(shared, SEARCH_TIMEOUT_S + deadline) as daemon, waiting_for(shared, "searching"):
         view = daemon.post_as(SearchView, "/v0/memory/search", body | {"network": network, "deadline_s": deadline})
     if shared.json:
         show.print_json({"search": to_json(view)})
@@ -178,7 +179,7 @@ def hit_lines(rank: int, hit: HitView, words: frozenset[str], screen: Console) -
     head.append(show.printable(block.title or block.collection), style="bold")
     if block.title:
         head.append(f"  {show.printable(block.collection)}", style="dim")
-    head.append(f"  {hit.score:.3f}")
+    head.append(f"  {_scored(hit)}")
     author = block.author_name or show.short_id(block.author)
     about = [author, block.grade, show.ago(block.created_ms), show.short_id(block.id)]
     about += [f"from {show.short_id(hit.found_at)}"] if hit.found_at else []
@@ -197,6 +198,13 @@ def hit_lines(rank: int, hit: HitView, words: frozenset[str], screen: Console) -
             line.append(" …")
         lines.append(Text(INDENT) + line)
     return lines
+
+
+def _scored(hit: HitView) -> str:
+    """The score, and beside one that is fused of two rankings how near in meaning the block is."""
+    if hit.similarity is None:
+        return f"{hit.score:.3f}, by its words"
+    return f"{hit.score:.3f}" + (f", cosine {hit.similarity:.3f}" if abs(hit.similarity - hit.score) > 1e-6 else "")
 
 
 def words_of(question: str) -> frozenset[str]:
@@ -279,8 +287,8 @@ def block_table(blocks: Sequence[BlockView], width: int) -> Table:
         )
         for block in blocks
     ]
-    # Two cells part columns, one comes before the first.
-    taken = sum(max(map(cell_len, cells)) + 2 for cells in zip(columns, *rows, strict=True)) + 1
+    # Two cells part columns, and one is at either end.
+    taken = sum(max(map(cell_len, cells)) + 2 for cells in zip(columns, *rows, strict=True)) + 2
     room = max(20, width - taken)
     texts = [show.printable(first_words(block)) for block in blocks]
     cut = [text if cell_len(text) <= room else set_cell_size(text, room - 1).rstrip() + "…" for text in texts]
@@ -290,6 +298,7 @@ def block_table(blocks: Sequence[BlockView], width: int) -> Table:
 
 
 def first_words(block: BlockView) -> str:
-    """A line that tells blocks apart: the title and how the text begins."""
+    """A line that tells blocks apart: the end of the title, where it says the section, and how the text begins."""
     text = " ".join(block.text[:400].split()) or f"({block.kind})"
-    return f"{block.title}: {text}" if block.title else text
+    section = block.title.rpartition(" > ")[2]
+    return f"{section}: {text}" if section else text

@@ -233,7 +233,7 @@ def test_hits_are_shown_with_what_matters(cli: Cli, node: FakeNode) -> None:
         assert part in lines[1]
     assert len(lines) == 2 + 3 + 1 + 3
     assert "floods" in "".join(lines[2:5])
-    assert lines[6].startswith(" 2. main  0.800")
+    assert lines[6].startswith(" 2. main  0.800, by its words")
     assert f"on 1970-01-01, {identifier('short')[:16]}, from {OTHER.peer_id[:16]}, superseded" in lines[7]
     assert result.err == "2 hits in 12.3 ms, by minilm\n"
 
