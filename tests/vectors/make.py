@@ -44,6 +44,7 @@ from nexus.proof.trace import WindowTrace
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
 from tests.swarm.ring import causal_ring, encoder_ring, identity, shapes_for
 from tests.vectors.arithmetic import arithmetic_vectors
+from tests.vectors.make_memory import memory_vectors
 
 DIRECTORY = Path(__file__).parent
 
@@ -250,6 +251,7 @@ FILES = {
     "arithmetic.json": arithmetic_vectors,
     "core.json": core_vectors,
     "ledger.json": ledger_vectors,
+    "memory.json": memory_vectors,
     "sampling.json": sampling_vectors,
     "session.json": session_vectors,
     "wire.json": wire_vectors,

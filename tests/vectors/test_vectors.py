@@ -9,6 +9,11 @@ import pytest
 from nexus.core.encoding import decode
 from nexus.core.errors import MalformedError
 from nexus.core.manifest import EXACT
+from nexus.memory.batch import SignedBatch, open_batch
+from nexus.memory.block import decode_block, encode_block, parse_id
+from nexus.memory.bracket import Receipt
+from nexus.memory.collection import SignedCharter
+from nexus.memory.sealing import unseal
 from nexus.proof.accounts import SignedEntry
 from nexus.proof.bundle import Bundle, verify_bundle
 from nexus.proof.evidence import Evidence, verify_evidence
@@ -62,3 +67,20 @@ def test_the_ledger_in_the_vectors_holds_and_its_fork_convicts() -> None:
     evidence = Evidence.from_file(bytes.fromhex(vectors["fork"]["file"]))
     verdict = verify_evidence(evidence)
     assert (verdict.evidence.hex(), verdict.peer_id) == (vectors["fork"]["id"], vectors["fork"]["accused"])
+
+
+def test_the_blocks_in_the_vectors_open_and_say_what_was_sealed() -> None:
+    vectors = json.loads((DIRECTORY / "memory.json").read_text(encoding="utf-8"))
+    opened = open_batch(SignedBatch.from_bytes(bytes.fromhex(vectors["batch"])))
+    assert [one.id.hex() for one in opened] == [block["id"] for block in vectors["blocks"]]
+    assert [parse_id(block["cid"]).hex() for block in vectors["blocks"]] == [block["id"] for block in vectors["blocks"]]
+    (part,) = open_batch(SignedBatch.from_bytes(bytes.fromhex(vectors["part of the batch"])))
+    assert (part.place, part.id) == (1, opened[1].id)
+    for charter in vectors["charters"]:
+        assert SignedCharter.from_bytes(bytes.fromhex(charter["bytes"])).verify().id.hex() == charter["collection"]
+    sealed = vectors["sealed"]
+    content = unseal(decode_block(bytes.fromhex(sealed["bytes"])), {1: bytes.fromhex(sealed["key"])})
+    assert encode_block(content).hex() == sealed["content"]
+    receipt = Receipt.from_bytes(bytes.fromhex(vectors["receipt"]["bytes"]))
+    attestation = receipt.verify(bytes.fromhex(vectors["receipt"]["block"]), receipt.signed.attestation.at_ms)
+    assert attestation.id.hex() == vectors["attestations"][0]["id"]
