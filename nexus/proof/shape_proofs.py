@@ -16,11 +16,12 @@ from nexus.proof.arithmetic.bounds import (
     FLOAT_FIX,
     INT32_LIMIT,
     SHARE_MAX,
+    VOCAB_MAX,
     WEIGHT_MAX,
     WIDE_MAX,
 )
 from nexus.proof.arithmetic.plan import HEAD_OP, ExactPlan
-from nexus.proof.arithmetic.sampler import GAP_UNITS_MAX, VOCAB_MAX, WEIGHT_ONE
+from nexus.proof.arithmetic.sampler import GAP_UNITS_MAX, WEIGHT_ONE
 from nexus.proof.freivalds import KEYS
 from nexus.proof.receipts import MICRO, TEMPERATURE_MAX
 from nexus.proof.solver import RULE_FIX, Proven, Solver, Term

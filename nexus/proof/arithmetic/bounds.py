@@ -28,6 +28,8 @@ SHARE_MAX = 32767
 EXP_MAX = 1 << 24
 # Sixteen times the longest known, and still tables of rotary angles that are made in a minute.
 CONTEXT_MAX = 1 << 24
+# The sampler sums that many weights of at most 2^40: at most 2^62, which an int64 holds.
+VOCAB_MAX = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ import numpy as np
 from nexus.core.errors import ModelFormatError
 from nexus.core.manifest import EMBEDDING, HEAD, LAYERS_MAX
 from nexus.proof import trace
-from nexus.proof.arithmetic.bounds import FLOAT_FIX, check_bounds
-from nexus.proof.arithmetic.sampler import VOCAB_MAX
+from nexus.proof.arithmetic.bounds import FLOAT_FIX, VOCAB_MAX, check_bounds
 from nexus.proof.trace import TraceShape
 
 # Of exact.json.

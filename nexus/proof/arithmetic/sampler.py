@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nexus.core.errors import ModelFormatError, NexusError, UsageError
 from nexus.core.hashing import tagged_hash
+from nexus.proof.arithmetic.bounds import VOCAB_MAX
 from nexus.proof.receipts import (
     MICRO,
     REPETITION_PENALTY_MAX,
@@ -33,8 +34,6 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # exp(-i/8) and exp(-j/32768) in float64, i < 256, j < 4096: see nexus.proof.arithmetic.tables.
 ExpTables = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-# 2^22 weights of at most 2^40 sum to at most 2^62, which an int64 holds.
-VOCAB_MAX = 1 << 22
 _ID_BITS = 22
 _LOGIT_UNIT = 65536.0
 WEIGHT_ONE = 1 << 40

@@ -20,7 +20,8 @@ from numpy._core._multiarray_umath import __cpu_dispatch__
 from nexus.core.errors import ModelFormatError, NexusError, UsageError
 from nexus.core.hashing import tagged_hash
 from nexus.proof.arithmetic import sampler
-from nexus.proof.arithmetic.sampler import GREEDY, VOCAB_MAX, Sampling, candidates, ordered, sample_exact, weights_of
+from nexus.proof.arithmetic.bounds import VOCAB_MAX
+from nexus.proof.arithmetic.sampler import GREEDY, Sampling, candidates, ordered, sample_exact, weights_of
 from nexus.proof.arithmetic.tables import exp_tables
 from nexus.proof.receipts import MICRO
 from tests.vectors.make import DIRECTORY
