@@ -11,7 +11,7 @@ import click
 from nexus_cli import show, values
 from nexus_cli.memory_add import memory_add
 from nexus_cli.memory_file import memory_export, memory_import
-from nexus_cli.memory_search import block_table, first_words, memory_ls, memory_search
+from nexus_cli.memory_search import block_list, first_words, memory_ls, memory_search
 from nexus_cli.options import NexusGroup, Shared, pass_shared
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def memory_get(shared: Shared, id: str, network: bool, versions: bool) -> None:
     if versions:
         if others:
             screen = show.console(shared)
-            screen.print(block_table(others, screen.width))
+            screen.print(block_list(others, screen.width))
         else:
             click.echo("no other version of it is here", err=True)
     if len(view.heads) > 1:

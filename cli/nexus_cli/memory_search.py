@@ -12,8 +12,7 @@ from nexus_cli import show, values
 from nexus_cli.options import NexusCommand, Shared, pass_shared
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
     from rich.text import Text
 
     from nexus.gateway.wire import Json
@@ -24,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SEARCH_TIMEOUT_S = 60.0
 LINES_SHOWN = 3
 INDENT = "    "
+TEXT_CELLS_MIN = 24
 _WORD = re.compile(r"\w+")
 _SENTENCE_START = re.compile(r"(?<=[.!?:;]) +")
 
@@ -172,14 +172,15 @@ def _print_explanation(shared: Shared, view: SearchView) -> None:
 
 def hit_lines(rank: int, hit: HitView, words: frozenset[str], screen: Console) -> list[Text]:
     """A hit: what it is, where it comes from, and the lines of its text where most of the words are."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     block = hit.block
-    head = Text(f"{rank:>2}. ")
-    head.append(show.printable(block.title or block.collection), style="bold")
-    if block.title:
-        head.append(f"  {show.printable(block.collection)}", style="dim")
-    head.append(f"  {_scored(hit)}")
+    head = Text(f"{rank:>2}. {_scored(hit)}  ")
+    collection = f"  {show.printable(block.collection)}" if block.title else ""
+    room = max(TEXT_CELLS_MIN, screen.width - cell_len(head.plain + collection))
+    head.append(cut_title(show.printable(block.title or block.collection), room), style="bold")
+    head.append(collection, style="dim")
     author = block.author_name or show.short_id(block.author)
     about = [author, block.grade, show.ago(block.created_ms), show.short_id(block.id)]
     about += [f"from {show.short_id(hit.found_at)}"] if hit.found_at else []
@@ -203,8 +204,8 @@ def hit_lines(rank: int, hit: HitView, words: frozenset[str], screen: Console) -
 def _scored(hit: HitView) -> str:
     """The score, and beside one that is fused of two rankings how near in meaning the block is."""
     if hit.similarity is None:
-        return f"{hit.score:.3f}, by its words"
-    return f"{hit.score:.3f}" + (f", cosine {hit.similarity:.3f}" if abs(hit.similarity - hit.score) > 1e-6 else "")
+        return f"{hit.score:.3f} by its words"
+    return f"{hit.score:.3f}" + (f" (cosine {hit.similarity:.3f})" if abs(hit.similarity - hit.score) > 1e-6 else "")
 
 
 def words_of(question: str) -> frozenset[str]:
@@ -266,35 +267,60 @@ def memory_ls(shared: Shared, /, limit: int, **filters: Any) -> None:
         )
         return
     screen = show.console(shared)
-    screen.print(block_table(found, screen.width))
+    screen.print(block_list(found, screen.width))
     if len(found) == limit:
         click.echo(f"these are the newest {limit}; for more give a larger --limit", err=True)
 
 
-def block_table(blocks: Sequence[BlockView], width: int) -> Table:
-    """A line per block: its text takes what the other columns leave of `width` cells."""
-    from rich.cells import cell_len, set_cell_size
+def block_list(blocks: Sequence[BlockView], width: int) -> RenderableType:
+    """A line per block, its text in what the other columns leave of `width` cells; where that is too little, on a second line."""
+    from rich.cells import cell_len
+    from rich.console import Group
+    from rich.text import Text
 
     columns = ("block", "made", "collection", "author", "grade", "state")
     rows = [
-        (
-            show.short_id(block.id),
-            show.ago(block.created_ms),
-            block.collection,
-            block.author_name or show.short_id(block.author),
-            block.grade,
-            ("pinned, " if block.pinned else "") + block.state,
+        tuple(
+            show.printable(cell)
+            for cell in (
+                show.short_id(block.id),
+                show.ago(block.created_ms),
+                block.collection,
+                block.author_name or show.short_id(block.author),
+                block.grade,
+                ("pinned, " if block.pinned else "") + block.state,
+            )
         )
         for block in blocks
     ]
     # Two cells part columns, and one is at either end.
-    taken = sum(max(map(cell_len, cells)) + 2 for cells in zip(columns, *rows, strict=True)) + 2
-    room = max(20, width - taken)
+    room = width - 2 - sum(max(map(cell_len, cells)) + 2 for cells in zip(columns, *rows, strict=True))
     texts = [show.printable(first_words(block)) for block in blocks]
-    cut = [text if cell_len(text) <= room else set_cell_size(text, room - 1).rstrip() + "…" for text in texts]
-    return show.table(
-        (*columns, "text"), [(*row, text) for row, text in zip(rows, cut, strict=True)], wrap=("collection", "author")
-    )
+    if room >= TEXT_CELLS_MIN:
+        return show.table((*columns, "text"), [(*row, cut(text, room)) for row, text in zip(rows, texts, strict=True)])
+    lines: list[Text] = []
+    for row, text in zip(rows, texts, strict=True):
+        lines += [Text("  ".join(row), style="bold"), Text(INDENT + cut(text, max(TEXT_CELLS_MIN, width - len(INDENT))))]
+    return Group(*lines)
+
+
+def cut(text: str, cells: int) -> str:
+    """The text in at most `cells` cells of a terminal."""
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= cells else set_cell_size(text, max(0, cells - 1)).rstrip() + "…"
+
+
+def cut_title(title: str, cells: int) -> str:
+    """A title such as "file > chapter > section" in at most `cells` cells: what is in the middle goes first."""
+    from rich.cells import cell_len
+
+    parts = title.split(" > ")
+    if cell_len(title) > cells and len(parts) > 2:
+        title = f"{parts[0]} > … > {parts[-1]}"
+    if cell_len(title) > cells:
+        title = parts[-1]
+    return cut(title, cells)
 
 
 def first_words(block: BlockView) -> str:

@@ -20,7 +20,7 @@ from nexus.storage.home import Home
 from nexus_cli import documents, show, values
 from nexus_cli.documents import decode, find_documents, fit_title, split_text
 from nexus_cli.memory_file import MAGIC, read_parts
-from nexus_cli.memory_search import excerpt, hit_lines, is_meant, words_of
+from nexus_cli.memory_search import block_list, cut_title, excerpt, hit_lines, is_meant, words_of
 from tests.cli.conftest import Cli
 from tests.gateway.fake_memory import DANUBE, NOW_MS, OTHER, block_view, identifier
 from tests.gateway.fake_node import FakeNode
@@ -227,13 +227,13 @@ def test_hits_are_shown_with_what_matters(cli: Cli, node: FakeNode) -> None:
     assert result.code == 0
     assert "\x1b" not in result.out  # neither colour, nor what steers a terminal
     lines = result.out.splitlines()
-    assert lines[0].startswith(" 1. Rivers of Europe")
-    assert lines[0].endswith("main  0.900")
+    assert lines[0].startswith(" 1. 0.900  Rivers of Europe")
+    assert lines[0].endswith("  main")
     for part in ("ice, bounded, ", "ago, ", BLOCK[:16]):
         assert part in lines[1]
     assert len(lines) == 2 + 3 + 1 + 3
     assert "floods" in "".join(lines[2:5])
-    assert lines[6].startswith(" 2. main  0.800, by its words")
+    assert lines[6].startswith(" 2. 0.800 by its words  main")
     assert f"on 1970-01-01, {identifier('short')[:16]}, from {OTHER.peer_id[:16]}, superseded" in lines[7]
     assert result.err == "2 hits in 12.3 ms, by minilm\n"
 
@@ -327,7 +327,7 @@ def test_a_hit_takes_few_lines_that_fit(text: str, title: str, question: str, wi
     view = replace(block_view(text), title=title)
     lines = hit_lines(1, HitView(view, 0.5, None, ""), words_of(question), Console(width=width, file=io.StringIO()))
     assert len(lines) <= 5
-    assert all(line.cell_len <= width for line in lines[2:])
+    assert all(line.cell_len <= width for line in [lines[0], *lines[2:]] if width >= 60)
     assert all(line.plain == show.printable(line.plain) for line in lines)
 
 
@@ -336,6 +336,28 @@ def test_words_of_the_question_are_emphasised() -> None:
 
     lines = hit_lines(1, HitView(block_view(), 0.5, None, ""), words_of("Vienna?"), Console(width=100, file=io.StringIO()))
     assert [line.plain[span.start : span.end] for line in lines[2:] for span in line.spans if span.style == "bold"] == ["Vienna"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_a_list_fits_its_terminal(width: int) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    blocks = [block_view("漢字 " * 60, title="a > b", id=identifier(str(number))) for number in range(3)]
+    Console(width=width, file=out).print(block_list(blocks, width))
+    lines = out.getvalue().splitlines()
+    assert sum("b: 漢字" in line for line in lines) == 3
+    assert sum(line.strip().startswith("bafkrei") for line in lines) == 3
+    assert sum(identifier(str(number))[:16] in out.getvalue() for number in range(3)) == 3
+
+
+def test_the_middle_of_a_title_goes_first() -> None:
+    title = "file.md > Chapter one > Section of it"
+    assert cut_title(title, 40) == title
+    assert cut_title(title, 30) == "file.md > … > Section of it"
+    assert cut_title(title, 20) == "Section of it"
+    assert cut_title(title, 8) == "Section…"
+    assert cut_title("漢字漢字", 5) == "漢字…"
 
 
 def test_the_excerpt_is_where_the_words_are() -> None:
