@@ -1,11 +1,12 @@
 """Ranking: how alike two vectors are, to the last bit the same on every machine, and one list out of several.
 
-Codes are whole numbers, and so is the vector asked for once it is rounded to fifteen bits. Their products and sums are exact in
-any order, so how a machine adds does not show; the one division that follows is rounded the same everywhere (IEEE 754).
+Codes are whole numbers, and so is the vector asked for once it is rounded to fifteen bits. Their products and sums stay below 2^53,
+so float64 holds them exactly in whatever order a machine adds; the one division that follows is rounded the same everywhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -15,54 +16,50 @@ from numpy.typing import NDArray
 from nexus.core.errors import UsageError
 
 FUSION_K = 60
-# The vector asked for is 128 * high + low, each of them small enough for sums of float32 products of so many terms to be exact.
-_STEP = 128
-_HIGH_MAX = 127
-_TERMS_MAX = 1024
+_ASKED_MAX = 127 * 128
+_ROWS = 256  # so many at a time stay in the processor's cache
 
 _T = TypeVar("_T", bound=Hashable)
 
 
 class Asked(NamedTuple):
-    """A vector to compare with. `parts`: float32 [2, d], whole numbers; `inverse`: 1 / its length."""
+    """A vector to compare with, rounded. `whole`: float64 [d], whole numbers; `codes`: int8 [d], rounded further for an index;
+    `inverse`: 1 / the length of `whole`."""
 
-    parts: NDArray[np.float32]
+    whole: NDArray[np.float64]
+    codes: NDArray[np.int8]
     inverse: float
 
 
 def round_asked(vector: NDArray[np.float32]) -> Asked:
     """Round a vector, float32 [d], for exact comparison. Raises UsageError for zero, NaN or infinity: they have no direction."""
     wide = np.asarray(vector, np.float64)
-    if wide.ndim != 1 or not wide.size or not np.isfinite(wide).all() or not wide.any():
+    largest = float(np.abs(wide).max()) if wide.ndim == 1 and wide.size else 0.0
+    if not 0 < largest < math.inf:  # also where one is NaN
         raise UsageError("the vector to search for is empty, zero or not finite", "Give it the numbers of an embedding")
-    whole = np.rint(wide / np.abs(wide).max() * (_HIGH_MAX * _STEP)).astype(np.int64)
-    high = (whole + _STEP // 2) // _STEP
-    parts = np.stack([high, whole - high * _STEP]).astype(np.float32)
-    return Asked(parts, 1.0 / float(np.sqrt(np.float64((whole * whole).sum()))))
+    whole = wide / largest
+    whole *= _ASKED_MAX
+    np.rint(whole, out=whole)
+    codes = np.rint(whole / 128).astype(np.int8)
+    return Asked(whole, codes, 1.0 / math.sqrt(float(whole @ whole)))
 
 
 def inverse_lengths(codes: NDArray[np.int8]) -> NDArray[np.float64]:
     """1 / length of each row of codes, int8 [n, d]; 0 for rows of zeros."""
     squares = np.empty(len(codes), np.float64)
-    for at in range(0, len(codes), 4096):
-        part = codes[at : at + 4096].astype(np.float32)
-        squares[at : at + 4096] = sum(
-            np.einsum("nd,nd->n", part[:, low : low + _TERMS_MAX], part[:, low : low + _TERMS_MAX]).astype(np.float64)
-            for low in range(0, part.shape[1], _TERMS_MAX)
-        )
+    for at in range(0, len(codes), _ROWS):
+        part = codes[at : at + _ROWS].astype(np.float64)
+        squares[at : at + _ROWS] = np.einsum("nd,nd->n", part, part)
     lengths = np.sqrt(squares)
     return np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
 
 
 def cosines(asked: Asked, codes: NDArray[np.int8], inverses: NDArray[np.float64]) -> NDArray[np.float64]:
     """The cosine between the vector asked for and each row, float64 [n]. `inverses`: as `inverse_lengths` gives them."""
-    dots = np.empty(len(codes), np.float64)
-    for at in range(0, len(codes), 4096):  # so many at a time stay in the cache
-        part = codes[at : at + 4096].astype(np.float32)
-        total = np.zeros((len(part), 2), np.float64)
-        for low in range(0, part.shape[1], _TERMS_MAX):
-            total += part[:, low : low + _TERMS_MAX] @ asked.parts[:, low : low + _TERMS_MAX].T
-        dots[at : at + 4096] = total[:, 0] * _STEP + total[:, 1]
+    if len(codes) <= _ROWS:
+        dots = codes.astype(np.float64) @ asked.whole
+    else:
+        dots = np.concatenate([codes[at : at + _ROWS].astype(np.float64) @ asked.whole for at in range(0, len(codes), _ROWS)])
     return dots * inverses * asked.inverse
 
 

@@ -3,6 +3,7 @@
 The vectors are those of real sentences (`scripts.benchmarks.search_corpus`). Everything is measured in one process that is held to
 one processor, with one thread for each library that lets itself be told; round by round, each in turn answers the same queries, one
 call each. What is to be found are the exact nearest of the float32 vectors.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> Result:
         np.save(root / "queries.npy", corpus.queries)
         (root / "sentences.json").write_text(json.dumps(corpus.sentences))
         command = [sys.executable, "-m", "scripts.benchmarks.search_child", str(root), str(rounds)]
-        environment = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "ANONYMIZED_TELEMETRY": "False"}
+        environment = {**os.environ, **dict.fromkeys(ONE_THREAD, "1"), "ANONYMIZED_TELEMETRY": "False", "LANCE_LOG": "error"}
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
         if ended.returncode:
             raise LocalError("the benchmark's child failed; its own words are above", "scripts/setup bench installs what it needs")

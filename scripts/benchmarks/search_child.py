@@ -215,7 +215,7 @@ def _lance(root: Path, vectors: Floats) -> Side:
     }
 
     def ask(asked: Floats) -> Sequence[int]:
-        found = table.search(asked).distance_type("cosine").limit(K).ef(64).refine_factor(2).select(["id"]).to_arrow()
+        found = table.search(asked).distance_type("cosine").limit(K).ef(64).refine_factor(2).select(["id", "_distance"]).to_arrow()
         identifiers: list[int] = found["id"].to_pylist()
         return identifiers
 

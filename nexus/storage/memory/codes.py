@@ -80,6 +80,7 @@ class CodeFile:
         size = os.fstat(self._handle).st_size
         rows = size // self.dimension
         if rows:
-            self._mapped = np.memmap(self.path, np.int8, "r", shape=(rows, self.dimension))
+            # The plain array over the map: taking rows out of a `memmap` itself is slower.
+            self._mapped = np.asarray(np.memmap(self.path, np.int8, "r", shape=(rows, self.dimension)))
         else:
             self._mapped = np.zeros((0, self.dimension), np.int8)

@@ -53,6 +53,10 @@ class Columns:
     def id_of(self, number: int) -> bytes:
         return bytes(self.ids[number])
 
+    def ids_of(self, numbers: NDArray[np.int64]) -> list[bytes]:
+        joined = self.ids[numbers].tobytes()
+        return [joined[at : at + ID_BYTES] for at in range(0, len(joined), ID_BYTES)]
+
     def extend(self, rows: Sequence[Row]) -> None:
         if rows:
             columns = list(zip(*rows, strict=True))

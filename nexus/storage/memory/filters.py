@@ -48,8 +48,8 @@ class Matcher:
             mask[[number for number in found if number < len(mask)]] = True
             self._tagged = mask if self._tagged is None else self._tagged & mask
 
-    def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool [n]: which of these blocks are such."""
+    def __call__(self, numbers: NDArray[np.int64], *, in_collections: bool = False) -> NDArray[np.bool_]:
+        """bool [n]: which of these blocks are such. `in_collections`: they are known to be in one that is asked for."""
         column, filters = self._columns.array, self._filters
         states = filters.states
         # One state is the usual case, and the fastest.
@@ -58,7 +58,7 @@ class Matcher:
         expires = column("expires_ms")[numbers]
         mask &= (expires == 0) | (expires > self._now_ms)
         for name, wanted in self._named.items():
-            if wanted is not None:
+            if wanted is not None and not (in_collections and name == "collection"):
                 mask &= np.isin(column(name)[numbers], wanted)
         if filters.kinds:
             mask &= np.isin(column("kind")[numbers], filters.kinds)

@@ -1,4 +1,4 @@
-"""What finds the nearest among many vectors: a usearch graph over one bit per dimension, the sign of code - mean, for each space.
+"""What finds the nearest among many vectors: a usearch graph over the codes of each space.
 
 The graph is disposable. It only proposes candidates, which are then ranked by their codes. It is saved now and then as a file, with
 its checksum in SQLite: one that is missing, cut short or changed is made anew from the codes. What is not in it yet is compared
@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -34,7 +34,6 @@ class _Saved(NamedTuple):
     """`data`: None where the file is not what was saved."""
 
     rows: int
-    mean: bytes
     data: bytes | None
 
 
@@ -48,15 +47,14 @@ class SpaceIndex:
         self.rows = 0
         self.saved_rows = 0
         self._lock = threading.Lock()
-        self._mean: NDArray[np.float32] = np.zeros(space.key.dimension, np.float32)
         self._graph = self._empty()
         self._next: SpaceIndex | None = None
 
     def _empty(self) -> Index:
         return Index(
-            ndim=-(-self.space.key.dimension // 8) * 8,
-            metric=MetricKind.Hamming,
-            dtype=ScalarKind.B1,
+            ndim=self.space.key.dimension,
+            metric=MetricKind.Cos,
+            dtype=ScalarKind.I8,
             connectivity=_CONNECTIVITY,
             expansion_add=_EXPANSION_ADD,
             expansion_search=_EXPANSION_SEARCH,
@@ -67,7 +65,7 @@ class SpaceIndex:
         saved = self._saved(connection)
         if saved is None:
             return
-        rows, mean, data = saved
+        rows, data = saved
         if data is None:
             notices.append(f"{self.path} was missing or damaged: the index is made anew")
             return
@@ -77,7 +75,7 @@ class SpaceIndex:
         except (RuntimeError, ValueError):
             notices.append(f"{self.path} is of another version of usearch: the index is made anew")
             return
-        self._graph, self._mean, self.rows, self.saved_rows = graph, np.frombuffer(mean, "<f4").astype(np.float32), rows, rows
+        self._graph, self.rows, self.saved_rows = graph, rows, rows
 
     def is_sound(self, connection: sqlite3.Connection) -> bool:
         """Whether what was saved is still there."""
@@ -85,41 +83,37 @@ class SpaceIndex:
         return saved is None or saved.data is not None
 
     def _saved(self, connection: sqlite3.Connection) -> _Saved | None:
-        found = connection.execute(
-            "SELECT rows, mean, checksum, hash FROM indexed WHERE space = ?", (self.space.number,)
-        ).fetchone()
+        found = connection.execute("SELECT rows, checksum, hash FROM indexed WHERE space = ?", (self.space.number,)).fetchone()
         if found is None:
             return None
-        rows, mean, checksum, kept = found
+        rows, checksum, kept = found
         try:
             data: bytes | None = self.path.read_bytes()
         except OSError:
             data = None
-        fits = row_hash("indexed", self.space.number, rows, mean, checksum) == kept and rows <= self.space.count
+        fits = row_hash("indexed", self.space.number, rows, checksum) == kept and rows <= self.space.count
         if not fits or (data is not None and blake3(data).digest() != checksum):
             data = None
-        return _Saved(rows, mean, data)
+        return _Saved(rows, data)
 
     def grow(self, rows: Rows) -> bool:
-        """Add some of the rows that are not in it; whether there are more. The mean is that of the first rows, and stays."""
+        """Add some of the rows that are not in it; whether there are more."""
         if self._next is not None:
             if self._next.grow(rows):
                 return True
             with self._lock:
-                self._graph, self._mean, self.rows = self._next._graph, self._next._mean, self._next.rows
+                self._graph, self.rows = self._next._graph, self._next.rows
                 self._next, self.saved_rows = None, 0
             return False
         count = len(rows.numbers)
         if count < INDEX_FROM or self.rows >= count:
             return False
-        if not self.rows:
-            self._mean = rows.codes[:count].mean(axis=0, dtype=np.float64).astype(np.float32)
         end = min(self.rows + _ADDED_AT_ONCE, count)
         there = np.flatnonzero(rows.inverses[self.rows : end] > 0) + self.rows
-        bits = self._bits(rows.codes[there])
+        codes = rows.codes[there]
         with self._lock:
             if len(there):
-                self._graph.add(there, bits, threads=1)
+                self._graph.add(there, codes, threads=1)
             self.rows = end
         return end < count
 
@@ -131,11 +125,10 @@ class SpaceIndex:
     def renewing(self) -> bool:
         return self._next is not None
 
-    def nearest(self, vector: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        """The rows that look nearest, in no order that matters. `vector`: scaled as codes are."""
+    def nearest(self, codes: NDArray[np.int8], count: int) -> NDArray[np.int64]:
+        """The rows that look nearest, in no order that matters."""
         with self._lock:
-            bits = self._bits(vector[None, :])[0]
-            return np.asarray(self._graph.search(bits, count, threads=1).keys, np.int64)
+            return np.asarray(self._graph.search(codes, count, threads=1).keys, np.int64)
 
     def needs_saving(self) -> bool:
         return self._next is None and self.rows - self.saved_rows > self.saved_rows // _SAVE_SHARE
@@ -160,12 +153,8 @@ class SpaceIndex:
         return rows, blake3(data).digest()
 
     def keep(self, connection: sqlite3.Connection, rows: int, checksum: bytes) -> None:
-        mean = self._mean.astype("<f4").tobytes()
         connection.execute(
-            "INSERT OR REPLACE INTO indexed VALUES (?, ?, ?, ?, ?)",
-            (self.space.number, rows, mean, checksum, row_hash("indexed", self.space.number, rows, mean, checksum)),
+            "INSERT OR REPLACE INTO indexed VALUES (?, ?, ?, ?)",
+            (self.space.number, rows, checksum, row_hash("indexed", self.space.number, rows, checksum)),
         )
         self.saved_rows = rows
-
-    def _bits(self, vectors: NDArray[Any]) -> NDArray[np.uint8]:
-        return np.packbits(vectors > self._mean, axis=1)

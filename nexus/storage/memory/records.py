@@ -205,8 +205,7 @@ class Query:
     blocks: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(NamedTuple):
     """`score`: what the list is ordered by: the cosine, for texts alone minus bm25, or the sum of 1 / (60 + rank) of both lists.
     `cosine` and `text_rank` (from 1) are None where the block is not in that list. `block`: None if not asked for."""
 

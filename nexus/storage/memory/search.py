@@ -27,11 +27,13 @@ from nexus.storage.memory.records import Explain, Hit, Query
 from nexus.storage.memory.spaces import Rows, Space, Spaces
 
 K_MAX = 1000
-CANDIDATES = 200
-_CANDIDATES_PER_HIT = 4
+CANDIDATES = 32
+_CANDIDATES_PER_HIT = 3
 # An index is asked for more where a filter leaves less, up to here; beyond, what the filter leaves is compared one by one.
 _CANDIDATES_MAX = 2000
 _FLAT_MAX = 20_000
+_GATHERED = 4096
+_SORTED_MAX = 2 * K_MAX
 # How much of each list counts where two are fused.
 FUSED_DEPTH = 100
 
@@ -82,42 +84,41 @@ class Searcher:
     def _nearest(self, query: Query, vector: NDArray[np.float32], depth: int, matcher: Matcher) -> _Found:
         began = perf_counter()
         asked = round_asked(vector)
-        scaled = np.asarray(vector, np.float32) * np.float32(127 / np.abs(vector).max())
         parts = []
         for space in self.spaces.matching(query.filters.collections, query.fingerprint, len(vector)):
-            parts.append(self._in_space(space, asked, scaled, depth, matcher))
+            parts.append(self._in_space(space, asked, depth, matcher))
         found = _merge(parts, depth)
         self.seconds["vectors"] = perf_counter() - began
         return found
 
-    def _in_space(self, space: Space, asked: Asked, scaled: NDArray[np.float32], depth: int, matcher: Matcher) -> _Found:
+    def _in_space(self, space: Space, asked: Asked, depth: int, matcher: Matcher) -> _Found:
         rows, index = space.view, self.indexes.get(space.number)
         # Taken once: the index may grow meanwhile.
         indexed = index.rows if index is not None else 0
         if index is not None and indexed:
-            chosen = self._proposed(rows, index, indexed, scaled, depth, matcher)
+            chosen = self._proposed(rows, index, indexed, asked, depth, matcher)
             if chosen is not None:
                 return self._rank(rows, chosen, asked, depth, "index")
-        allowed = matcher(rows.numbers)
+        allowed = matcher(rows.numbers, in_collections=True)
         allowed &= rows.inverses > 0
         return self._rank(rows, np.flatnonzero(allowed), asked, depth, "flat")
 
     def _proposed(
-        self, rows: Rows, index: SpaceIndex, indexed: int, scaled: NDArray[np.float32], depth: int, matcher: Matcher
+        self, rows: Rows, index: SpaceIndex, indexed: int, asked: Asked, depth: int, matcher: Matcher
     ) -> NDArray[np.int64] | None:
         """The rows that the index proposes and those that are not in it yet, or None where the filter leaves too few of them."""
         count = max(CANDIDATES, depth * _CANDIDATES_PER_HIT)
         if matcher.selective:
-            left = int(np.count_nonzero(matcher(rows.numbers)))
+            left = int(np.count_nonzero(matcher(rows.numbers, in_collections=True)))
             if left <= _FLAT_MAX:
                 return None
             count = count * len(rows.numbers) // left
         if count > min(_CANDIDATES_MAX, len(rows.numbers) // 2):
             return None
-        proposed = index.nearest(scaled, count)
+        proposed = index.nearest(asked.codes, count)
         if len(rows.numbers) > indexed:
             proposed = np.concatenate([proposed[proposed < indexed], np.arange(indexed, len(rows.numbers))])
-        kept = matcher(rows.numbers[proposed])
+        kept = matcher(rows.numbers[proposed], in_collections=True)
         kept &= rows.inverses[proposed] > 0
         chosen = proposed[kept]
         return chosen if len(chosen) >= depth else None
@@ -125,13 +126,11 @@ class Searcher:
     def _rank(self, rows: Rows, chosen: NDArray[np.int64], asked: Asked, depth: int, path: str) -> _Found:
         self.paths.append(path)
         self.candidates.append(len(chosen))
-        scores = np.concatenate(
-            [
-                cosines(asked, rows.codes[part], rows.inverses[part])
-                for part in (chosen[at : at + 4096] for at in range(0, len(chosen), 4096))
-            ]
-            or [np.zeros(0)]
-        )
+        if len(chosen) <= _GATHERED:
+            scores = cosines(asked, rows.codes[chosen], rows.inverses[chosen])
+        else:
+            parts = (chosen[at : at + _GATHERED] for at in range(0, len(chosen), _GATHERED))
+            scores = np.concatenate([cosines(asked, rows.codes[part], rows.inverses[part]) for part in parts])
         return _best(self.columns, rows.numbers[chosen], -scores, depth)
 
     def _texts(self, query: Query, depth: int, matcher: Matcher) -> _Found:
@@ -152,12 +151,16 @@ class Searcher:
 
 def _best(columns: Columns, numbers: NDArray[np.int64], costs: NDArray[np.float64], count: int) -> _Found:
     """The `count` that cost least; of equal ones those with lesser ids. Scores are negative costs."""
-    if len(costs) > count:
+    if len(costs) > _SORTED_MAX:
         most = np.partition(costs, count - 1)[count - 1]
         kept = costs <= most
         numbers, costs = numbers[kept], costs[kept]
-    listed = [(cost, columns.id_of(number), number) for cost, number in zip(costs.tolist(), numbers.tolist(), strict=True)]
-    return _found(listed, count)
+    order = costs.argsort()
+    numbers, costs = numbers[order], costs[order]
+    if (costs[1 : count + 1] == costs[:-1][:count]).any():
+        return _found(zip(costs.tolist(), columns.ids_of(numbers), numbers.tolist(), strict=True), count)
+    numbers = numbers[:count]
+    return _Found(numbers.tolist(), columns.ids_of(numbers), (-costs[:count]).tolist())
 
 
 def _found(listed: Iterable[tuple[float, bytes, int]], count: int) -> _Found:

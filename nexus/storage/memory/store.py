@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -231,7 +230,7 @@ class MemoryStore:
                 blocks = read_blocks(connection, [hit.id for hit in hits])
             if blocks.damaged:
                 self._forget(blocks.damaged)
-            hits = [replace(hit, block=blocks.found[hit.id]) for hit in hits if hit.id in blocks.found]
+            hits = [hit._replace(block=blocks.found[hit.id]) for hit in hits if hit.id in blocks.found]
         return SearchResult(tuple(hits), explain)
 
     def add_vectors(self, collection: bytes, fingerprint: bytes, model: str, rows: Sequence[VectorRow]) -> int:

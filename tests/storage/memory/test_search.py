@@ -29,7 +29,7 @@ def vectors(count: int, seed: int = 0) -> np.ndarray:
     """Of length 1, in clusters as sentences are."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(20, DIMENSION))
-    return unit_vectors(centres[rng.integers(0, 20, count)] + 0.7 * rng.normal(size=(count, DIMENSION)), DIMENSION)
+    return unit_vectors(centres[rng.integers(0, 20, count)] + 0.4 * rng.normal(size=(count, DIMENSION)), DIMENSION)
 
 
 def with_vectors(rows: np.ndarray, first: int = 0, **fields: object) -> list[Block]:
@@ -101,9 +101,9 @@ def test_an_index_proposes_and_what_is_not_in_it_is_compared(store: MemoryStore,
     for query in queries:
         result = store.search(Query(10, query, FINGERPRINT, blocks=False), T0)
         assert result.explain.paths == ("index",)
-        assert 300 < result.explain.candidates[0] <= 500
+        assert 300 < result.explain.candidates[0] <= 350
         hits += len({hit.id for hit in result.hits} & {ids[place] for place in exact(rows, query)})
-    assert hits >= 0.97 * 10 * len(queries)
+    assert hits >= 0.94 * 10 * len(queries)
     fresh = store.search(Query(1, rows[3299], FINGERPRINT), T0).hits[0]
     assert fresh.id == ids[3299]
     assert fresh.score > 0.999
