@@ -296,6 +296,20 @@ def test_every_byte_of_a_block_with_every_head_that_matters() -> None:
     assert 64 * len(heads) <= accepted <= (len(good) - 80 - 20) * len(heads)
 
 
+def test_long_fields_have_no_other_heads() -> None:
+    long = Vector("m" * 64, b"\xee" * 32, INT8, SCALE_MAX, b"\xee" * 300)
+    content = BLOCK._replace(parents=b"\xee" * 320, links=b"\xee" * 64, title="t" * 256, text="x" * 300, vectors=(long,))
+    mapped = Block(MAP, b"c" * 32, b"a" * 32, TIME_MIN_MS, data=b"\xee" * 300, tags=("g" * 64,), lang="l" * 24)
+    seen = set()
+    for good in map(encode_block, (content, mapped)):
+        for at in range(80, len(good)):
+            if good[at] in (0x58, 0x59, 0x78, 0x79):
+                seen.add(good[at])
+                for head in range(256):
+                    assert agrees(good[:at] + bytes((head,)) + good[at + 1 :]) == (head == good[at]), (at, head)
+    assert len(seen) == 4
+
+
 @settings(max_examples=50)
 @given(blocks(), st.data())
 def test_cut_off_drawn_out_or_spliced(block: Block, data: st.DataObject) -> None:
