@@ -298,7 +298,7 @@ def test_every_byte_of_a_block_with_every_head_that_matters() -> None:
 
 def test_long_fields_have_no_other_heads() -> None:
     long = Vector("m" * 64, b"\xee" * 32, INT8, SCALE_MAX, b"\xee" * 300)
-    content = BLOCK._replace(parents=b"\xee" * 320, links=b"\xee" * 64, title="t" * 256, text="x" * 300, vectors=(long,))
+    content = BLOCK._replace(parents=b"\xee" * 320, links=b"\xee" * 64, title="t" * 256, text="q" * 300, vectors=(long,))
     mapped = Block(MAP, b"c" * 32, b"a" * 32, TIME_MIN_MS, data=b"\xee" * 300, tags=("g" * 64,), lang="l" * 24)
     seen = set()
     for good in map(encode_block, (content, mapped)):
