@@ -23,8 +23,11 @@ from nexus.memory.sync import Checked
 from nexus.memory.validate import CheckSky, Fault, Refusal, validate
 from nexus.memory.versions import Rule, same_author
 from nexus.node.memory.charters import Charters
-from nexus.storage.memory.records import Arrival, Content, QuotaError
+from nexus.storage.memory.records import WITH_BODY, Arrival, Content, QuotaError
 from nexus.storage.memory.store import MemoryStore
+
+
+_RECHECKED_AT_ONCE = 500
 
 
 @dataclass(slots=True)
@@ -117,6 +120,21 @@ class Accepting:
     def check_kept(self, opened: Sequence[OpenedBlock]) -> list[Refusal | None]:
         """Blocks that are stored, against the rules that hold now."""
         return validate(opened, self._charters.find, self._check_sky, self._now_ms())
+
+    def recheck(self, collection: bytes) -> int:
+        """After its charter has changed: forget the blocks that may not be in it any more, so that nodes with one charter keep the
+        same; how many. Those that may be in it now come from peers. Runs in a worker thread. Raises LocalError."""
+        every = [item.id for item in self._store.items(collection) if item.state in WITH_BODY]
+        forgotten = 0
+        for at in range(0, len(every), _RECHECKED_AT_ONCE):
+            blocks = self._store.get_many(every[at : at + _RECHECKED_AT_ONCE]).values()
+            opened = [OpenedBlock(stored.id, stored.data, stored.block, 0) for stored in blocks if stored.block is not None]
+            refusals = self.check_kept(opened)
+            gone = [one.id for one, why in zip(opened, refusals, strict=True) if why is not None and why.fault is Fault.CHARTER]
+            if gone:
+                self._store.forget(gone)
+            forgotten += len(gone)
+        return forgotten
 
     def _take(self, batches: Sequence[tuple[BatchProof, list[OpenedBlock]]], sender: bytes) -> Taken:
         taken = Taken()

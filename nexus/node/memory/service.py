@@ -189,6 +189,9 @@ class Memory:
     async def _charters_changed(self, collections: Sequence[bytes]) -> None:
         """Other rules, or new keys: versions are decided anew, and what could not be read may be readable now."""
         for collection in collections:
+            forgotten = await trio.to_thread.run_sync(self._accepting.recheck, collection)
+            if forgotten:
+                log.info("blocks_forgotten", collection=collection.hex()[:16], blocks=forgotten, reason="its charter has changed")
             await trio.to_thread.run_sync(self._store.resolve, collection, self._accepting.rule)
             while True:
                 opened = await trio.to_thread.run_sync(self._read_sealed, collection)

@@ -208,6 +208,11 @@ class MemoryStore:
                 writing.pin(row, pinned)
             return row is not None
 
+    def forget(self, ids: Sequence[bytes]) -> None:
+        """Take blocks out altogether, as if they had never come: those that the rules of their collection allow no longer."""
+        with self._writing() as writing:
+            forget(writing, list(rows_by_id(writing.connection, ids).values()))
+
     def resolve(self, collection: bytes, rules: Rules) -> int:
         """Decide anew which versions of a collection count, after its rules have changed: how many blocks changed their state."""
         with self._writing() as writing:
