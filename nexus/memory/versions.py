@@ -59,10 +59,8 @@ def resolve(versions: Collection[Version], may_replace: Rule, may_remove: Rule =
     tombstones = [identifier for identifier, version in known.items() if version.is_tombstone]
     reached = _reachable(tombstones, below)
     removed = frozenset(identifier for identifier in reached if not known[identifier].is_tombstone)
-    replaced: set[bytes] = set()
-    for identifier, parents in below.items():
-        if not known[identifier].is_tombstone:
-            replaced.update(parents)
+    # What a tombstone names is removed.
+    replaced = {parent for parents in below.values() for parent in parents}
     superseded = frozenset(identifier for identifier in replaced - removed if not known[identifier].is_tombstone)
     depths = _depths(below)
     heads = [

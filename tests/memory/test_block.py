@@ -290,7 +290,7 @@ def test_flipped_bits_of_a_small_block(data: st.DataObject) -> None:
 def test_every_byte_of_a_block_with_every_head_that_matters() -> None:
     """At every place: all types, with lengths of all forms; floats, tags, and what has no end."""
     good = encode_block(BLOCK._replace(text="t", sky=b"", links=b"", after=b"", source=b""))
-    heads = [major << 5 | code for major in range(8) for code in (0, 1, 2, 3, 5, 23, 24, 25, 26, 27, 28, 31)]
+    heads = [major << 5 | code for major in range(8) for code in (0, 1, 3, 23, 24, 25, 27, 31)]
     accepted = sum(agrees(good[:at] + bytes((head,)) + good[at + 1 :]) for at in range(80, len(good)) for head in heads)
     # Bytes of ids and codes may be any, those of heads hardly.
     assert 64 * len(heads) <= accepted <= (len(good) - 80 - 20) * len(heads)
@@ -417,6 +417,7 @@ def test_every_field_with_values_at_and_beyond_its_bounds(at: int) -> None:
     assert verdicts == {True, False}
 
 
+@settings(max_examples=50)
 @given(blocks(), st.lists(st.tuples(st.integers(0, 17), st.sampled_from(PIECES)), min_size=1, max_size=3))
 def test_some_fields_of_other_values(block: Block, changes: list[tuple[int, Value]]) -> None:
     values = list(plain(block))  # type: ignore[arg-type]
