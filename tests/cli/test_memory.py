@@ -155,6 +155,13 @@ def test_a_long_document_goes_in_parts(cli: Cli, node: FakeNode, tmp_path: Path,
     assert cli("memory", "add", str(tmp_path / "long.md"), "--replaces", BLOCK).code == 2
 
 
+def test_parts_of_a_long_document_pass_the_control_api(cli: Cli, node: FakeNode) -> None:
+    """Also of one that takes twice its bytes in JSON."""
+    text = '"\\' * (2 << 20)
+    assert cli("memory", "add", "-", stdin=text.encode()).code == 0
+    assert "".join(request.text for request in adds(node)) == text
+
+
 @given(st.text(max_size=400), st.integers(8, 100))
 def test_parts_of_a_text_are_the_text_and_fit(text: str, bytes_max: int) -> None:
     text = text.encode("utf-8", "ignore").decode()
