@@ -26,7 +26,6 @@ from nexus.node.memory.charters import Charters
 from nexus.storage.memory.records import WITH_BODY, Arrival, Content, QuotaError
 from nexus.storage.memory.store import MemoryStore
 
-
 _RECHECKED_AT_ONCE = 500
 
 
