@@ -348,7 +348,8 @@ def memory_reindex(shared: Shared, model: str, collection: str | None) -> None:
         show.print_json({"reindexed": to_json(view)})
         return
     missing = f"; {view.missing} without a text here were left out" if view.missing else ""
-    click.echo(f"{show.count(view.embedded, 'block')} got a vector of {show.printable(view.model)}{missing}", err=True)
+    maps = f"; {show.count(view.maps, 'map')} between models published" if view.maps else ""
+    click.echo(f"{show.count(view.embedded, 'block')} got a vector of {show.printable(view.model)}{missing}{maps}", err=True)
 
 
 def check_can_ask(shared: Shared) -> None:

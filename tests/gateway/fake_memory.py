@@ -208,7 +208,7 @@ class FakeMemory:
     async def reindex(self, model: str, collection: str | None) -> AsyncGenerator[Progress | ReindexView, None]:
         self.calls.append(("reindex", (model, collection)))
         yield Progress(OWNER.peer_id, "embedding", 1, 12)
-        yield ReindexView(model, 11, 1)
+        yield ReindexView(model, 11, 1, 2)
 
     async def collections(self) -> list[CollectionView]:
         return [collection_view(), collection_view("no\x1btes", "private")]

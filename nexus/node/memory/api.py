@@ -15,6 +15,8 @@ from nexus.node.progress import Progress
 MAIN = "main"
 # What a part of an export may have: the control API takes no more at a time.
 EXPORT_PART_BYTES_MAX = 4 * 1024 * 1024
+# Blocks that one listing shows at most.
+LIST_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +222,13 @@ class ImportView:
 
 @dataclass(frozen=True, slots=True)
 class ReindexView:
-    """`missing`: blocks without a text here, which cannot be embedded anew."""
+    """`missing`: blocks without a text here, which cannot be embedded anew. `maps`: how many maps between this model and others
+    were published, so that nodes with one of them find what has vectors of another."""
 
     model: str
     embedded: int
     missing: int
+    maps: int
 
 
 @dataclass(frozen=True, slots=True)

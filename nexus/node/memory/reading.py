@@ -18,10 +18,12 @@ from nexus.core.errors import (
 from nexus.core.keys import public_key_of
 from nexus.engine.embedding.embedder import Embedder
 from nexus.memory.batch import open_batch
-from nexus.memory.block import id_text, parse_id
+from nexus.memory.block import CONTENT, SEALED, id_text, parse_id
 from nexus.memory.bracket import Bracket
 from nexus.memory.collection import Charter
+from nexus.memory.space_map import SpaceMap
 from nexus.node.memory.api import (
+    LIST_MAX,
     AskedView,
     BlockView,
     Filters,
@@ -29,13 +31,12 @@ from nexus.node.memory.api import (
     SearchRequest,
     SearchView,
 )
+from nexus.node.memory.mapping import best_map
 from nexus.node.memory.parts import Parts
 from nexus.node.memory.searching import ANSWERED, PEERS_MAX, Answer
 from nexus.node.memory.views import block_view
 from nexus.storage.memory import records
 from nexus.storage.memory.records import Near, Query, State, StoredBlock
-
-LIST_MAX = 1000
 
 
 class Reading:
@@ -48,20 +49,33 @@ class Reading:
         began_s = trio.current_time()
         embedder = await self._parts.embedders.get(request.model)
         vector = (await trio.to_thread.run_sync(embedder.embed, [request.text]))[0]
+        filters = await self._filters(request.filters, look_around=request.network)
+        space_map = await trio.to_thread.run_sync(self._map, embedder, filters.collections)
+        if space_map is not None:
+            vector = space_map.apply(vector[None])[0]
         query = Query(
             k=request.k,
             vector=vector,
-            fingerprint=embedder.fingerprint,
+            fingerprint=space_map.target if space_map is not None else embedder.fingerprint,
             text=request.text,
             hybrid=request.hybrid,
-            filters=await self._filters(request.filters, look_around=request.network),
+            filters=filters,
         )
         if request.network:
             asked = await self._whom_to_ask(query.filters.collections)
             answer = await self._parts.searching.everywhere(query, asked, request.deadline_s)
         else:
             answer = await self._parts.searching.here(query)
-        return await self._search_view(answer, embedder, trio.current_time() - began_s)
+        return await self._search_view(answer, embedder, space_map, trio.current_time() - began_s)
+
+    def _map(self, embedder: Embedder, collections: Sequence[bytes]) -> SpaceMap | None:
+        """How to ask where there are vectors, and none of this embedder's."""
+        chosen = set(collections) or set(self._parts.charters.followed())
+        spaces = [space for space in self._parts.store.stats().spaces if space.collection in chosen and space.vectors]
+        if not spaces or any(space.fingerprint == embedder.fingerprint for space in spaces):
+            return None
+        found = best_map(self._parts.store, sorted(chosen), embedder.fingerprint, self._parts.now_ms())
+        return found if found is not None and any(space.fingerprint == found.target for space in spaces) else None
 
     async def _whom_to_ask(self, collections: Sequence[bytes]) -> list[tuple[Charter, str]]:
         """(collection, peer) for each collection that is searched, or that is followed."""
@@ -72,7 +86,7 @@ class Reading:
             found |= dict.fromkeys((collection, peer) for peer in list(peers)[:PEERS_MAX])
         return [(self._parts.charters.of(collection), peer) for collection, peer in list(found)[: 4 * PEERS_MAX]]
 
-    async def _search_view(self, answer: Answer, embedder: Embedder, took_s: float) -> SearchView:
+    async def _search_view(self, answer: Answer, embedder: Embedder, space_map: SpaceMap | None, took_s: float) -> SearchView:
         blocks = [hit.block for hit in answer.result.hits if hit.block is not None]
         brackets = await trio.to_thread.run_sync(self._parts.witnessing.brackets, blocks)
         names = self._parts.names()
@@ -88,6 +102,10 @@ class Reading:
         )
         explain = answer.result.explain
         lines = [f"{path}: compared {count}" for path, count in zip(explain.paths, explain.candidates, strict=True)]
+        if space_map is not None:
+            lines.insert(
+                0, f"no vectors of {embedder.name} here: asked through a map, recall {space_map.recall:.2f} by its author's word"
+            )
         lines += [f"{step}: {seconds * 1000:.2f} ms" for step, seconds in explain.seconds.items()]
         lines += [
             f"{peer.peer_id}: {peer.outcome}, {peer.blocks} good blocks, {peer.refused} refused, {peer.took_s * 1000:.0f} ms"
@@ -186,6 +204,7 @@ class Reading:
             tags=filters.tags,
             authors=tuple(public_key_of(self._parts.find_peer(author)) for author in filters.authors),
             langs=(filters.lang,) if filters.lang else (),
+            kinds=(CONTENT, SEALED),
             since_ms=filters.since_ms or 0,
             until_ms=filters.until_ms or 0,
             near=near,

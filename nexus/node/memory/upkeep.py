@@ -33,6 +33,7 @@ from nexus.node.memory.api import (
     StatsView,
     VerifyView,
 )
+from nexus.node.memory.mapping import Anchors
 from nexus.node.memory.parts import Parts
 from nexus.node.progress import Progress
 from nexus.storage.memory.records import State, VectorRow
@@ -201,17 +202,22 @@ class Upkeep:
 
         async def work(tell: Callable[[Progress], None]) -> ReindexView:
             embedder = await self._parts.embedders.get(model)
-            embedded = missing = 0
+            embedded = missing = maps = 0
             for each in chosen:
-                done, without = await self._reindex(each, embedder, tell)
+                anchors = Anchors()
+                done, without = await self._reindex(each, embedder, anchors, tell)
                 embedded, missing = embedded + done, missing + without
-            return ReindexView(embedder.name, embedded, missing)
+                made = await trio.to_thread.run_sync(anchors.maps, embedder.fingerprint) if done else []
+                maps += await self._parts.writing.publish_maps(self._parts.charters.of(each), made)
+            return ReindexView(embedder.name, embedded, missing, maps)
 
         async with aclosing(self._parts.told(work)) as events:
             async for event in events:
                 yield event
 
-    async def _reindex(self, collection: bytes, embedder: Embedder, tell: Callable[[Progress], None]) -> tuple[int, int]:
+    async def _reindex(
+        self, collection: bytes, embedder: Embedder, anchors: Anchors, tell: Callable[[Progress], None]
+    ) -> tuple[int, int]:
         """How many blocks got a vector, and how many have no text here to make one of."""
         every = await trio.to_thread.run_sync(self._parts.store.missing_vectors, collection, embedder.fingerprint, 1 << 30)
         done = without = 0
@@ -225,7 +231,11 @@ class Upkeep:
                     (each, "\n\n".join(filter(None, (content.title, content.text)))) for each, content in contents if content.text
                 ]
                 if texts:
-                    codes, scales = quantise(embedder.embed([text for _, text in texts]))
+                    vectors = embedder.embed([text for _, text in texts])
+                    codes, scales = quantise(vectors)
+                    known = {identifier: content.vectors for identifier, content in contents}
+                    for number, (identifier, _) in enumerate(texts):
+                        anchors.add(known[identifier], vectors[number])
                     rows = [
                         VectorRow(identifier, int(scales[number]), codes[number].tobytes())
                         for number, (identifier, _) in enumerate(texts)

@@ -22,6 +22,7 @@ from nexus.memory.block import (
     AFTER_MAX,
     CONTENT,
     INT8,
+    MAP,
     PARENTS_MAX,
     TEXT_BYTES_MAX,
     TIME_MAX_MS,
@@ -37,6 +38,7 @@ from nexus.memory.quantise import quantise
 from nexus.memory.sealing import NONCE_BYTES, seal
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.memory.sky.place import Cell
+from nexus.memory.space_map import SpaceMap
 from nexus.node.memory.accepting import Accepting
 from nexus.node.memory.charters import Charters
 from nexus.storage.memory.records import Content, Filters, Query, StoredBlock
@@ -97,6 +99,19 @@ class Writing:
         for at in range(0, len(drafts), BLOCKS_MAX):
             ids += await self._sign(charter, drafts[at : at + BLOCKS_MAX], after)
         return ids, known
+
+    async def publish_maps(self, charter: Charter, maps: Sequence[SpaceMap]) -> int:
+        """Sign maps between models into a collection that this node may write and others may read; how many."""
+        if charter.mode == rules.PRIVATE or not rules.may_write(charter, self._identity.public_key, self._now_ms()):
+            return 0
+        for space_map in maps:
+            title = f"map {space_map.source.hex()[:16]} to {space_map.target.hex()[:16]}, recall {space_map.recall:.3f}"
+            blocks = [
+                Block(MAP, charter.id, self._identity.public_key, self._now_ms(), title=title, part=number, data=part)
+                for number, part in enumerate(space_map.to_parts())
+            ]
+            await self._accepting.own(sign_batch(self._identity, list(map(encode_block, blocks))), [None] * len(blocks))
+        return len(maps)
 
     async def remove(self, stored: StoredBlock) -> list[bytes]:
         """Sign a tombstone over an own block and its own heads; the ids that it names. Raises NotAllowedError."""
