@@ -23,11 +23,9 @@ _T = TypeVar("_T", bound=Hashable)
 
 
 class Asked(NamedTuple):
-    """A vector to compare with, rounded. `whole`: float64 [d], whole numbers; `codes`: int8 [d], rounded further for an index;
-    `inverse`: 1 / the length of `whole`."""
+    """A vector to compare with, rounded. `whole`: float64 [d], whole numbers; `inverse`: 1 / its length."""
 
     whole: NDArray[np.float64]
-    codes: NDArray[np.int8]
     inverse: float
 
 
@@ -40,8 +38,7 @@ def round_asked(vector: NDArray[np.float32]) -> Asked:
     whole = wide / largest
     whole *= _ASKED_MAX
     np.rint(whole, out=whole)
-    codes = np.rint(whole / 128).astype(np.int8)
-    return Asked(whole, codes, 1.0 / math.sqrt(float(whole @ whole)))
+    return Asked(whole, 1.0 / math.sqrt(float(whole @ whole)))
 
 
 def inverse_lengths(codes: NDArray[np.int8]) -> NDArray[np.float64]:

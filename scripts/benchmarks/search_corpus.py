@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
+import json
 import re
 import sys
 import sysconfig
@@ -47,7 +49,7 @@ class Corpus(NamedTuple):
 
 def load(count: int) -> Corpus:
     """`count` sentences, fewer if there are no more here, and queries."""
-    found = sentences(count + QUERIES)
+    found = _kept_sentences()[: count + QUERIES]
     if len(found) <= 2 * QUERIES:
         raise LocalError(
             f"there are only {len(found)} sentences in the documentation on this machine", "Install some more packages"
@@ -55,7 +57,7 @@ def load(count: int) -> Corpus:
     path = builtin_path(MINILM)
     embedder = load_library_embedder(MINILM, path)
     digest = hashlib.sha256("\n".join([embedder.fingerprint.hex(), *found]).encode()).hexdigest()
-    cached = Path(platformdirs.user_cache_dir("nexus-bench")) / f"search-{digest[:16]}.npy"
+    cached = _cache() / f"search-{digest[:16]}.npy"
     if cached.is_file():
         vectors = np.load(cached, allow_pickle=False)
     else:
@@ -69,14 +71,32 @@ def load(count: int) -> Corpus:
     return Corpus(found[:-QUERIES], vectors[:-QUERIES], vectors[-QUERIES:], f"{MINILM} by {type(embedder).__name__}")
 
 
-def sentences(count: int) -> list[str]:
-    """So many sentences, each once, chosen by their hash: the same for the same packages, whatever the order of files."""
+def _kept_sentences() -> list[str]:
+    """All sentences, kept in the cache for as long as the same packages are installed: to read them takes a minute or more."""
+    installed = sorted(f"{each.name}=={each.version}" for each in importlib.metadata.distributions())
+    key = hashlib.sha256("\n".join(installed).encode()).hexdigest()[:16]
+    kept = _cache() / f"sentences-{key}.json"
+    if kept.is_file():
+        found: list[str] = json.loads(kept.read_text("utf-8"))
+        return found
+    found = sentences()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found), "utf-8")
+    return found
+
+
+def _cache() -> Path:
+    return Path(platformdirs.user_cache_dir("nexus-bench"))
+
+
+def sentences() -> list[str]:
+    """All sentences, each once, in the order of their hashes: the same for the same packages, whatever the order of files."""
     found: set[str] = set()
     for text in _texts():
         for piece in _END.split(" ".join(text.split())):
             if _CHARS_MIN <= len(piece) <= _CHARS_MAX and len(piece.split()) >= _WORDS_MIN and _SENTENCE.fullmatch(piece):
                 found.add(piece)
-    return sorted(found, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())[:count]
+    return sorted(found, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
 
 
 def _texts() -> Iterator[str]:

@@ -115,7 +115,7 @@ class Searcher:
             count = count * len(rows.numbers) // left
         if count > min(_CANDIDATES_MAX, len(rows.numbers) // 2):
             return None
-        proposed = index.nearest(asked.codes, count)
+        proposed = index.nearest(asked, count)
         if len(rows.numbers) > indexed:
             proposed = np.concatenate([proposed[proposed < indexed], np.arange(indexed, len(rows.numbers))])
         kept = matcher(rows.numbers[proposed], in_collections=True)
