@@ -484,7 +484,7 @@ def test_verify_ends_with_7_if_something_is_damaged(cli: Cli, node: FakeNode) ->
 
 def test_reindex(cli: Cli, node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("memory", "reindex", "--model", "other", "--collection", "main")
-    assert result.err == "11 blocks got a vector of other; 1 without a text here were left out\n"
+    assert result.err == "11 blocks got a vector of other; 1 without a text here were left out; 2 maps between models published\n"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     assert cli("memory", "reindex", "--model", "model", "--json").json["reindexed"]["embedded"] == 11

@@ -15,6 +15,7 @@ import structlog
 from numpy.typing import NDArray
 
 from nexus.core.errors import MalformedError, UsageError
+from nexus.engine.embedding.embedder import Embedder
 from nexus.memory.block import MAP, SCALE_MAX, Vector
 from nexus.memory.quantise import restore, unit
 from nexus.memory.space_map import SpaceMap, fit_map, join_parts, read_part
@@ -25,6 +26,7 @@ log = structlog.get_logger("nexus.memory.map")
 
 # Anchors beyond these make a map no better.
 ANCHORS_MAX = 5000
+ANCHORS_ENOUGH = 2000
 PARTS_READ_MAX = 256
 
 
@@ -42,12 +44,21 @@ class Anchors:
                 first.append(unit(restore(np.frombuffer(one.codes, np.int8)[None], np.array([one.scale], np.int64)))[0])
                 second.append(vector)
 
+    def add_sentences(self, sentences: Sequence[str], known: Embedder, new: Embedder) -> None:
+        """Texts that both models can embed here, where the collection alone has too few. Takes some seconds."""
+        first, second = self.pairs.setdefault(known.fingerprint, ([], []))
+        if known.fingerprint != new.fingerprint and len(first) < ANCHORS_ENOUGH:
+            first.extend(known.embed(sentences))
+            second.extend(new.embed(sentences))
+
     def maps(self, new: bytes) -> list[SpaceMap]:
         """Maps between each model that blocks came with and the new one (its fingerprint), both ways, where there are texts enough
         to tell how good they are. Takes some seconds."""
         found = []
         for known, (first, second) in sorted(self.pairs.items()):
             # In an order that has nothing to do with how the texts came: those held out are to be like the others.
+            if not first or known == new:
+                continue
             order = np.random.default_rng(len(first)).permutation(len(first))
             one, other = (np.stack(side)[order] for side in (first, second))
             for source, target, x, y in ((known, new, one, other), (new, known, other, one)):

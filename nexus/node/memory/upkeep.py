@@ -17,11 +17,14 @@ from nexus.core.errors import (
     PeerError,
     UsageError,
 )
+from nexus.core.manifest import ENCODER
 from nexus.engine.embedding.embedder import Embedder
 from nexus.memory.batch import SignedBatch, open_batch
 from nexus.memory.block import id_text
 from nexus.memory.collection import SignedCharter
 from nexus.memory.quantise import quantise
+from nexus.memory.space_map import SpaceMap
+from nexus.models import held_out_text
 from nexus.node.memory.accepting import reasons
 from nexus.node.memory.api import (
     CollectionStats,
@@ -207,13 +210,22 @@ class Upkeep:
                 anchors = Anchors()
                 done, without = await self._reindex(each, embedder, anchors, tell)
                 embedded, missing = embedded + done, missing + without
-                made = await trio.to_thread.run_sync(anchors.maps, embedder.fingerprint) if done else []
+                made = await self._maps(anchors, embedder) if done else []
                 maps += await self._parts.writing.publish_maps(self._parts.charters.of(each), made)
             return ReindexView(embedder.name, embedded, missing, maps)
 
         async with aclosing(self._parts.told(work)) as events:
             async for event in events:
                 yield event
+
+    async def _maps(self, anchors: Anchors, embedder: Embedder) -> list[SpaceMap]:
+        known = await self._parts.embedders.get()
+
+        def make() -> list[SpaceMap]:
+            anchors.add_sentences(held_out_text(ENCODER)[1].splitlines(), known, embedder)
+            return anchors.maps(embedder.fingerprint)
+
+        return await trio.to_thread.run_sync(make)
 
     async def _reindex(
         self, collection: bytes, embedder: Embedder, anchors: Anchors, tell: Callable[[Progress], None]
