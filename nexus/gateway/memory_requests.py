@@ -33,10 +33,10 @@ from nexus.memory.block import (
     TITLE_BYTES_MAX,
 )
 from nexus.memory.collection import MODE_NAMES, OPEN, WRITERS_MAX, check_name, split_reference
-from nexus.node.memory.api import AddRequest, Filters, PruneRequest, SearchRequest
+from nexus.node.memory.api import LIST_MAX, AddRequest, Filters, PruneRequest, SearchRequest
 
 K_MAX = 1000
-LIST_DEFAULT, LIST_MAX = 50, 10_000
+LIST_DEFAULT = 50
 QUESTION_CHARS_MAX = 32 * 1024
 DEADLINE_MIN_S, DEADLINE_MAX_S = 0.05, 600.0
 # A hundred years.

@@ -19,7 +19,7 @@ from nexus.gateway import memory_requests as requests
 from nexus.gateway.fields import BODY_BYTES_MAX
 from nexus.gateway.wire import event_from_json, event_to_json, from_json, to_json
 from nexus.node.memory import api
-from nexus.node.memory.api import AddedView, AddRequest, ExportPart, Filters, PruneRequest, SearchRequest
+from nexus.node.memory.api import LIST_MAX, AddedView, AddRequest, ExportPart, Filters, PruneRequest, SearchRequest
 from tests.gateway.fake_memory import DANUBE, OTHER, block_view, collection_view, identifier
 from tests.gateway.fake_node import FakeNode
 from tests.gateway.test_control import serving
@@ -362,7 +362,7 @@ def test_no_query_does_anything_but_usage_errors(query: list[tuple[str, str]]) -
         _, limit = requests.parse_list_query(query)
     except UsageError:
         return
-    assert 1 <= limit <= requests.LIST_MAX
+    assert 1 <= limit <= LIST_MAX
 
 
 PARSERS: list[Callable[[bytes], object]] = [
