@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus.core.encoding import encode
@@ -191,6 +191,7 @@ def test_the_greatest_charter_fits_its_bound() -> None:
         revoke(replace(charter, epoch=EPOCHS_MAX), own[-1], issued_ms=NOW, key_hash=b"2" * 32)
 
 
+@settings(max_examples=40)
 @given(st.lists(charters(), min_size=1, max_size=4))
 def test_every_node_follows_the_same_charter(revisions: list[Charter]) -> None:
     signed = [SignedCharter.sign(replace(charter, name="one"), OWNER) for charter in revisions]

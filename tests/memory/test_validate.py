@@ -99,7 +99,10 @@ CASES = [
     (block(vectors=(vector(), vector((1.0, 0.0)))), Refusal.BAD_VECTOR),
     (block(vectors=(vector(), vector(fingerprint=b"2" * 32)._replace(scale=1))), Refusal.BAD_VECTOR),
     (block(vectors=(vector()._replace(codes=bytes(2)),)), Refusal.BAD_VECTOR),
-    (block(vectors=(vector()._replace(codes=b"\x80\x00", scale=10**9),)), Refusal.BAD_VECTOR),
+    # Of length 1, all three: with the code -128, alone and beside a 127; and with no code of 127.
+    (block(vectors=(vector()._replace(codes=b"\x80\x00", scale=992_187_500),)), Refusal.BAD_VECTOR),
+    (block(vectors=(vector()._replace(codes=b"\x80\x7f", scale=704_330_000),)), Refusal.BAD_VECTOR),
+    (block(vectors=(vector()._replace(codes=b"\x64\x00", scale=1_270_000_000),)), Refusal.BAD_VECTOR),
 ]
 
 
