@@ -15,6 +15,7 @@ from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from nexus.core.keys import Identity
 from nexus.memory import collection as rules
@@ -47,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
+    with threadpool_limits(1):  # matrix products of numpy would take every core that is free, and wait for those that are not
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> Result:
     count, rounds = (2 * BATCH, 3) if options.quick else (options.blocks, options.rounds)
     kernel, reference = load_sky_kernel(), load_sky_reference()
 
