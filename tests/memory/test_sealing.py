@@ -201,10 +201,11 @@ def test_content_by_hand_that_is_right_opens() -> None:
         padded(encode(VALUES)) + bytes(64),
         (encode(VALUES) + b"\x80").ljust(128, b"\0"),
         encode(VALUES).ljust(256, b"\0"),
+        (encode(VALUES) + b"\x81").ljust(256, b"\0"),
         bytes(256),
         b"",
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_other_content_is_refused(message: bytes) -> None:
     with pytest.raises(VerificationError):
