@@ -58,6 +58,8 @@ def main() -> None:
     ours = Side("nexus", lambda asked: [place[hit.id] for hit in store.search(replace(query, vector=asked), NOW_MS).hits], stored)
     recall = _recall(ours.ask, queries, truth)
     sides = [ours, *_usearch(vectors, queries, truth, recall), _chroma(root / "chroma", vectors), _lance(root / "lance", vectors)]
+    for side in sides:
+        side.notes.setdefault("recall_at_10", round(_recall(side.ask, queries, truth), 4))
     rates = _rates(sides, queries, rounds)
     best = max((side.name for side in sides if side.name.startswith("usearch")), key=lambda name: median(rates[name]))
     others = {name: _ratio(rates["nexus"], rates[name]) for name in ("chroma", "lancedb")}
