@@ -11,6 +11,7 @@ import click
 
 from nexus_cli import show, values
 from nexus_cli.options import NexusCommand, Shared, pass_shared
+from nexus_cli.vectors import vector_body, vector_options
 
 if TYPE_CHECKING:
     from nexus.core.errors import NexusError
@@ -43,13 +44,7 @@ class Added:
 )
 @click.option("--title", type=values.text, help="What it is called. [default: the name of the file]")
 @click.option("--replaces", type=values.text, metavar="ID", help="The block of which this is the next version.")
-@click.option(
-    "--vector", type=click.Path(path_type=Path), metavar="FILE", help="Its vector, computed elsewhere: a JSON list of numbers."
-)
-@click.option("--vector-model", type=values.text, metavar="NAME", help="The model that computed --vector.")
-@click.option(
-    "--vector-fingerprint", type=values.text, metavar="HEX", help="64 hex digits that are the same for all vectors of that model."
-)
+@vector_options
 @pass_shared
 def memory_add(
     shared: Shared,
@@ -72,11 +67,9 @@ def memory_add(
     from nexus.core.errors import LocalError, NexusError
     from nexus_cli.bars import bars
     from nexus_cli.client import connected
-    from nexus_cli.documents import find_documents, read_vector
+    from nexus_cli.documents import find_documents
 
-    external = (vector, vector_model, vector_fingerprint)
-    if any(external) and not all(external):
-        raise click.UsageError("--vector, --vector-model and --vector-fingerprint belong together")
+    external = vector_body(vector, vector_model, vector_fingerprint)
     if not names and vector is None:
         raise click.UsageError("Missing argument 'FILE|DIR|-'.")
     sources, skipped = find_documents(names)
@@ -86,9 +79,7 @@ def memory_add(
             if value is not None:
                 raise click.UsageError(f"{option} is for one document, not for several")
     options: dict[str, Json] = {"collection": collection, "tags": list(dict.fromkeys(tags)), "lang": lang, "ttl_s": ttl}
-    options |= {"links": list(dict.fromkeys(links)), "replaces": replaces}
-    if vector is not None:
-        options |= {"vector": read_vector(vector), "vector_model": vector_model, "vector_fingerprint": vector_fingerprint}
+    options |= {"links": list(dict.fromkeys(links)), "replaces": replaces, **external}
     added: list[Added] = []
     files = 0
     failed: NexusError | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nexus_cli import show, values
 from nexus_cli.options import NexusCommand, Shared, pass_shared
+from nexus_cli.vectors import vector_body, vector_options
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -87,8 +89,9 @@ def filters_body(
 
 
 @click.command("search", cls=NexusCommand)
-@click.argument("question", type=values.text)
+@click.argument("question", type=values.text, required=False, default="")
 @filter_options
+@vector_options
 @click.option("--k", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many hits.")
 @click.option("--hybrid", is_flag=True, help="Search by words too, and fuse the two rankings.")
 @click.option("--model", type=values.text, metavar="NAME", help="Search by the vectors of this model. [default: this node's own]")
@@ -107,6 +110,9 @@ def memory_search(
     shared: Shared,
     /,
     question: str,
+    vector: Path | None,
+    vector_model: str | None,
+    vector_fingerprint: str | None,
     k: int,
     hybrid: bool,
     model: str | None,
@@ -115,13 +121,23 @@ def memory_search(
     explain: bool,
     **filters: Any,
 ) -> None:
-    """Find the blocks that are nearest in meaning to QUESTION."""
+    """Find the blocks nearest in meaning to QUESTION, or to a vector."""
     from nexus.gateway.wire import to_json
     from nexus.node.memory.api import SearchView
     from nexus_cli.bars import waiting_for
     from nexus_cli.client import connected
 
-    body: dict[str, Json] = {"text": question, "filters": filters_body(**filters), "k": k, "hybrid": hybrid, "model": model}
+    given = vector_body(vector, vector_model, vector_fingerprint)
+    if not question and not given:
+        raise click.UsageError("Missing argument 'QUESTION': say what to search for, or give --vector.")
+    body: dict[str, Json] = {
+        "text": question,
+        "filters": filters_body(**filters),
+        "k": k,
+        "hybrid": hybrid,
+        "model": model,
+        **given,
+    }
     with connected(shared, SEARCH_TIMEOUT_S + deadline) as daemon, waiting_for(shared, "searching"):
         view = daemon.post_as(SearchView, "/v0/memory/search", body | {"network": network, "deadline_s": deadline})
     if shared.json:

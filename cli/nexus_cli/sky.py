@@ -60,10 +60,11 @@ def sky_show(shared: Shared, at: str | None, place: str | None, step_degrees: fl
     """
     from nexus.memory.sky.place import Cell
     from nexus.storage.sky_tables import load_sky_kernel
+    from nexus_config.settings import place_of
 
     t_ms = _parse_time(at) if at is not None else round(datetime.now(UTC).timestamp() * 1000)
     memory = shared.settings().memory
-    where = memory.place if place is None else _parse_place(place)
+    where = place_of(memory.place) if place is None else _parse_place(place)
     if where is None:
         click.echo("neither --place nor the setting memory.place says where: this is the sky of 0 N, 0 E", err=True)
     cell = Cell.of(*(where or (0.0, 0.0)), _parse_step(memory.place_step if step_degrees is None else step_degrees))

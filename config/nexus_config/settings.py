@@ -108,19 +108,19 @@ def _share(raw: Raw) -> float:
     return number
 
 
-def _place(raw: Raw) -> tuple[float, float] | None:
-    """None for "": nowhere."""
-    if raw == "":
-        return None
-    match = (
-        re.fullmatch(r"\s*(-?[0-9]{1,2}(?:\.[0-9]{1,9})?)\s*,\s*(-?[0-9]{1,3}(?:\.[0-9]{1,9})?)\s*", raw)
-        if isinstance(raw, str)
-        else None
-    )
-    latitude, longitude = (float(part) for part in match.groups()) if match else (math.nan, math.nan)
-    if not (-90 <= latitude <= 90 and -180 <= longitude <= 180):
+def _place(raw: Raw) -> str:
+    if raw != "" and (not isinstance(raw, str) or place_of(raw) is None):
         raise ValueError('expected "latitude,longitude" in degrees, such as "52.5,13.4", or ""')
-    return latitude, longitude
+    return raw
+
+
+def place_of(text: str) -> tuple[float, float] | None:
+    """Latitude and longitude of `memory.place`; None for "" and for what is no place."""
+    match = re.fullmatch(r"\s*(-?[0-9]{1,2}(?:\.[0-9]{1,9})?)\s*,\s*(-?[0-9]{1,3}(?:\.[0-9]{1,9})?)\s*", text)
+    if match is None:
+        return None
+    latitude, longitude = float(match.group(1)), float(match.group(2))
+    return (latitude, longitude) if -90 <= latitude <= 90 and -180 <= longitude <= 180 else None
 
 
 def _place_step(raw: Raw) -> float:
@@ -274,7 +274,7 @@ class MemorySettings:
     model: str = _setting(_printable(4096))
     disk_max_bytes: int = _setting(parse_size)
     author_max_bytes: int = _setting(parse_size)
-    place: tuple[float, float] | None = _setting(_place)
+    place: str = _setting(_place)
     place_step: float = _setting(_place_step)
     witness_every_s: float = _setting(_seconds(86400))
     witnesses: int = _setting(_integer(1, 8))
@@ -462,7 +462,7 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         auto_fetch=settings.serve.auto_fetch,
         audit=AuditOptions(**dataclasses.asdict(settings.audit)),
         ledger=LedgerOptions(**dataclasses.asdict(settings.ledger)),
-        memory=MemoryOptions(**dataclasses.asdict(settings.memory)),
+        memory=MemoryOptions(**(dataclasses.asdict(settings.memory) | {"place": place_of(settings.memory.place)})),
         threads=settings.engine.threads or core_count(),
     )
 

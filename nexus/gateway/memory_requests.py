@@ -95,8 +95,9 @@ def parse_add(body: bytes) -> AddRequest:
 
 def parse_search(body: bytes) -> SearchRequest:
     given = _given(body, *(option.name for option in fields(SearchRequest)))
-    text = read_text(given.get("text"), "text")
-    if not text.strip() or len(text) > QUESTION_CHARS_MAX:
+    text = read_text(given.get("text", ""), "text")
+    vector = _vector(given)
+    if not (text.strip() or vector) or len(text) > QUESTION_CHARS_MAX:
         raise UsageError(
             f"the question has {len(text)} characters" if text.strip() else "the question is empty",
             f"Send 1 to {QUESTION_CHARS_MAX} characters",
@@ -113,6 +114,9 @@ def parse_search(body: bytes) -> SearchRequest:
         model=read_name(given, "model", MODEL_CHARS_MAX) if "model" in given else default.model,
         network=read_boolean(given, "network", default.network),
         deadline_s=read_number(given, "deadline_s", DEADLINE_MIN_S, DEADLINE_MAX_S, default.deadline_s),
+        vector=vector,
+        vector_model=_label(given, "vector_model", MODEL_BYTES_MAX),
+        vector_fingerprint=read_text(given.get("vector_fingerprint", ""), "vector_fingerprint"),
     )
 
 

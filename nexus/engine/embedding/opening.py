@@ -40,6 +40,6 @@ def _from_elsewhere(name: str, unknown: NotFoundError, *, download: bool) -> Emb
         return load_library_embedder(path.name, path.resolve())
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise NotFoundError(
-            f"{name!r} is neither a model that was added here nor a directory", "See `nexus model ls`, or give the path of a model"
+            f"{name!r} is neither a model that was added here nor a directory", "See `nexus model list`, or give a path"
         ) from unknown
     return load_library_embedder(name.rpartition("/")[2], cached_directory(name, download=download))

@@ -105,7 +105,8 @@ class Filters:
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
     """`hybrid`: by words too, the two rankings fused. `model`: of whose vectors; None: the embedder of this node. `network`: ask
-    peers too, for at most `deadline_s`."""
+    peers too, for at most `deadline_s`. `vector`: of the question, computed elsewhere, as in `AddRequest`; `text` may then be
+    empty."""
 
     text: str
     filters: Filters = Filters()
@@ -114,6 +115,9 @@ class SearchRequest:
     model: str | None = None
     network: bool = False
     deadline_s: float = 5.0
+    vector: tuple[float, ...] = ()
+    vector_model: str = ""
+    vector_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ SERVED_BYTES_BURST = 32 * 1024 * 1024
 # A search takes some milliseconds of one processor.
 SEARCHES_PER_S = 10.0
 SEARCHES_BURST = 50.0
+TOLD_PER_S, TOLD_BURST = 0.5, 20.0
 
 
 class Search(Protocol):
@@ -74,17 +75,27 @@ class Attested(Protocol):
     def __call__(self, ids: Sequence[bytes], /) -> Awaitable[Sequence[BlockReceipt]]: ...
 
 
+class Told(Protocol):
+    """Takes what is newer of charters and keys that a peer tells of, among collections that are known here."""
+
+    def __call__(self, charters: Sequence[bytes], grants: Sequence[bytes], /) -> Awaitable[None]: ...
+
+
 class Answering:
     """The serving end."""
 
-    def __init__(self, transport: Transport, store: MemoryStore, charters: Charters, search: Search, attested: Attested) -> None:
+    def __init__(
+        self, transport: Transport, store: MemoryStore, charters: Charters, search: Search, attested: Attested, told: Told
+    ) -> None:
         self._transport = transport
         self._store = store
         self._charters = charters
         self._search = search
         self._attested = attested
+        self._told = told
         self._sent = Budget(SERVED_BYTES_PER_S, SERVED_BYTES_BURST)
         self._searches = Budget(SEARCHES_PER_S, SEARCHES_BURST)
+        self._tellings = Budget(TOLD_PER_S, TOLD_BURST)
 
     def start(self) -> None:
         self._transport.serve(ASK, self._handle)
@@ -119,6 +130,12 @@ class Answering:
         match ask:
             case CollectionsAsk():
                 return self._collections(ask, peer)
+            case Collections(charters, grants):
+                # Told without having asked: what is known here and newer is taken, like any other answer.
+                if self._tellings.take(peer_id, 1) > 0:
+                    raise CapacityError("too many charters at once", "Tell of the last one only")
+                await self._told(charters, grants)
+                return Collections((), ())
             case BlocksAsk(ids):
                 return await self._blocks(ids, peer)
             case ReceiptsAsk(ids):
@@ -170,6 +187,10 @@ class Asking:
 
     async def collections(self, peer_id: str, name: str = "", ids: Sequence[bytes] = ()) -> Collections:
         return await self._ask(peer_id, CollectionsAsk(name, tuple(ids)), Collections)
+
+    async def tell(self, peer_id: str, charters: Sequence[bytes], grants: Sequence[bytes]) -> None:
+        """Hand a peer charters that were changed, and keys that are sealed to it."""
+        await self._ask(peer_id, Collections(tuple(charters), tuple(grants)), Collections)
 
     async def blocks(self, peer_id: str, ids: Sequence[bytes]) -> list[SignedBatch]:
         return _batches(await self._ask(peer_id, BlocksAsk(tuple(ids)), Blocks), peer_id)

@@ -6,8 +6,10 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from nexus.core.errors import CapacityError
+from nexus.core.errors import CapacityError, UsageError
+from nexus.core.hashing import HASH_BYTES
 from nexus.engine.embedding.embedder import Embedder
+from nexus.engine.embedding.external import ExternalVectors
 from nexus.engine.embedding.opening import Stored, open_embedder
 from nexus.models import BUILTIN_NAMES
 
@@ -42,3 +44,12 @@ class Embedders:
     def loaded(self, fingerprint: bytes) -> Embedder | None:
         """The loaded embedder of this fingerprint."""
         return next((one for one in self._loaded.values() if one.fingerprint == fingerprint), None)
+
+
+def external_model(name: str, fingerprint: str, dimension: int) -> ExternalVectors:
+    """The model that a user names beside a vector of its own. `fingerprint`: in hex, or empty. Raises UsageError."""
+    try:
+        given = bytes.fromhex(fingerprint) if fingerprint else None
+    except ValueError as error:
+        raise UsageError("the fingerprint of the vector's model is not hex", f"It has {HASH_BYTES} bytes") from error
+    return ExternalVectors(name, dimension, given)

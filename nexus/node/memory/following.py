@@ -69,6 +69,7 @@ class Following:
         else:
             changed = await trio.to_thread.run_sync(partial(self._parts.charters.grant, charter, key, write=write))
         await self._charters_changed([changed.id])
+        await self._parts.syncing.tell_charter(changed.id)
         self._parts.syncing.followed(changed.id)
         return await self._one_collection(changed)
 

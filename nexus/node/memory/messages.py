@@ -28,7 +28,7 @@ REASON_BYTES_MAX = 256
 ASK = ProtocolSpec(
     "/nexus/memory/ask/1",
     frame_max=ANSWER_BYTES_MAX + 64 * 1024,
-    first_frame_max=16 * 1024,
+    first_frame_max=64 * 1024,
     read_timeout_s=20.0,
     streams_per_peer_max=4,
     bytes_per_peer_s=8 * 1024 * 1024,
@@ -46,7 +46,7 @@ class CollectionsAsk(Record):
 @dataclass(frozen=True, slots=True)
 class Collections(Record):
     """`charters`: `SignedCharter`s that the asker may see, as many as there is room for. `grants`: the keys of private ones, sealed
-    to the asker."""
+    to the asker. Also told without being asked, when a charter has changed; the answer is then another one, empty."""
 
     charters: tuple[bytes, ...] = many(raw(most=CHARTER_BYTES_MAX), COLLECTIONS_MAX)
     grants: tuple[bytes, ...] = many(raw(most=GRANT_BYTES_MAX), GRANTS_MAX)

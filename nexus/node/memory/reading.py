@@ -31,12 +31,15 @@ from nexus.node.memory.api import (
     SearchRequest,
     SearchView,
 )
+from nexus.node.memory.embedders import external_model
 from nexus.node.memory.mapping import best_map
 from nexus.node.memory.parts import Parts
 from nexus.node.memory.searching import ANSWERED, PEERS_MAX, Answer
 from nexus.node.memory.views import block_view
 from nexus.storage.memory import records
 from nexus.storage.memory.records import Near, Query, State, StoredBlock
+
+COLLECTIONS_ASKED_MAX = 16
 
 
 class Reading:
@@ -47,8 +50,13 @@ class Reading:
 
     async def search(self, request: SearchRequest) -> SearchView:
         began_s = trio.current_time()
-        embedder = await self._parts.embedders.get(request.model)
-        vector = (await trio.to_thread.run_sync(embedder.embed, [request.text]))[0]
+        embedder: Embedder
+        if request.vector:
+            given = external_model(request.vector_model, request.vector_fingerprint, len(request.vector))
+            embedder, vector = given, given.take([list(request.vector)])[0]
+        else:
+            embedder = await self._parts.embedders.get(request.model)
+            vector = (await trio.to_thread.run_sync(embedder.embed, [request.text]))[0]
         filters = await self._filters(request.filters, look_around=request.network)
         space_map = await trio.to_thread.run_sync(self._map, embedder, filters.collections)
         if space_map is not None:
@@ -62,7 +70,7 @@ class Reading:
             filters=filters,
         )
         if request.network:
-            asked = await self._whom_to_ask(query.filters.collections)
+            asked = await self._whom_to_ask(query.filters.collections, request.deadline_s / 2)
             answer = await self._parts.searching.everywhere(query, asked, request.deadline_s)
         else:
             answer = await self._parts.searching.here(query)
@@ -77,14 +85,20 @@ class Reading:
         found = best_map(self._parts.store, sorted(chosen), embedder.fingerprint, self._parts.now_ms())
         return found if found is not None and any(space.fingerprint == found.target for space in spaces) else None
 
-    async def _whom_to_ask(self, collections: Sequence[bytes]) -> list[tuple[Charter, str]]:
-        """(collection, peer) for each collection that is searched, or that is followed."""
-        found: dict[tuple[bytes, str], None] = {}
-        for collection in collections or self._parts.charters.followed():
-            peers = dict.fromkeys(self._parts.syncing.peers_of(collection))
-            peers |= dict.fromkeys(await self._parts.finding.followers(collection))
-            found |= dict.fromkeys((collection, peer) for peer in list(peers)[:PEERS_MAX])
-        return [(self._parts.charters.of(collection), peer) for collection, peer in list(found)[: 4 * PEERS_MAX]]
+    async def _whom_to_ask(self, collections: Sequence[bytes], deadline_s: float) -> list[tuple[Charter, str]]:
+        """(collection, peer) for each collection that is searched, or that is followed; who is found on the DHT in time as well."""
+        chosen = list(collections or self._parts.charters.followed())[:COLLECTIONS_ASKED_MAX]
+        peers = {collection: dict.fromkeys(self._parts.syncing.peers_of(collection)) for collection in chosen}
+
+        async def look(collection: bytes) -> None:
+            peers[collection] |= dict.fromkeys(await self._parts.finding.followers(collection))
+
+        with trio.move_on_after(deadline_s):
+            async with trio.open_nursery() as nursery:
+                for collection in chosen:
+                    nursery.start_soon(look, collection)
+        found = [(collection, peer) for collection in chosen for peer in list(peers[collection])[:PEERS_MAX]]
+        return [(self._parts.charters.of(collection), peer) for collection, peer in found[: 4 * PEERS_MAX]]
 
     async def _search_view(self, answer: Answer, embedder: Embedder, space_map: SpaceMap | None, took_s: float) -> SearchView:
         blocks = [hit.block for hit in answer.result.hits if hit.block is not None]

@@ -11,14 +11,11 @@ import trio
 
 from nexus.core.errors import (
     NotFoundError,
-    UsageError,
 )
-from nexus.core.hashing import HASH_BYTES
 from nexus.core.keys import Identity, public_key_of
-from nexus.engine.embedding.external import ExternalVectors
 from nexus.engine.embedding.opening import Stored
 from nexus.memory import collection as rules
-from nexus.memory.block import AFTER_MAX, id_text
+from nexus.memory.block import AFTER_MAX, PARENTS_MAX, id_text
 from nexus.memory.collection import Charter
 from nexus.memory.item_set import Item
 from nexus.memory.sky.kernel import SkyKernel
@@ -44,7 +41,7 @@ from nexus.node.memory.api import (
 )
 from nexus.node.memory.asking import Answering, Asking
 from nexus.node.memory.charters import Charters
-from nexus.node.memory.embedders import Embedders
+from nexus.node.memory.embedders import Embedders, external_model
 from nexus.node.memory.finding import Finding
 from nexus.node.memory.following import Following
 from nexus.node.memory.parts import Parts, Tell
@@ -131,7 +128,9 @@ class Memory:
             store, self._charters, self._accepting, self._asking, sky.check_stamps, now_ms, self._syncing.offend
         )
         self._finding = Finding(transport, self._charters, self._asking, self._newest_own)
-        self._answering = Answering(transport, store, self._charters, self._searching.for_peer, self._witnessing.attested)
+        self._answering = Answering(
+            transport, store, self._charters, self._searching.for_peer, self._witnessing.attested, self._syncing.told
+        )
         self._write_lock = trio.Lock()
         self._newest: list[bytes] = []
         parts = Parts(
@@ -246,16 +245,11 @@ class Memory:
         if request.replaces is not None:
             stored = await self._reading.stored(request.replaces)
             heads = stored.versions.heads if stored.versions else ()
-            parents = tuple(heads) or (stored.id,)
+            parents = tuple(heads[:PARENTS_MAX]) or (stored.id,)
         vector = None
         if request.vector:
-            fingerprint = None
-            if request.vector_fingerprint:
-                try:
-                    fingerprint = bytes.fromhex(request.vector_fingerprint)
-                except ValueError as error:
-                    raise UsageError("the fingerprint of the vector's model is not hex", f"It has {HASH_BYTES} bytes") from error
-            vector = (ExternalVectors(request.vector_model, len(request.vector), fingerprint), request.vector)
+            model = external_model(request.vector_model, request.vector_fingerprint, len(request.vector))
+            vector = (model, request.vector)
         return Document(
             text=request.text,
             title=request.title,

@@ -16,7 +16,16 @@ from typing import Any, Protocol
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, LocalError, MalformedError, NexusError, PeerError, TimedOutError, UnreachableError
+from nexus.core.errors import (
+    CapacityError,
+    LocalError,
+    MalformedError,
+    NexusError,
+    PeerError,
+    RefusedError,
+    TimedOutError,
+    UnreachableError,
+)
 from nexus.core.keys import public_key_of
 from nexus.core.record import Record
 from nexus.memory import collection as rules
@@ -27,7 +36,7 @@ from nexus.memory.sync_conduct import Standing
 from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, News, Open, Told, told_items
 from nexus.memory.sync_schedule import Start, SyncSchedule, SyncStatus
 from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
-from nexus.node.memory.asking import Asking
+from nexus.node.memory.asking import Asking, ask_all
 from nexus.node.memory.budgets import Budget
 from nexus.node.memory.charters import Charters, read_charters
 from nexus.storage.memory.records import State
@@ -42,6 +51,7 @@ _GONE = (State.REMOVED, State.EXPIRED)
 POLL_S = 1.0
 MEET_EVERY_S = 120.0
 MEET_AT_ONCE = 4
+TOLD_GRANTS_MAX = 16
 PUBLISH_PACE_S = 0.25
 PUBLISH_TIMEOUT_S = 10.0
 NEWS_PENDING_MAX = 4096
@@ -237,6 +247,23 @@ class Syncing:
                 self._schedule.remove(collection, peer_id)
         self._wake_up()
 
+    async def tell_charter(self, collection: bytes) -> None:
+        """A charter was changed here: hand it, and the keys that go with it, to the members that are in reach."""
+        signed = self._charters.signed(collection)
+        if signed is None:
+            return
+
+        async def tell(peer_id: str) -> None:
+            peer = public_key_of(peer_id)
+            # Whoever was in it before is told as well that it is not any more; keys are sealed to whom they are for.
+            await self._asking.tell(peer_id, [signed.to_bytes()], self._charters.grants_for(collection, peer)[-TOLD_GRANTS_MAX:])
+
+        await ask_all(self.peers_of(collection), tell, MEET_AT_ONCE)
+
+    async def told(self, charters: Sequence[bytes], grants: Sequence[bytes], /) -> None:
+        """A peer tells of charters that were changed. Raises MalformedError, VerificationError, LocalError."""
+        await self.take_charters(charters, grants, "", [charter.id for charter in self._charters.all()])
+
     async def take_charters(
         self, charters: Sequence[bytes], grants: Sequence[bytes], name: str, ids: Iterable[bytes]
     ) -> list[bytes]:
@@ -272,7 +299,7 @@ class Syncing:
                     await wake.wait()
 
     async def _run_session(self, start: Start) -> None:
-        session, outcome = None, Outcome.not_begun("the set could not be read")
+        session, outcome, declined = None, Outcome.not_begun("the set could not be read"), False
         try:
             view = None if start.items else await self._view(start.collection, token_bytes(SALT_BYTES))
             session = SyncSession(
@@ -286,12 +313,15 @@ class Syncing:
             await self._exchange(session, start)
         except NexusError as error:
             log.info("sync_failed", peer_id=start.peer, collection=start.collection.hex()[:16], reason=error.cause)
+            declined = isinstance(error, RefusedError)
             if session is not None:
                 session.fail(error)
         finally:
             # A session that is cancelled was not begun either, for all that the schedule knows.
             outcome = session.outcome() if session is not None and session.ended else outcome
             self._schedule.finished(start.peer, start.collection, outcome, trio.current_time())
+            if declined:  # it follows the collection no longer, or this node may not read it any more: until it is met again
+                self._schedule.remove(start.collection, start.peer)
             if outcome.accepted:
                 log.info("synced", peer_id=start.peer, collection=start.collection.hex()[:16], blocks=outcome.accepted)
             self._wake_up()
