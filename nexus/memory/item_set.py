@@ -6,8 +6,8 @@ so that the fingerprint of any range is the difference of two numbers.
 
 Why the hash is keyed afresh for every session: a sum of unkeyed hashes can be ground. Whoever writes blocks can find two sets of
 some thousand blocks with equal sums of 256-bit hashes in about 2^33 steps (a generalised birthday), give one set to one node and
-the other to another, and they would never know that they differ. Nobody who writes blocks knows the salt beforehand, and for two sets
-that were there before the salt the sums are equal with a chance of 2^-64, once: the next session has another salt.
+the other to another, and they would never know that they differ. Nobody who writes blocks knows the salt beforehand, and for two
+sets that were there before the salt the sums are equal with a chance of 2^-64, once: the next session has another salt.
 """
 
 from __future__ import annotations
