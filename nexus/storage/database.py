@@ -32,8 +32,9 @@ def row_hash(table: str, *cells: Cell) -> bytes:
 class Database:
     """A file of tables. Calls may come from any thread, one at a time: the lock is held for a whole transaction."""
 
-    def __init__(self, path: Path, schema: str) -> None:
-        """Open or make it. `schema`: CREATE TABLE IF NOT EXISTS statements. Raises LocalError."""
+    def __init__(self, path: Path, schema: str, version: int = 0) -> None:
+        """Open or make it. `schema`: CREATE TABLE IF NOT EXISTS statements. `version`: of the form of the tables; a file of another
+        one is refused as it is. Raises LocalError."""
         self.path = path
         self._lock = threading.Lock()
         with self._errors():
@@ -42,7 +43,19 @@ class Database:
             self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             for pragma in ("locking_mode=EXCLUSIVE", "synchronous=EXTRA", "journal_mode=WAL", "trusted_schema=OFF"):
                 self._connection.execute(f"PRAGMA {pragma}")
+            self._check_version(version)
             self._connection.executescript(schema)
+            self._connection.execute(f"PRAGMA user_version={version}")
+
+    def _check_version(self, version: int) -> None:
+        (found,) = self._connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and found != version:
+            self._connection.close()
+            raise LocalError(
+                f"{self.path} has tables of form {found}, this version of Nexus reads form {version}",
+                "Use the version that wrote it, or move the file away to begin anew",
+            )
 
     def close(self) -> None:
         with self._lock:

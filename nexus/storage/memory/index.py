@@ -25,7 +25,7 @@ from nexus.storage.memory.spaces import Rows, Space
 
 # Fewer vectors are compared one by one.
 INDEX_FROM = 5000
-_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 16, 128, 80
+_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 16, 128, 72
 _ADDED_AT_ONCE = 256
 _BYTE_MAX, _ROOM = 127, 1.25
 # A file is written again once the graph has grown by this part.

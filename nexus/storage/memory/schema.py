@@ -14,6 +14,9 @@ from nexus.core.hashing import tagged_hash
 # A block's row, its places in the other tables, and their indexes, in bytes: what a block costs beside its own.
 ROW_BYTES = 512
 
+# Changes with the form of the tables below.
+SCHEMA_VERSION = 1
+
 SCHEMA = """
 PRAGMA secure_delete=ON;
 CREATE TABLE IF NOT EXISTS name (number INTEGER PRIMARY KEY, value BLOB NOT NULL UNIQUE) STRICT;

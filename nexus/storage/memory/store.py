@@ -53,7 +53,7 @@ from nexus.storage.memory.records import (
     VerifyReport,
 )
 from nexus.storage.memory.rows import CheckedRow, in_parts, rows_by_id, rows_by_number
-from nexus.storage.memory.schema import SCHEMA
+from nexus.storage.memory.schema import SCHEMA, SCHEMA_VERSION
 from nexus.storage.memory.search import Searcher
 from nexus.storage.memory.spaces import Space, SpaceKey, Spaces, keep_pages
 from nexus.storage.memory.writing import Quotas, Writing
@@ -78,7 +78,7 @@ class MemoryStore:
         self._quotas = Quotas(bytes_max, author_bytes_max)
         self._lock = threading.RLock()
         self._upkeep = threading.Lock()
-        self._database = Database(root / "memory.db", SCHEMA)
+        self._database = Database(root / "memory.db", SCHEMA, SCHEMA_VERSION)
         self._indexes: dict[int, SpaceIndex] = {}
         try:
             with self._database.transaction() as connection:
