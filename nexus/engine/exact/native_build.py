@@ -68,6 +68,9 @@ def build(target: Path = LIBRARY, machine: str | None = None, cc: Sequence[str] 
     wanted = _VARIANTS.get(_MACHINES.get(machine, machine), {})
     # Threads are created by OpenMP; without it the step runs on one.
     threads = [flag for flag in ("-fopenmp", "-fopenmp-simd") if _accepts(command, [flag])][:1]
+    # GCC moves single values through MMX registers now and then, which are those of the x87 unit: it is unusable after that, and
+    # whatever computes with it next in the same thread, as fmod of some C libraries does, gets NaN.
+    without_mmx = [flag for flag in ("-mno-mmx",) if _MACHINES.get(machine, machine) == "x86_64" and _accepts(command, [flag])]
     variants = {name: flags.split() for name, flags in wanted.items() if _accepts(command, flags.split())}
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
@@ -77,7 +80,7 @@ def build(target: Path = LIBRARY, machine: str | None = None, cc: Sequence[str] 
             ("dispatch.c", [f"-DNX_HAVE_{name}" for name in variants]),
         ]
         jobs = [
-            [*command, *_FLAGS, *threads, *flags, "-c", str(SOURCES / source), "-o", str(scratch / f"{number}.o")]
+            [*command, *_FLAGS, *threads, *without_mmx, *flags, "-c", str(SOURCES / source), "-o", str(scratch / f"{number}.o")]
             for number, (source, flags) in enumerate(units)
         ]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
