@@ -57,4 +57,7 @@ def _all_errors(kind: type[NexusError]) -> Iterator[type[NexusError]]:
         yield from _all_errors(subclass)
 
 
-_BY_CODE = {kind.code: kind for kind in _all_errors(NexusError)}
+# Of those that share a code the most general one, which takes a cause and a fix and nothing else.
+_BY_CODE: dict[str, type[NexusError]] = {}
+for _kind in _all_errors(NexusError):
+    _BY_CODE.setdefault(_kind.code, _kind)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from time import perf_counter
+from types import FrameType
 
 import pytest
 from hypothesis import example, given
@@ -223,23 +224,29 @@ def test_too_few_tokens_and_broken_unicode_are_refused() -> None:
     ids=lambda unit: ascii(unit),
 )
 def test_the_work_is_linear(unit: str) -> None:
-    """Tokens are counted a bounded number of times, and four times the text takes about four times as long."""
-    counted = 0
+    """Every character is counted a bounded number of times, and steps of Python grow no faster than the text."""
 
-    def counting(parts: Sequence[str]) -> list[int]:
-        nonlocal counted
-        counted += sum(map(len, parts))
-        return count(parts)
+    def work(size: int) -> tuple[int, int]:
+        counted = steps = 0
 
-    def seconds(times: int) -> float:
-        source = unit * (times // len(unit))
-        started = perf_counter()
-        chunks_of(source, counting, 64, markdown=True)
-        return perf_counter() - started
+        def counting(parts: Sequence[str]) -> list[int]:
+            nonlocal counted
+            counted += sum(map(len, parts))
+            return count(parts)
 
-    size = 40_000
-    short = min(seconds(size // 4) for _ in range(2))
-    counted = 0
-    long = seconds(size)
+        def step(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal steps
+            steps += 1
+
+        source = unit * (size // len(unit))
+        sys.setprofile(step)
+        try:
+            chunks_of(source, counting, 64, markdown=True)
+        finally:
+            sys.setprofile(None)
+        return counted, steps
+
+    size = 10_000
+    counted, steps = work(size)
     assert counted < 12 * size
-    assert long < 10 * short + 0.2
+    assert work(4 * size)[1] < 5 * steps + 1000
