@@ -106,11 +106,24 @@ class Finding:
         signed, grants = choice[0]
         return signed, tuple(sorted(grants))
 
-    async def followers(self, collection: bytes) -> list[str]:
-        """Peers that announce that they follow a collection, other than those that are connected."""
+    async def followers(self, collection: bytes, found: Callable[[str], None]) -> None:
+        """Tell of peers that follow a collection, each as it is found: others than those that are connected by the DHT; where this
+        node does not follow it, and so has not met them over it, of those that are connected the ones that say so."""
+
+        async def ask(peer: str) -> None:
+            answer = await self._asking.collections(peer, ids=[collection])
+            if read_charters(answer.charters, "", [collection]):
+                found(peer)
+
+        async def look() -> None:
+            for peer in await self._candidates([collection_key(collection)], connected=False):
+                found(peer)
+
         with trio.move_on_after(FIND_TIMEOUT_S):
-            return await self._candidates([collection_key(collection)], connected=False)
-        return []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look)
+                if not self._charters.follows(collection):
+                    nursery.start_soon(ask_all, self._connected(), ask, ASKED_AT_ONCE)
 
     async def block(self, identifier: bytes) -> tuple[str, SignedBatch]:
         """A peer that has a block, and the block in its batch, its id checked and nothing else. Raises NotFoundError."""

@@ -91,14 +91,16 @@ class Reading:
         peers = {collection: dict.fromkeys(self._parts.syncing.peers_of(collection)) for collection in chosen}
 
         async def look(collection: bytes) -> None:
-            peers[collection] |= dict.fromkeys(await self._parts.finding.followers(collection))
+            await self._parts.finding.followers(collection, lambda peer: peers[collection].setdefault(peer))
 
         with trio.move_on_after(deadline_s):
             async with trio.open_nursery() as nursery:
                 for collection in chosen:
                     nursery.start_soon(look, collection)
         found = [(collection, peer) for collection in chosen for peer in list(peers[collection])[:PEERS_MAX]]
-        return [(self._parts.charters.of(collection), peer) for collection, peer in found[: 4 * PEERS_MAX]]
+        # What is looked into without being followed is known as well, or nobody was found that has it.
+        known = [(self._parts.charters.find(collection), peer) for collection, peer in found[: 4 * PEERS_MAX]]
+        return [(charter, peer) for charter, peer in known if charter is not None]
 
     async def _search_view(self, answer: Answer, embedder: Embedder, space_map: SpaceMap | None, took_s: float) -> SearchView:
         blocks = [hit.block for hit in answer.result.hits if hit.block is not None]
