@@ -59,7 +59,8 @@ class Matcher:
         mask &= (expires == 0) | (expires > self._now_ms)
         for name, wanted in self._named.items():
             if wanted is not None and not (in_collections and name == "collection"):
-                mask &= np.isin(column(name)[numbers], wanted)
+                found = column(name)[numbers]
+                mask &= found == wanted[0] if len(wanted) == 1 else np.isin(found, wanted)
         if filters.kinds:
             mask &= np.isin(column("kind")[numbers], filters.kinds)
         if filters.since_ms:
