@@ -99,12 +99,17 @@ class Node:
         self._process.kill()
         self._process.wait()
 
+    def ask_to_stop(self) -> None:
+        """A stopped process is woken too, or it would hear nothing."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self.signal(signal.SIGCONT)
+
     def stop(self) -> None:
-        """End it in order, or at once where it does not go. A stopped process is woken first, or it would hear nothing."""
-        if self._process is None or self._process.poll() is not None:
+        """End it in order, or at once where it does not go."""
+        self.ask_to_stop()
+        if self._process is None:
             return
-        self.signal(signal.SIGCONT)
-        self._process.terminate()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -153,6 +158,13 @@ class Node:
 
     def connected(self) -> set[str]:
         return {peer["peer_id"] for peer in self.get("/v0/peers")["peers"]}
+
+
+def end(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        node.ask_to_stop()
+    for node in nodes:
+        node.stop()
 
 
 def meet(*nodes: Node) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nexus.core.errors import NotFoundError
-from tests.testnet.memory_nodes import Node, meet, until
+from tests.testnet.memory_nodes import Node, end, meet, until
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, taken_in: Path) -> Iterator[
         join(*three)
         yield three
     finally:
-        for node in three:
-            node.stop()
+        end(three)
 
 
 def join(*nodes: Node) -> None:
@@ -83,8 +82,8 @@ def test_partitioned_while_both_write_then_healed(nodes: list[Node]) -> None:
     assert set(same(nodes, "river")) == {first, mistaken, stays}
 
     # Nobody has a way to anybody: Ada and Ben are elsewhere and know no address, Cleo knows where they were.
+    end((ada, ben))
     for node in (ada, ben):
-        node.stop()
         node.isolate()
         node.spawn()
     for node in (ada, ben):

@@ -24,7 +24,7 @@ from nexus.engine.embedding.embedder import Embedder
 from nexus.engine.embedding.opening import open_embedder
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog
-from tests.testnet.memory_nodes import Node, meet, until
+from tests.testnet.memory_nodes import Node, end, meet, until
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +54,7 @@ def nodes(tmp_path: Path, taken_in: Path) -> Iterator[tuple[Node, Node]]:
     try:
         yield pair
     finally:
-        for node in pair:
-            node.stop()
+        end(pair)
 
 
 @dataclass
