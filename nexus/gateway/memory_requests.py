@@ -32,7 +32,7 @@ from nexus.memory.block import (
     TIME_MAX_MS,
     TITLE_BYTES_MAX,
 )
-from nexus.memory.collection import MODE_NAMES, OPEN, WRITERS_MAX, check_name, split_reference
+from nexus.memory.collection import MODE_NAMES, WRITERS_MAX, check_name, split_reference
 from nexus.node.memory.api import LIST_MAX, AddRequest, Filters, PruneRequest, SearchRequest
 
 K_MAX = 1000
@@ -50,7 +50,7 @@ REFERENCE_CHARS_MAX = 192
 COMPONENT_MAX = 1e30
 _BLOCK = re.compile("[a-z2-7]{1,59}")
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
-_MODES = tuple(mode for number, mode in enumerate(MODE_NAMES) if number != OPEN)
+_MODES = tuple(MODE_NAMES.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """Collections: who may write, replace and read the blocks of one. Its owner signs that, and all nodes follow the same charter.
 
-A collection's id is the hash of its owner's key and its name. An open collection has no owner and no charter: its id is the hash of
-its name, and anybody writes in it. What a charter says holds for all blocks of the collection, older ones too: whoever gets a later
-charter checks again who wrote what (`write_until`), so that in the end all nodes keep the same blocks.
+A collection's id is the hash of its owner's key and its name. What a charter says holds for all blocks of the collection, older ones
+too: whoever gets a later charter checks again who wrote what (`write_until`), so that in the end all nodes keep the same blocks.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from nexus.memory.sky.place import STEP_DEFAULT, STEP_MAX, STEP_MIN, check_step
 from nexus.memory.versions import Rule, Version, same_author
 
 SPEC = 1
-# OPEN: no owner. PUBLIC: anybody writes. WRITERS: the owner and those it names write, anybody reads. PRIVATE: others do not read.
-OPEN, PUBLIC, WRITERS, PRIVATE = range(4)
-MODE_NAMES = ("open", "public", "writers", "private")
+# PUBLIC: anybody writes. WRITERS: the owner and those it names write, anybody reads. PRIVATE: others do not read.
+PUBLIC, WRITERS, PRIVATE = 1, 2, 3
+MODE_NAMES = {PUBLIC: "public", WRITERS: "writers", PRIVATE: "private"}
 NAME_CHARS_MAX, NAME_BYTES_MAX = 64, 256
 WRITERS_MAX = MEMBERS_MAX = 256
 REVISION_MAX = 2**32
@@ -106,14 +105,8 @@ def newest(one: SignedCharter, other: SignedCharter) -> SignedCharter:
 
 
 def collection_id(owner: bytes, name: str) -> bytes:
-    """`owner`: a public key, or empty for an open collection."""
+    """The id of the collection of this name that the owner, a public key, has."""
     return tagged_hash("collection", owner, name.encode("utf-8"))
-
-
-def open_collection(name: str) -> Charter:
-    """The rules of the open collection of this name. Nobody signs or sends these. Raises UsageError."""
-    check_name(name)
-    return Charter(SPEC, b"", name, OPEN, 0, 0, (), (), 0, b"", "", b"", STEP_MIN)
 
 
 def create(
@@ -217,7 +210,7 @@ def revoke(
 
 def write_until(charter: Charter, key: bytes) -> int | None:
     """Up to which time blocks of this author count here, in milliseconds; None: none do."""
-    if charter.mode in (OPEN, PUBLIC) or key == charter.owner:
+    if charter.mode == PUBLIC or key == charter.owner:
         return TIME_MAX_MS
     for writer in charter.writers:
         if writer.key == key:
@@ -246,7 +239,7 @@ def may_replace(charter: Charter, child: Version, parent: Version) -> bool:
 
 def replace_rule(charter: Charter) -> Rule:
     """`may_replace` of this charter, for many versions."""
-    if charter.mode in (OPEN, PUBLIC):
+    if charter.mode == PUBLIC:
         return same_author
     until = {writer.key: writer.until_ms or TIME_MAX_MS for writer in charter.writers} | {charter.owner: TIME_MAX_MS}
 

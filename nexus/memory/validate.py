@@ -88,7 +88,7 @@ _NO_TERMS = _Terms(Refusal.UNKNOWN_COLLECTION, 0, 0, frozenset(), 0)
 def validate(opened: Sequence[OpenedBlock], charters: Charters, check_sky: CheckSky, now_ms: int) -> list[Refusal | None]:
     """For each block, why it is refused, or None: it may be kept.
 
-    `charters`: the charter of a collection that this node follows, by id; of open ones `open_collection(name)`. `check_sky`: which
+    `charters`: the charter of a collection that this node follows, by id. `check_sky`: which
     stamps of 98 bytes agree with times in ms (`SkyKernel.check_stamps`). Of several reasons one is given. No block raises.
     """
     refusals: list[Refusal | None] = [None] * len(opened)

@@ -15,7 +15,6 @@ from nexus.memory.collection import (
     CHARTER_BYTES_MAX,
     EPOCHS_MAX,
     MEMBERS_MAX,
-    OPEN,
     PRIVATE,
     PUBLIC,
     REVISION_MAX,
@@ -34,7 +33,6 @@ from nexus.memory.collection import (
     may_replace,
     may_write,
     newest,
-    open_collection,
     replace_rule,
     revoke,
     split_reference,
@@ -154,9 +152,7 @@ def test_a_charter_that_makes_no_sense_is_neither_signed_nor_believed(wrong: dic
         SignedCharter(charter, OWNER.sign_digest(charter.digest)).verify()
 
 
-@pytest.mark.parametrize(
-    ("at", "value"), [(0, 2), (1, b""), (3, OPEN), (3, 4), (4, REVISION_MAX + 1), (8, EPOCHS_MAX + 1), (9, b"1")]
-)
+@pytest.mark.parametrize(("at", "value"), [(0, 2), (1, b""), (3, 0), (3, 4), (4, REVISION_MAX + 1), (8, EPOCHS_MAX + 1), (9, b"1")])
 def test_a_field_out_of_bounds_is_refused(at: int, value: object) -> None:
     fields = list(GOOD.to_value())  # type: ignore[arg-type]
     assert Charter.from_bytes(encode(fields)) == GOOD
@@ -206,20 +202,15 @@ def test_every_node_follows_the_same_charter(revisions: list[Charter]) -> None:
     assert SignedCharter.from_bytes(chosen.pop()).charter.revision == max(charter.revision for charter in revisions)
 
 
-def test_names_are_unique_for_each_owner_and_open_ones_for_all() -> None:
-    ids = {collection_id(owner, name) for owner in (b"", OWNER.public_key, OTHER.public_key) for name in ("main", "mai", "main2")}
-    assert len(ids) == 9
-    assert open_collection("main").id == collection_id(b"", "main")
-    with pytest.raises(MalformedError):
-        Charter.from_bytes(open_collection("main").to_bytes())
-    with pytest.raises(VerificationError):
-        SignedCharter(open_collection("main"), bytes(64)).verify()
+def test_names_are_unique_for_each_owner() -> None:
+    ids = {collection_id(owner, name) for owner in (OWNER.public_key, OTHER.public_key) for name in ("main", "mai", "main2")}
+    assert len(ids) == 6
 
 
 def test_who_may_write_and_read() -> None:
-    for charter in (open_collection("main"), create(OWNER.public_key, "news", PUBLIC, NOW)):
-        assert may_write(charter, A, NOW)
-        assert may_read(charter, A)
+    charter = create(OWNER.public_key, "news", PUBLIC, NOW)
+    assert may_write(charter, A, NOW)
+    assert may_read(charter, A)
     charter = writers_only(A)
     assert [may_write(charter, key, NOW) for key in (OWNER.public_key, A, B)] == [True, True, False]
     assert may_read(charter, B)
@@ -267,11 +258,11 @@ def test_a_private_collection_changes_its_key_when_a_reader_goes() -> None:
 
 
 def test_what_is_everybodys_or_the_owners_is_not_granted() -> None:
-    for charter in (open_collection("main"), create(OWNER.public_key, "news", PUBLIC, NOW)):
-        with pytest.raises(UsageError):
-            grant(charter, A, write=True, issued_ms=NOW)
-        with pytest.raises(NotFoundError):
-            revoke(charter, A, issued_ms=NOW)
+    charter = create(OWNER.public_key, "news", PUBLIC, NOW)
+    with pytest.raises(UsageError):
+        grant(charter, A, write=True, issued_ms=NOW)
+    with pytest.raises(NotFoundError):
+        revoke(charter, A, issued_ms=NOW)
     with pytest.raises(UsageError):
         grant(writers_only(), A, write=False, issued_ms=NOW)
     with pytest.raises(UsageError):
@@ -307,13 +298,13 @@ versions = st.builds(
 )
 
 
-@given(st.one_of(charters(), st.just(open_collection("main"))), versions, versions)
+@given(charters(), versions, versions)
 def test_the_rules_for_versions_say_the_same(charter: Charter, child: Version, parent: Version) -> None:
     allowed = may_replace(charter, child, parent)
     assert replace_rule(charter)(child, parent) == allowed
     if child.author == parent.author:
         assert allowed
-    elif charter.mode in (OPEN, PUBLIC):
+    elif charter.mode == PUBLIC:
         assert not allowed
     else:
         assert allowed == all(may_write(charter, entry.author, entry.created_ms) for entry in (child, parent))

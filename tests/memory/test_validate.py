@@ -24,7 +24,7 @@ from nexus.memory.block import (
     decode_block,
     encode_block,
 )
-from nexus.memory.collection import PRIVATE, PUBLIC, WRITERS, Charter, create, open_collection, revoke
+from nexus.memory.collection import PRIVATE, PUBLIC, WRITERS, Charter, create, revoke
 from nexus.memory.quantise import quantise, read_codes
 from nexus.memory.sky.place import Cell
 from nexus.memory.sky.stamp import SIGNATURE_BYTES, SKY_MODEL, SkyStamp
@@ -36,7 +36,7 @@ PLAIN = create(OWNER.public_key, "news", PUBLIC, NOW)
 BARE = create(OWNER.public_key, "bare", PUBLIC, NOW, sky_step=0)
 LISTED = create(OWNER.public_key, "notes", WRITERS, NOW, writers=[WRITER.public_key])
 SECRET = create(OWNER.public_key, "diary", PRIVATE, NOW, writers=[WRITER.public_key], key_hash=bytes(32))
-MAIN = open_collection("main")
+MAIN = create(OWNER.public_key, "main", PUBLIC, NOW, sky_step=10)
 CHARTERS = {charter.id: charter for charter in (PLAIN, BARE, LISTED, SECRET, MAIN)}
 
 
