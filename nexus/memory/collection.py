@@ -1,7 +1,8 @@
 """Collections: who may write, replace and read the blocks of one. Its owner signs that, and all nodes follow the same charter.
 
-A collection's id is the hash of its owner's key and its name. What a charter says holds for all blocks of the collection, older ones
-too: whoever gets a later charter checks again who wrote what (`write_until`), so that in the end all nodes keep the same blocks.
+A collection's id is the hash of its owner's key and its name. What a charter says holds for all blocks of the collection, older
+ones too: whoever gets a later charter checks again who wrote what (`write_until`), so that in the end all nodes keep the same
+blocks.
 """
 
 from __future__ import annotations
