@@ -6,7 +6,7 @@ What is refused is refused for a reason of `nexus.memory.validate`; what a quota
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,11 +86,13 @@ class Accepting:
             declined += [identifier for identifier in wanted if identifier not in new and identifier not in declined]
         return Checked(accepted, declined, len(offences), offences[0].cause if offences else "")
 
-    async def take(self, batches: Iterable[SignedBatch], sender: bytes) -> Taken:
-        """Blocks from elsewhere: a user's file, or a peer's answer. `sender`: a public key, or empty. Raises MalformedError,
-        VerificationError for a batch that does not open, LocalError."""
+    async def take(self, batches: Iterable[SignedBatch], sender: bytes, without: Collection[bytes] = ()) -> Taken:
+        """Blocks from elsewhere: a user's file, or a peer's answer. `sender`: a public key, or empty. `without`: ids of some that
+        are passed over. Raises MalformedError, VerificationError for a batch that does not open, LocalError."""
         listed = list(batches)
-        taken = await trio.to_thread.run_sync(lambda: self._take([(batch.proof, open_batch(batch)) for batch in listed], sender))
+        taken = await trio.to_thread.run_sync(
+            lambda: self._take([(batch.proof, open_batch(batch)) for batch in listed], sender, without)
+        )
         self._tell(taken.new)
         return taken
 
@@ -135,13 +137,16 @@ class Accepting:
             forgotten += len(gone)
         return forgotten
 
-    def _take(self, batches: Sequence[tuple[BatchProof, list[OpenedBlock]]], sender: bytes) -> Taken:
+    def _take(
+        self, batches: Sequence[tuple[BatchProof, list[OpenedBlock]]], sender: bytes, without: Collection[bytes] = ()
+    ) -> Taken:
         taken = Taken()
         every = [one for _, blocks in batches for one in blocks]
         refusals = validate(every, self._charters.find, self._check_sky, self._now_ms())
         why = {one.id: refusal for one, refusal in zip(every, refusals, strict=True) if refusal is not None}
         taken.refused = list(why.items())
-        arrivals = [arrival for proof, blocks in batches if (arrival := self._arrival(proof, blocks, why, sender))]
+        left_out = {*why, *without}
+        arrivals = [arrival for proof, blocks in batches if (arrival := self._arrival(proof, blocks, left_out, sender))]
         new = set(self._put(arrivals, taken))
         for arrival in arrivals:
             for one in arrival.opened:
@@ -152,7 +157,7 @@ class Accepting:
         return taken
 
     def _arrival(
-        self, proof: BatchProof, blocks: Sequence[OpenedBlock], refused: dict[bytes, Refusal], sender: bytes
+        self, proof: BatchProof, blocks: Sequence[OpenedBlock], refused: Collection[bytes], sender: bytes
     ) -> Arrival | None:
         """The good part of a batch."""
         good = [one for one in blocks if one.id not in refused]

@@ -14,6 +14,7 @@ import trio
 
 from nexus.core.errors import (
     CapacityError,
+    LocalError,
     MalformedError,
     NexusError,
     NotFoundError,
@@ -27,6 +28,7 @@ from nexus.core.keys import public_key_of
 from nexus.core.record import Record
 from nexus.memory import collection as rules
 from nexus.memory.batch import SignedBatch
+from nexus.memory.sync_conduct import Standing
 from nexus.network.transport import Stream, Transport
 from nexus.node.memory.budgets import Budget
 from nexus.node.memory.charters import Charters
@@ -55,6 +57,8 @@ log = structlog.get_logger("nexus.memory.ask")
 A = TypeVar("A", bound=Record)
 
 ANSWER_TIMEOUT_S = 30.0
+# The hashes of proofs come on top of what the store counts: of blocks of as many of the largest batches some 100 KB.
+BLOCKS_BYTES_MAX = ANSWER_BYTES_MAX - 128 * 1024
 SERVED_BYTES_PER_S = 4 * 1024 * 1024
 SERVED_BYTES_BURST = 32 * 1024 * 1024
 # A search takes some milliseconds of one processor.
@@ -75,24 +79,27 @@ class Attested(Protocol):
     def __call__(self, ids: Sequence[bytes], /) -> Awaitable[Sequence[BlockReceipt]]: ...
 
 
-class Told(Protocol):
-    """Takes what is newer of charters and keys that a peer tells of, among collections that are known here."""
+class Peers(Protocol):
+    """What is known of peers from exchanging with them. `told` takes what is newer of charters and keys that a peer tells of, among
+    collections that are known here."""
 
-    def __call__(self, charters: Sequence[bytes], grants: Sequence[bytes], /) -> Awaitable[None]: ...
+    def standing(self, peer_id: str, /) -> Standing: ...
+
+    def told(self, charters: Sequence[bytes], grants: Sequence[bytes], /) -> Awaitable[None]: ...
 
 
 class Answering:
     """The serving end."""
 
     def __init__(
-        self, transport: Transport, store: MemoryStore, charters: Charters, search: Search, attested: Attested, told: Told
+        self, transport: Transport, store: MemoryStore, charters: Charters, search: Search, attested: Attested, peers: Peers
     ) -> None:
         self._transport = transport
         self._store = store
         self._charters = charters
         self._search = search
         self._attested = attested
-        self._told = told
+        self._peers = peers
         self._sent = Budget(SERVED_BYTES_PER_S, SERVED_BYTES_BURST)
         self._searches = Budget(SEARCHES_PER_S, SEARCHES_BURST)
         self._tellings = Budget(TOLD_PER_S, TOLD_BURST)
@@ -106,6 +113,8 @@ class Answering:
         return charter is not None and rules.may_read(charter, peer)
 
     async def _handle(self, stream: Stream) -> None:
+        if self._peers.standing(stream.peer_id) is Standing.DROPPED:
+            raise PeerError(f"peer {stream.peer_id} sent bad blocks lately and is not served", peer="")
         with trio.move_on_after(ANSWER_TIMEOUT_S):
             try:
                 ask = MESSAGES.unpack(await stream.receive())
@@ -117,6 +126,10 @@ class Answering:
             except MalformedError as error:
                 error.peer = stream.peer_id
                 raise
+            except LocalError as error:
+                # What is wrong with this node's disk is no peer's business.
+                log.error("not_answered", peer_id=stream.peer_id, reason=error.cause, fix=error.fix)
+                answer = Declined("this node cannot answer now")
             except NexusError as error:
                 answer = Declined(error.cause.encode()[:REASON_BYTES_MAX].decode(errors="ignore"))
             frame = MESSAGES.pack(answer)
@@ -129,12 +142,12 @@ class Answering:
         peer = public_key_of(peer_id)
         match ask:
             case CollectionsAsk():
-                return self._collections(ask, peer)
+                return await trio.to_thread.run_sync(self._collections, ask, peer)
             case Collections(charters, grants):
                 # Told without having asked: what is known here and newer is taken, like any other answer.
                 if self._tellings.take(peer_id, 1) > 0:
                     raise CapacityError("too many charters at once", "Tell of the last one only")
-                await self._told(charters, grants)
+                await self._peers.told(charters, grants)
                 return Collections((), ())
             case BlocksAsk(ids):
                 return await self._blocks(ids, peer)
@@ -170,7 +183,7 @@ class Answering:
 
     async def _blocks(self, ids: Sequence[bytes], peer: bytes) -> Blocks:
         readable = await trio.to_thread.run_sync(self._readable, ids, peer)
-        batches = await trio.to_thread.run_sync(self._store.batches, readable, ANSWER_BYTES_MAX)
+        batches = await trio.to_thread.run_sync(self._store.batches, readable, BLOCKS_BYTES_MAX)
         return Blocks(tuple(batch.to_bytes() for batch in batches))
 
     def _readable(self, ids: Sequence[bytes], peer: bytes) -> list[bytes]:

@@ -5,16 +5,21 @@ All of it is kept in the memory store. A charter of somebody else is kept while 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from secrets import token_bytes
 
-from nexus.core.errors import CapacityError, NotAllowedError, NotFoundError, UsageError, VerificationError
+import structlog
+
+from nexus.core.errors import CapacityError, NotAllowedError, NotFoundError, PeerError, UsageError, VerificationError
 from nexus.core.keys import Identity, peer_id_of
 from nexus.memory import collection as rules
 from nexus.memory.collection import Charter, SignedCharter
 from nexus.memory.sealing import EPOCH_KEY_BYTES, SignedKeyGrant, deliver, key_hash, receive
 from nexus.storage.memory.store import MemoryStore
+
+log = structlog.get_logger("nexus.memory.charters")
 
 FOLLOWED_MAX = 256
 NOTED_MAX = 256
@@ -22,35 +27,43 @@ _CHARTER, _FOLLOWED, _KEY, _GRANT = "charter", "followed", "epoch-key", "key-gra
 
 
 class Charters:
-    """`now_ms`: Unix time. Methods raise LocalError where the disk stands in the way."""
+    """`now_ms`: Unix time. Methods raise LocalError where the disk stands in the way. Any thread: changes go one at a time."""
 
     def __init__(self, store: MemoryStore, identity: Identity, now_ms: Callable[[], int]) -> None:
         self._store = store
         self._identity = identity
         self._now_ms = now_ms
+        self._changing = threading.RLock()
         self._signed: dict[bytes, SignedCharter] = {}
         self._charters: dict[bytes, Charter] = {}
         # Of collections that a user looked into without following them: forgotten with time.
-        self._noted: OrderedDict[bytes, Charter] = OrderedDict()
+        self._noted: OrderedDict[bytes, SignedCharter] = OrderedDict()
         self._followed: set[bytes] = set()
         self._keys: dict[bytes, dict[int, bytes]] = {}
         self._grants: dict[bytes, dict[tuple[int, bytes], bytes]] = {}
 
     def load(self) -> None:
-        for data in self._store.documents(_CHARTER).values():
-            signed = SignedCharter.from_bytes(data)
+        """What is damaged is left out: charters and keys of others come again from peers."""
+        for data in self._store.sound_documents(_CHARTER).values():
+            try:
+                signed = SignedCharter.from_bytes(data)
+                signed.verify()
+            except PeerError as error:
+                log.error("charter_left_out", reason=error.cause)
+                continue
             self._signed[signed.charter.id] = signed
             self._charters[signed.charter.id] = signed.charter
-        self._followed = set(self._store.documents(_FOLLOWED))
-        for key, data in self._store.documents(_KEY).items():
+        self._followed = set(self._store.sound_documents(_FOLLOWED))
+        for key, data in self._store.sound_documents(_KEY).items():
             self._keys.setdefault(key[:32], {})[int.from_bytes(key[32:], "big")] = data
-        for key, data in self._store.documents(_GRANT).items():
+        for key, data in self._store.sound_documents(_GRANT).items():
             self._grants.setdefault(key[:32], {})[int.from_bytes(key[32:36], "big"), key[36:]] = data
 
     # --- what there is -----------------------------------------------------------------------------------------------------------
 
     def find(self, collection: bytes) -> Charter | None:
-        return self._charters.get(collection) or self._noted.get(collection)
+        noted = self._noted.get(collection)
+        return self._charters.get(collection) or (noted.charter if noted is not None else None)
 
     def of(self, collection: bytes) -> Charter:
         """Raises NotFoundError."""
@@ -79,7 +92,7 @@ class Charters:
         charter = self.find(collection)
         if charter is None:
             return collection.hex()[:16]
-        alone = not any(other.name == charter.name and other.id != charter.id for other in self._charters.values())
+        alone = not any(other.name == charter.name and other.id != charter.id for other in list(self._charters.values()))
         return charter.name if alone else f"{charter.name}@{peer_id_of(charter.owner)}"
 
     def resolve(self, reference: str) -> Charter:
@@ -103,6 +116,10 @@ class Charters:
 
     def create(self, name: str, mode: int, others: Sequence[bytes], model: str, fingerprint: bytes) -> Charter:
         """A new collection of this node, followed from now on. `others`: who may write too. Raises UsageError."""
+        with self._changing:
+            return self._create(name, mode, others, model, fingerprint)
+
+    def _create(self, name: str, mode: int, others: Sequence[bytes], model: str, fingerprint: bytes) -> Charter:
         owner = self._identity.public_key
         if rules.collection_id(owner, name) in self._charters:
             raise UsageError(
@@ -129,16 +146,23 @@ class Charters:
     def grant(self, charter: Charter, peer: bytes, *, write: bool) -> Charter:
         """Raises NotAllowedError for another owner's collection, UsageError, CapacityError."""
         self._check_own(charter)
-        changed = rules.grant(charter, peer, write=write, issued_ms=self._now_ms())
-        if charter.mode == rules.PRIVATE:
-            for epoch, key in sorted(self._keys[charter.id].items()):
-                self._keep_grant(charter, epoch, peer, key)
-        self._keep(SignedCharter.sign(changed, self._identity))
-        return changed
+        with self._changing:
+            # As it is by now: another change of it may have come before.
+            charter = self.of(charter.id)
+            changed = rules.grant(charter, peer, write=write, issued_ms=self._now_ms())
+            if charter.mode == rules.PRIVATE:
+                for epoch, key in sorted(self.keys(charter.id).items()):
+                    self._keep_grant(charter, epoch, peer, key)
+            self._keep(SignedCharter.sign(changed, self._identity))
+            return changed
 
     def revoke(self, charter: Charter, peer: bytes, *, may_still_read: bool) -> Charter:
         """Raises as `grant` does, and NotFoundError for one who had no such right."""
         self._check_own(charter)
+        with self._changing:
+            return self._revoke(self.of(charter.id), peer, may_still_read)
+
+    def _revoke(self, charter: Charter, peer: bytes, may_still_read: bool) -> Charter:
         rotate = charter.mode == rules.PRIVATE and not may_still_read and peer in charter.readers()
         key = token_bytes(EPOCH_KEY_BYTES) if rotate else b""
         changed = rules.revoke(
@@ -156,16 +180,18 @@ class Charters:
     def take(self, signed: SignedCharter) -> bool:
         """A charter from elsewhere; whether it is news. Raises MalformedError, VerificationError."""
         charter = signed.verify()
-        known = self._signed.get(charter.id)
-        if known is not None and rules.newest(known, signed) is known:
-            return False
-        self._keep(signed)
-        return True
+        with self._changing:
+            known = self._signed.get(charter.id)
+            if known is not None and rules.newest(known, signed) is known:
+                return False
+            self._keep(signed)
+            return True
 
     def note(self, charters: Iterable[bytes], ids: Collection[bytes]) -> None:
         """Charters of collections that are looked into and not followed. Raises MalformedError, VerificationError."""
         for signed in read_charters(charters, "", ids):
-            self._noted[signed.charter.id] = signed.charter
+            # Whoever is asked may have an older one.
+            self._noted[signed.charter.id] = rules.newest(self._noted.get(signed.charter.id, signed), signed)
             self._noted.move_to_end(signed.charter.id)
         while len(self._noted) > NOTED_MAX:
             self._noted.popitem(last=False)
@@ -174,23 +200,26 @@ class Charters:
         """A key of a private collection, sealed to this node; whether it is news. Raises MalformedError, VerificationError."""
         signed = SignedKeyGrant.from_bytes(data)
         grant = signed.grant
-        charter = self._charters.get(grant.collection)
-        if charter is None or grant.epoch in self._keys.get(grant.collection, {}):
-            return False
-        key = receive(signed, charter, self._identity)
-        self._store.put_document(_KEY, grant.collection + grant.epoch.to_bytes(4, "big"), key)
-        self._keys.setdefault(grant.collection, {})[grant.epoch] = key
-        return True
+        with self._changing:
+            charter = self._charters.get(grant.collection)
+            if charter is None or grant.epoch in self.keys(grant.collection):
+                return False
+            key = receive(signed, charter, self._identity)
+            self._store.put_document(_KEY, grant.collection + grant.epoch.to_bytes(4, "big"), key)
+            self._keys.setdefault(grant.collection, {})[grant.epoch] = key
+            return True
 
     def follow(self, collection: bytes) -> None:
         """Raises CapacityError."""
-        self._check_room(collection)
-        self._store.put_document(_FOLLOWED, collection, b"")
-        self._followed.add(collection)
+        with self._changing:
+            self._check_room(collection)
+            self._store.put_document(_FOLLOWED, collection, b"")
+            self._followed.add(collection)
 
     def unfollow(self, collection: bytes) -> None:
-        self._store.remove_document(_FOLLOWED, collection)
-        self._followed.discard(collection)
+        with self._changing:
+            self._store.remove_document(_FOLLOWED, collection)
+            self._followed.discard(collection)
 
     def _check_room(self, collection: bytes) -> None:
         if collection not in self._followed and len(self._followed) >= FOLLOWED_MAX:

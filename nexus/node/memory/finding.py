@@ -1,7 +1,8 @@
 """Who has a collection or a block: peers that are connected, and those that announce it on the DHT.
 
-A node announces the collections that it follows, by id and, where anybody may read them, by name, and the newest blocks that it
-wrote. The DHT is told by hash: who does not know an id or a name learns nothing from it.
+A node announces the collections that it follows, by id and name, and the newest blocks that it wrote. The DHT is told by hash: who
+does not know an id or a name learns nothing from it. The id of a private collection follows from its owner and its name, which
+others may guess: it is announced under a hash of its key, which members alone have.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from nexus.core.errors import CapacityError, NotFoundError, PeerError, TimedOutE
 from nexus.core.hashing import tagged_hash
 from nexus.core.keys import peer_id_of, public_key_of
 from nexus.memory import collection as rules
-from nexus.memory.batch import SignedBatch
+from nexus.memory.batch import SignedBatch, open_batch
 from nexus.memory.block import block_id
 from nexus.memory.collection import SignedCharter
 from nexus.network.transport import Transport
@@ -26,14 +27,20 @@ log = structlog.get_logger("nexus.memory.find")
 
 ANNOUNCED_BLOCKS_MAX = 128
 ANNOUNCED_COLLECTIONS_MAX = 128
+EPOCHS_ANNOUNCED = 2
 ASKED_AT_ONCE = 8
 ASKED_MAX = 32
 FIND_TIMEOUT_S = 20.0
 
 
 def collection_key(collection: bytes) -> bytes:
-    """The DHT key of those who follow a collection."""
+    """The DHT key of those who follow a collection that anybody may read."""
     return tagged_hash("memory-collection", collection)
+
+
+def members_key(collection: bytes, epoch_key: bytes) -> bytes:
+    """The DHT key of the members of a private collection. `epoch_key`: of one of its epochs."""
+    return tagged_hash("memory-collection-members", collection, epoch_key)
 
 
 def name_key(name: str) -> bytes:
@@ -60,12 +67,23 @@ class Finding:
         keys: dict[bytes, None] = {}
         for collection in self._charters.followed()[:ANNOUNCED_COLLECTIONS_MAX]:
             charter = self._charters.find(collection)
-            keys[collection_key(collection)] = None
+            keys |= dict.fromkeys(self._keys_of(collection))
             if charter is not None and charter.mode != rules.PRIVATE:
                 keys[name_key(charter.name)] = None
         for identifier in self._newest(ANNOUNCED_BLOCKS_MAX):
             keys[block_key(identifier)] = None
         return list(keys)
+
+    def _keys_of(self, collection: bytes) -> list[bytes]:
+        """Under which DHT keys those who follow a collection are found."""
+        charter = self._charters.find(collection)
+        if charter is None:
+            return []
+        if charter.mode != rules.PRIVATE:
+            return [collection_key(collection)]
+        # Also the one before the newest: not every member has that yet.
+        newest = sorted(self._charters.keys(collection).items(), reverse=True)[:EPOCHS_ANNOUNCED]
+        return [members_key(collection, key) for _, key in newest]
 
     async def collection(self, reference: str, peer_id: str | None) -> tuple[SignedCharter, tuple[bytes, ...]]:
         """The charter that a user means by NAME or NAME@PEER, and keys sealed to this node, from `peer_id` or whoever has it.
@@ -76,7 +94,7 @@ class Finding:
         async def ask(peer: str) -> None:
             answer = await self._asking.collections(peer, name=name)
             try:
-                charters = read_charters(answer.charters, name, ())
+                charters = await trio.to_thread.run_sync(read_charters, answer.charters, name, ())
             except PeerError as error:
                 error.peer = peer
                 raise
@@ -116,7 +134,7 @@ class Finding:
                 found(peer)
 
         async def look() -> None:
-            for peer in await self._candidates([collection_key(collection)], connected=False):
+            for peer in await self._candidates(self._keys_of(collection), connected=False):
                 found(peer)
 
         with trio.move_on_after(FIND_TIMEOUT_S):
@@ -126,18 +144,22 @@ class Finding:
                     nursery.start_soon(ask_all, self._connected(), ask, ASKED_AT_ONCE)
 
     async def block(self, identifier: bytes) -> tuple[str, SignedBatch]:
-        """A peer that has a block, and the block in its batch, its id checked and nothing else. Raises NotFoundError."""
+        """A peer that has a block, and the block in its batch, its id and its author checked and nothing else. Raises
+        NotFoundError."""
         found: list[tuple[str, SignedBatch]] = []
         with trio.move_on_after(FIND_TIMEOUT_S), trio.CancelScope() as enough:
 
             async def ask(peer: str) -> None:
                 for batch in await self._asking.blocks(peer, [identifier]):
                     if [block_id(data) for data in batch.blocks] == [identifier]:
+                        # One whose proof is forged does not keep this node from the next who has the block.
+                        await trio.to_thread.run_sync(open_batch, batch)
                         found.append((peer, batch))
                         enough.cancel()
 
             await ask_all(self._connected(), ask, ASKED_AT_ONCE)
-            keys = [block_key(identifier), *map(collection_key, self._charters.followed()[:ASKED_AT_ONCE])]
+            followed = self._charters.followed()[:ASKED_AT_ONCE]
+            keys = [block_key(identifier), *(key for collection in followed for key in self._keys_of(collection))]
             await ask_all(await self._candidates(keys, connected=False), ask, ASKED_AT_ONCE)
         if not found:
             raise NotFoundError(

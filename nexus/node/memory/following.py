@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+import structlog
 import trio
 
-from nexus.core.errors import (
-    NotAllowedError,
-    NotFoundError,
-    UsageError,
-)
+from nexus.core.errors import NotAllowedError, NotFoundError, PeerError, UsageError
 from nexus.core.keys import public_key_of
 from nexus.memory import collection as rules
-from nexus.memory.collection import Charter
+from nexus.memory.collection import Charter, SignedCharter
 from nexus.node.memory.api import (
     CollectionView,
     SyncView,
 )
 from nexus.node.memory.parts import Parts
 from nexus.node.memory.views import collection_view
+
+log = structlog.get_logger("nexus.memory")
 
 
 class Following:
@@ -53,7 +52,7 @@ class Following:
         if mode not in ("public", "writers", "private"):
             raise UsageError(f"there is no kind of collection {mode!r}", "Choose public, writers or private")
         others = [public_key_of(self._parts.find_peer(writer)) for writer in writers]
-        number = rules.MODE_NAMES.index(mode)
+        number = {name: number for number, name in rules.MODE_NAMES.items()}[mode]
         charter = await trio.to_thread.run_sync(self._parts.charters.create, name, number, others, "", b"")
         self._parts.syncing.followed(charter.id)
         return await self._one_collection(charter)
@@ -79,14 +78,22 @@ class Following:
         if charter is None:
             signed, grants = await self._parts.finding.collection(name, peer_id)
             charter = signed.charter
-            await trio.to_thread.run_sync(self._parts.charters.take, signed)
-            for grant in grants:
-                await trio.to_thread.run_sync(self._parts.charters.take_grant, grant)
+            await trio.to_thread.run_sync(self._take, signed, grants)
+            await self._charters_changed([charter.id])
         if not rules.may_read(charter, self._parts.identity.public_key):
             raise NotAllowedError(f"{name!r} is private and you are not in it", "Ask its owner: nexus collection grant")
         await trio.to_thread.run_sync(self._parts.charters.follow, charter.id)
         self._parts.syncing.followed(charter.id)
         return await self._one_collection(charter)
+
+    def _take(self, signed: SignedCharter, grants: Sequence[bytes]) -> None:
+        """One peer's bad keys do not keep a user from what another says."""
+        self._parts.charters.take(signed)
+        for grant in grants:
+            try:
+                self._parts.charters.take_grant(grant)
+            except PeerError as error:
+                log.info("key_refused", reason=error.cause)
 
     def _known(self, name: str, peer_id: str | None) -> Charter | None:
         """A collection that is known here, unless a peer is named whose own it is not."""

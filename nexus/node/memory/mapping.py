@@ -69,9 +69,9 @@ class Anchors:
         return found
 
 
-def best_map(store: MemoryStore, collections: Sequence[bytes], source: bytes, now_ms: int) -> SpaceMap | None:
-    """The map from a model (its fingerprint) to another with the best recall that was published in these collections, if it is good
-    enough to answer. Runs in a worker thread. Raises LocalError."""
+def best_map(store: MemoryStore, collections: Sequence[bytes], source: bytes, dimension: int, now_ms: int) -> SpaceMap | None:
+    """The map from a model (its fingerprint and dimension) to another with the best recall that was published in these collections,
+    if it is good enough to answer. Runs in a worker thread. Raises LocalError."""
     blocks = store.listing(Filters(collections=tuple(collections), kinds=(MAP,)), PARTS_READ_MAX, now_ms)
     parts: dict[tuple[bytes, bytes], dict[int, bytes]] = {}
     for stored in blocks:
@@ -87,6 +87,6 @@ def best_map(store: MemoryStore, collections: Sequence[bytes], source: bytes, no
             space_map = join_parts(list(whole.values()))
         except MalformedError:
             continue
-        if space_map.may_answer:
+        if space_map.may_answer and space_map.source_dimension == dimension:
             found.append(space_map)
     return max(found, key=lambda one: (one.recall_ppm, one.target), default=None)

@@ -8,6 +8,8 @@ from contextlib import suppress
 import trio
 
 from nexus.core.errors import (
+    CapacityError,
+    LocalError,
     MalformedError,
     NotFoundError,
     PeerError,
@@ -40,6 +42,8 @@ from nexus.storage.memory import records
 from nexus.storage.memory.records import Near, Query, State, StoredBlock
 
 COLLECTIONS_ASKED_MAX = 16
+# A user waits no longer for what others say of a block.
+RECEIPTS_TIMEOUT_S = 2.0
 
 
 class Reading:
@@ -60,7 +64,11 @@ class Reading:
         filters = await self._filters(request.filters, look_around=request.network)
         space_map = await trio.to_thread.run_sync(self._map, embedder, filters.collections)
         if space_map is not None:
-            vector = space_map.apply(vector[None])[0]
+            try:
+                vector = space_map.apply(vector[None])[0]
+            except UsageError:
+                # Its author's affair: without it the words are left.
+                space_map = None
         query = Query(
             k=request.k,
             vector=vector,
@@ -82,7 +90,7 @@ class Reading:
         spaces = [space for space in self._parts.store.stats().spaces if space.collection in chosen and space.vectors]
         if not spaces or any(space.fingerprint == embedder.fingerprint for space in spaces):
             return None
-        found = best_map(self._parts.store, sorted(chosen), embedder.fingerprint, self._parts.now_ms())
+        found = best_map(self._parts.store, sorted(chosen), embedder.fingerprint, embedder.dimension, self._parts.now_ms())
         return found if found is not None and any(space.fingerprint == found.target for space in spaces) else None
 
     async def _whom_to_ask(self, collections: Sequence[bytes], deadline_s: float) -> list[tuple[Charter, str]]:
@@ -152,9 +160,10 @@ class Reading:
 
     async def _receipts_now(self, stored: StoredBlock) -> None:
         """Ask once for what attests a block that a user looks at."""
-        for peer_id in self._parts.syncing.peers_of(stored.collection)[:2]:
-            with suppress(PeerError, TimedOutError):
-                await self._parts.witnessing.ask_peer(peer_id, [stored.id])
+        with trio.move_on_after(RECEIPTS_TIMEOUT_S):
+            for peer_id in self._parts.syncing.peers_of(stored.collection)[:2]:
+                with suppress(PeerError, TimedOutError, CapacityError, LocalError):
+                    await self._parts.witnessing.ask_peer(peer_id, [stored.id])
 
     async def _fetch(self, identifier: bytes) -> BlockView:
         """A block that is not here. It is kept where its collection is followed, else only shown."""

@@ -16,25 +16,35 @@ import numpy as np
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, PeerError, RefusedError, TimedOutError, UsageError
+from nexus.core.errors import (
+    CapacityError,
+    LocalError,
+    MalformedError,
+    PeerError,
+    RefusedError,
+    TimedOutError,
+    UsageError,
+    VerificationError,
+)
 from nexus.core.keys import public_key_of
 from nexus.memory.batch import SignedBatch, open_batch
 from nexus.memory.block import LANG_BYTES_MAX, TAG_BYTES_MAX, TAGS_MAX
 from nexus.memory.collection import Charter
 from nexus.memory.item_set import Item
 from nexus.memory.quantise import quantise, read_codes, restore
-from nexus.memory.validate import CheckSky
+from nexus.memory.validate import CheckSky, Fault
 from nexus.node.memory.accepting import Accepting
 from nexus.node.memory.asking import Asking
 from nexus.node.memory.charters import Charters
 from nexus.node.memory.messages import AUTHORS_MAX, HITS_MAX, QUERY_BYTES_MAX, SearchAsk
-from nexus.storage.memory.records import Filters, Near, Query, SearchResult
+from nexus.storage.memory.records import Filters, Near, Query, SearchResult, State
 from nexus.storage.memory.store import MemoryStore
 
 log = structlog.get_logger("nexus.memory.search")
 
 PEERS_MAX = 16
 ANSWERED = "answered"
+_SHOWN = (State.LIVE, State.PRUNED)
 _SCRATCH_BYTES = 256 * 1024 * 1024
 
 
@@ -93,17 +103,21 @@ class Searching:
         """Here and at these peers, each for the collection beside it, until the deadline. Raises UsageError, LocalError."""
         heard = [Heard(peer_id) for _, peer_id in asked]
         sources: dict[bytes, str] = {}
+        # What cannot be asked is the caller's fault, and no peer's.
+        asks = [ask_of(query, charter.id) for charter, _ in asked]
         async with self._scratch() as (scratch, into_scratch):
 
             async def one(at: int, charter: Charter, peer_id: str) -> None:
                 began_s = trio.current_time()
                 try:
-                    batches = await self._asking.search(peer_id, ask_of(query, charter.id))
+                    batches = await self._asking.search(peer_id, asks[at])
                     await self._take(batches, charter, peer_id, heard[at], sources, into_scratch)
                     heard[at].outcome = ANSWERED
                 except RefusedError as error:
                     heard[at].outcome = f"declined: {error.cause.partition(': ')[2]}"
-                except (PeerError, TimedOutError, CapacityError) as error:
+                except (PeerError, TimedOutError, CapacityError, LocalError) as error:
+                    if isinstance(error, MalformedError | VerificationError):
+                        self._offend(peer_id)
                     log.info("search_not_answered", peer_id=peer_id, reason=error.cause)
                     heard[at].outcome = error.code
                 finally:
@@ -134,20 +148,28 @@ class Searching:
     ) -> None:
         """Check what a peer found: kept where this node follows the collection, else for this search alone."""
         sender = public_key_of(peer_id)
-        opened = [one for batch in batches for one in open_batch(batch)]
+        opened = await trio.to_thread.run_sync(lambda: [one for batch in batches for one in open_batch(batch)])
         if any(one.block.collection != charter.id for one in opened) or len(opened) > HITS_MAX:
-            self._offend(peer_id)
-            raise PeerError(f"peer {peer_id} answered with other blocks than were asked for", peer=peer_id)
-        known = await trio.to_thread.run_sync(self._store.known, [one.id for one in opened])
-        taken = await into_scratch.take(batches, sender)
+            raise VerificationError(f"peer {peer_id} answered with other blocks than were asked for", peer=peer_id)
+        ids = [one.id for one in opened]
+        known = await trio.to_thread.run_sync(self._store.get_many, ids)
+        # What was taken away or replaced here is not shown because somebody still has it.
+        gone = {identifier for identifier, stored in known.items() if stored.state not in _SHOWN}
+        taken = await into_scratch.take(batches, sender, without=gone)
         refused = {identifier for identifier, _ in taken.refused}
-        good = [one.id for one in opened if one.id not in refused]
+        if any(refusal.fault is Fault.SENDER for _, refusal in taken.refused):
+            self._offend(peer_id)
+        good = [identifier for identifier in ids if identifier not in refused]
         heard.refused, heard.blocks = len(refused), len(good)
         for identifier in good:
             if identifier not in known:
                 sources.setdefault(identifier, peer_id)
         if self._charters.follows(charter.id):
-            await self._accepting.take(batches, sender)
+            try:
+                await self._accepting.take(batches, sender)
+            except LocalError as error:
+                # What was found can be shown all the same.
+                log.error("found_and_not_kept", reason=error.cause, fix=error.fix)
 
     @asynccontextmanager
     async def _scratch(self) -> AsyncIterator[tuple[MemoryStore, Accepting]]:

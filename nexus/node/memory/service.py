@@ -129,7 +129,7 @@ class Memory:
         )
         self._finding = Finding(transport, self._charters, self._asking, self._newest_own)
         self._answering = Answering(
-            transport, store, self._charters, self._searching.for_peer, self._witnessing.attested, self._syncing.told
+            transport, store, self._charters, self._searching.for_peer, self._witnessing.attested, self._syncing
         )
         self._write_lock = trio.Lock()
         self._newest: list[bytes] = []
@@ -152,7 +152,7 @@ class Memory:
             now_ms=now_ms,
         )
         self._reading = Reading(parts)
-        self._upkeep = Upkeep(parts, self._reading.resolve)
+        self._upkeep = Upkeep(parts, self._reading.resolve, self._charters_changed)
         self._following = Following(parts, self._charters_changed)
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
@@ -285,7 +285,8 @@ class Memory:
         return self._newest[:most]
 
     def _read_newest_own(self, most: int) -> list[bytes]:
-        public = tuple(each for each in self._charters.followed() if self._charters.of(each).mode != rules.PRIVATE)
+        followed = [charter for charter in self._charters.all() if self._charters.follows(charter.id)]
+        public = tuple(charter.id for charter in followed if charter.mode != rules.PRIVATE)
         if not public:
             return []
         own = records.Filters(collections=public, authors=(self._identity.public_key,))

@@ -6,6 +6,7 @@ the clock. Peers that follow the same collections are found by asking those who 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,16 +26,18 @@ from nexus.core.errors import (
     RefusedError,
     TimedOutError,
     UnreachableError,
+    VerificationError,
 )
 from nexus.core.keys import public_key_of
 from nexus.core.record import Record
 from nexus.memory import collection as rules
 from nexus.memory.block import block_id
 from nexus.memory.item_set import SALT_BYTES, Item, ItemSet, View
+from nexus.memory.sealing import SignedKeyGrant
 from nexus.memory.sync import Check, Checked, Heard, Load, Loaded, Outcome, SyncResponder, SyncSession
 from nexus.memory.sync_conduct import Standing
 from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, News, Open, Told, told_items
-from nexus.memory.sync_schedule import Start, SyncSchedule, SyncStatus
+from nexus.memory.sync_schedule import PAIRS_MAX, Start, SyncSchedule, SyncStatus
 from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
 from nexus.node.memory.asking import Asking, ask_all
 from nexus.node.memory.budgets import Budget
@@ -48,7 +51,11 @@ SYNC = ProtocolSpec(
     PROTOCOL_ID, frame_max=FRAME_MAX, read_timeout_s=60.0, streams_per_peer_max=4, bytes_per_peer_s=16 * 1024 * 1024
 )
 _GONE = (State.REMOVED, State.EXPIRED)
+# The hashes of a proof come on top of what the store counts: of so many blocks of the largest batch some 1,100.
+_LOADED_BYTES_MAX = BATCHES_BYTES_MAX - 40 * 1024
 POLL_S = 1.0
+# What failed for this node's own reasons is tried again after so long.
+AGAIN_S = 15.0
 MEET_EVERY_S = 120.0
 MEET_AT_ONCE = 4
 TOLD_GRANTS_MAX = 16
@@ -106,8 +113,13 @@ class Syncing:
         # Of each set, the ids of blocks that were taken away or have expired: not in it, and not wanted again.
         self._gone: dict[bytes, frozenset[bytes]] = {}
         self._stale: set[bytes] = set()
+        # Of sets that are being read, what was stored since that began.
+        self._arrived: dict[bytes, list[Item]] = {}
         self._set_lock = trio.Lock()
-        self._counts: dict[tuple[str, bytes], _Count] = {}
+        # Collections whose rules or keys are new, and where that has not been put into effect.
+        self._unapplied: set[bytes] = set()
+        self._counts: OrderedDict[tuple[str, bytes], _Count] = OrderedDict()
+        self._connected: set[str] = set()
         self._news: dict[bytes, list[Item]] = {}
         self._wake = trio.Event()
         self._met_s: dict[str, float] = {}
@@ -120,6 +132,8 @@ class Syncing:
         known = self._sets.get(collection)
         if known is not None:
             known.add(items)
+        if collection in self._arrived:
+            self._arrived[collection].extend(items)
         if self._charters.follows(collection):
             pending = self._news.setdefault(collection, [])
             pending.extend(items)
@@ -140,6 +154,8 @@ class Syncing:
     def unfollowed(self, collection: bytes) -> None:
         self._schedule.remove(collection)
         self._sets.pop(collection, None)
+        self._gone.pop(collection, None)
+        self._stale.discard(collection)
         self._news.pop(collection, None)
 
     def status(self) -> list[tuple[SyncStatus, int, int]]:
@@ -208,10 +224,10 @@ class Syncing:
     async def _keep_meeting(self) -> None:
         """Ask every connected peer which of this node's collections it has too: at contact, and again now and then."""
         async with trio.open_nursery() as nursery:
-            connected: set[str] = set()
             while True:
                 now_s = trio.current_time()
-                before, connected = connected, {connection.peer_id for connection in self._transport.connections()}
+                connected = {connection.peer_id for connection in self._transport.connections()}
+                before, self._connected = self._connected, set(connected)
                 for peer_id in before - connected:
                     self._schedule.lost(peer_id)
                     self._met_s.pop(peer_id, None)
@@ -236,6 +252,8 @@ class Syncing:
             common = await self.take_charters(answer.charters, answer.grants, "", followed)
         except (PeerError, TimedOutError, CapacityError, LocalError) as error:
             log.info("not_met", peer_id=peer_id, reason=error.cause)
+            if isinstance(error, MalformedError | VerificationError):
+                self.offend(peer_id)
             return
         finally:
             self._meeting.discard(peer_id)
@@ -248,7 +266,7 @@ class Syncing:
         self._wake_up()
 
     async def tell_charter(self, collection: bytes) -> None:
-        """A charter was changed here: hand it, and the keys that go with it, to the members that are in reach."""
+        """A charter was changed here: hand it, and the keys that go with it, to those in reach who follow it or are named in it."""
         signed = self._charters.signed(collection)
         if signed is None:
             return
@@ -258,11 +276,19 @@ class Syncing:
             # Whoever was in it before is told as well that it is not any more; keys are sealed to whom they are for.
             await self._asking.tell(peer_id, [signed.to_bytes()], self._charters.grants_for(collection, peer)[-TOLD_GRANTS_MAX:])
 
-        await ask_all(self.peers_of(collection), tell, MEET_AT_ONCE)
+        # A member that began to follow it only now was not met over it yet, and could not read what is sealed with a new key.
+        named = set(signed.charter.readers())
+        connected = sorted({connection.peer_id for connection in self._transport.connections()})
+        in_it = [peer_id for peer_id in connected if public_key_of(peer_id) in named]
+        await ask_all(list(dict.fromkeys([*self.peers_of(collection), *in_it])), tell, MEET_AT_ONCE)
 
     async def told(self, charters: Sequence[bytes], grants: Sequence[bytes], /) -> None:
-        """A peer tells of charters that were changed. Raises MalformedError, VerificationError, LocalError."""
-        await self.take_charters(charters, grants, "", [charter.id for charter in self._charters.all()])
+        """A peer tells of charters that were changed. Raises MalformedError, LocalError. What is wrong with them is not said, or it
+        would tell strangers what is known here."""
+        try:
+            await self.take_charters(charters, grants, "", [charter.id for charter in self._charters.all()])
+        except VerificationError as error:
+            log.info("told_in_vain", reason=error.cause)
 
     async def take_charters(
         self, charters: Sequence[bytes], grants: Sequence[bytes], name: str, ids: Iterable[bytes]
@@ -270,21 +296,35 @@ class Syncing:
         """Keep what is newer in a peer's answer about collections that are known here; the ids of all that are in it. Raises
         MalformedError, VerificationError, LocalError."""
         asked = set(ids)
+        changed: dict[bytes, None] = {}
 
-        def take() -> tuple[list[bytes], bool]:
+        def take() -> list[bytes]:
             found = read_charters(charters, name, asked)
-            news = False
             for signed in found:
-                if self._charters.find(signed.charter.id) is not None:
-                    news |= self._charters.take(signed)
-            for grant in grants:
-                news |= self._charters.take_grant(grant)
-            return [signed.charter.id for signed in found], news
+                collection = signed.charter.id
+                known = self._charters.find(collection) is not None or self._charters.follows(collection)
+                if known and self._charters.take(signed):
+                    changed[collection] = None
+            for data in grants:
+                if self._charters.take_grant(data):
+                    changed[SignedKeyGrant.from_bytes(data).grant.collection] = None
+            return [signed.charter.id for signed in found]
 
-        found, news = await trio.to_thread.run_sync(take)
-        if news:
-            await self._charters_changed(found)
-        return found
+        try:
+            return await trio.to_thread.run_sync(take)
+        finally:
+            # What was good before the rest was not has been taken, and has its effect.
+            self._unapplied.update(changed)
+            await self._apply_changes()
+
+    async def _apply_changes(self) -> None:
+        for collection in sorted(self._unapplied):
+            try:
+                await self._charters_changed([collection])
+            except NexusError as error:
+                log.error("charter_not_applied", collection=collection.hex()[:16], reason=error.cause, fix=error.fix)
+            else:
+                self._unapplied.discard(collection)
 
     async def _keep_syncing(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -353,7 +393,14 @@ class Syncing:
 
     async def _check(self, session: SyncSession, start: Start, check: Check) -> None:
         count = self._counts.setdefault((start.peer, start.collection), _Count())
-        checked = await self._accept(check.batches, start.peer, start.collection, check.wanted)
+        if len(self._counts) > PAIRS_MAX:
+            self._counts.popitem(last=False)
+        try:
+            checked = await self._accept(check.batches, start.peer, start.collection, check.wanted)
+        except NexusError:
+            # Some of it may have been stored: the set is read again.
+            self.changed(start.collection)
+            raise
         count.received += len(checked.accepted)
         count.refused += checked.refused
         session.checked(checked)
@@ -365,12 +412,14 @@ class Syncing:
     async def _handle(self, stream: Stream) -> None:
         if self._schedule.standing(stream.peer_id, trio.current_time()) is Standing.DROPPED:
             raise PeerError(f"peer {stream.peer_id} sent bad blocks lately and is not served", peer="")
-        responder = SyncResponder(_Served(self, public_key_of(stream.peer_id)))
+        peer = public_key_of(stream.peer_id)
+        responder = SyncResponder(_Served(self, peer))
         try:
             while True:
                 message = MESSAGES.unpack(await stream.receive())
                 collection = getattr(message, "collection", None)
-                if collection is not None and self._charters.follows(collection):
+                # For others it takes as long whether it is here or not.
+                if collection is not None and self.serves(collection, peer):
                     known = await self._loaded_set(collection)
                     if isinstance(message, Open):
                         await self._comparisons.spend(stream.peer_id, OPEN_COST + len(known))
@@ -394,17 +443,25 @@ class Syncing:
 
     def _load(self, load: Load) -> list[Loaded]:
         """Blocks of another collection that are asked for under this one's name are not there."""
-        rows = self._store.get_many(load.ids)
+        try:
+            rows = self._store.get_many(load.ids)
+        except LocalError:
+            # What is damaged was forgotten: it is wanted again.
+            self.changed(load.collection)
+            raise
         wanted = [each for each in load.ids if each in rows and rows[each].collection == load.collection]
         return [
-            Loaded(batch.to_bytes(), tuple(map(block_id, batch.blocks))) for batch in self._store.batches(wanted, BATCHES_BYTES_MAX)
+            Loaded(batch.to_bytes(), tuple(map(block_id, batch.blocks))) for batch in self._store.batches(wanted, _LOADED_BYTES_MAX)
         ]
 
     def _hear(self, peer_id: str, collection: bytes, items: Sequence[Item], more: int) -> None:
         if collection not in self._sets:
             return
         now_s = trio.current_time()
-        self._schedule.add(peer_id, collection, now_s)
+        # Anybody may publish: only who is connected becomes a peer to exchange with.
+        if any(connection.peer_id == peer_id for connection in self._transport.connections()):
+            self._connected.add(peer_id)
+            self._schedule.add(peer_id, collection, now_s)
         if self._schedule.heard(peer_id, collection, self._lacking(collection, items), more, now_s):
             self._wake_up()
 
@@ -418,25 +475,53 @@ class Syncing:
     async def _loaded_set(self, collection: bytes) -> ItemSet:
         """The set of a followed collection, read from the store when it is first needed."""
         async with self._set_lock:
-            if collection not in self._sets:
-                await self._load_set(collection)
-            return self._sets[collection]
+            known = self._sets.get(collection)
+            return known if known is not None else await self._load_set(collection)
 
-    async def _load_set(self, collection: bytes) -> None:
-        self._sets[collection] = ItemSet()
-        # What is stored while this reads is told to the new set by `added`; whatever comes twice counts once.
-        read = await trio.to_thread.run_sync(lambda: list(self._store.items(collection)))
-        self._sets[collection].add(Item(each.created_ms, each.id) for each in read if each.state not in _GONE)
-        self._gone[collection] = frozenset(each.id for each in read if each.state in _GONE)
+    async def _load_set(self, collection: bytes) -> ItemSet:
+        """Read it from the store. An earlier one stands until this is done. Raises LocalError."""
+
+        def read() -> tuple[ItemSet, frozenset[bytes]]:
+            here, gone = ItemSet(), set()
+            for each in self._store.items(collection):
+                if each.state in _GONE:
+                    gone.add(each.id)
+                else:
+                    here.add([Item(each.created_ms, each.id)])
+            return here, frozenset(gone)
+
+        # What is stored meanwhile may have been read or not; whatever comes twice counts once.
+        arrived = self._arrived[collection] = []
+        try:
+            loaded, gone = await trio.to_thread.run_sync(read)
+        finally:
+            del self._arrived[collection]
+        loaded.add(item for item in arrived if item.id not in gone)
+        if self._charters.follows(collection):
+            self._sets[collection], self._gone[collection] = loaded, gone
+        return loaded
 
     async def _keep_sets(self) -> None:
+        """Read again the sets that blocks have left, and put into effect what failed before."""
+        again_s = 0.0
         while True:
             await trio.sleep(POLL_S)
-            while self._stale:
-                collection = self._stale.pop()
-                if collection in self._sets:
+            if trio.current_time() < again_s:
+                continue
+            failed = False
+            for collection in sorted(self._stale & self._sets.keys()):
+                self._stale.discard(collection)
+                try:
                     async with self._set_lock:
                         await self._load_set(collection)
+                except NexusError as error:
+                    log.error("set_not_read", collection=collection.hex()[:16], reason=error.cause, fix=error.fix)
+                    self._stale.add(collection)
+                    failed = True
+            if self._unapplied:
+                await self._apply_changes()
+            if failed or self._unapplied:
+                again_s = trio.current_time() + AGAIN_S
 
     async def _view(self, collection: bytes, salt: bytes) -> View:
         known = await self._loaded_set(collection)
@@ -469,7 +554,7 @@ class Syncing:
         try:
             with trio.move_on_after(PUBLISH_TIMEOUT_S):
                 await self._transport.publish(_topic(news.collection), news.to_bytes())
-        except (PeerError, TimedOutError, CapacityError) as error:
+        except NexusError as error:
             log.info("gossip_failed", reason=error.cause)
 
     async def _keep_listening(self) -> None:
@@ -489,7 +574,13 @@ class Syncing:
 
     async def _listen(self, collection: bytes, scope: trio.CancelScope) -> None:
         with scope:
-            await self._loaded_set(collection)
+            while True:
+                try:
+                    await self._loaded_set(collection)
+                    break
+                except NexusError as error:
+                    log.error("set_not_read", collection=collection.hex()[:16], reason=error.cause, fix=error.fix)
+                    await trio.sleep(AGAIN_S)
             async with self._transport.subscribe(_topic(collection)) as messages:
                 async for message in messages:
                     self._take_news(collection, message)

@@ -12,8 +12,8 @@ import trio
 
 from nexus.core.encoding import decode, encode
 from nexus.core.errors import (
-    LocalError,
     MalformedError,
+    NexusError,
     PeerError,
     UsageError,
 )
@@ -51,15 +51,23 @@ PART_BYTES_MAX = 1024 * 1024
 REINDEX_AT_ONCE = 256
 REASONS_MAX = 5
 PROBLEMS_MAX = 100
+NOTICES_MAX = 100
 _CHARTER_PART, _BATCH_PART = 1, 2
 
 
 class Upkeep:
-    """See `nexus.node.memory.api` for what is promised. `resolve`: the id that a user means."""
+    """See `nexus.node.memory.api` for what is promised. `resolve`: the id that a user means. `charters_changed`: told of
+    collections whose rules are new."""
 
-    def __init__(self, parts: Parts, resolve: Callable[[str], Awaitable[bytes]]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        resolve: Callable[[str], Awaitable[bytes]],
+        charters_changed: Callable[[Sequence[bytes]], Awaitable[None]],
+    ) -> None:
         self._parts = parts
         self._resolve = resolve
+        self._charters_changed = charters_changed
         self._notices: Counter[str] = Counter()
 
     async def run(self) -> None:
@@ -72,12 +80,13 @@ class Upkeep:
         while True:
             try:
                 more = await trio.to_thread.run_sync(self._parts.store.maintain)
-            except LocalError as error:
+            except NexusError as error:
                 log.error("maintenance_failed", reason=error.cause, fix=error.fix)
                 more = False
             while self._parts.store.notices:
                 notice = self._parts.store.notices.pop(0)
-                self._notices[notice] += 1
+                if notice in self._notices or len(self._notices) < NOTICES_MAX:
+                    self._notices[notice] += 1
                 log.warning("store", notice=notice)
             await trio.sleep(0.01 if more else MAINTAIN_EVERY_S)
 
@@ -85,14 +94,18 @@ class Upkeep:
         while True:
             await trio.sleep(EXPIRE_EVERY_S)
             try:
-                gone = await trio.to_thread.run_sync(self._parts.store.expire, self._parts.now_ms())
-            except LocalError as error:
+                left = await trio.to_thread.run_sync(self._expire)
+            except NexusError as error:
                 log.error("expiry_failed", reason=error.cause, fix=error.fix)
-                continue
-            if gone:
-                found = await trio.to_thread.run_sync(self._parts.store.get_many, gone)
-                for collection in {stored.collection for stored in found.values()}:
-                    self._parts.syncing.changed(collection)
+                # Some may have gone before it failed.
+                left = set(self._parts.charters.followed())
+            for collection in left:
+                self._parts.syncing.changed(collection)
+
+    def _expire(self) -> set[bytes]:
+        """The collections that blocks have left."""
+        gone = self._parts.store.expire(self._parts.now_ms())
+        return {stored.collection for stored in self._parts.store.get_many(gone).values()} if gone else set()
 
     async def prune(self, request: PruneRequest) -> PruneView:
         older_ms = round(request.older_than_s * 1000) if request.older_than_s is not None else None
@@ -150,9 +163,11 @@ class Upkeep:
         if kind == _CHARTER_PART:
             signed = SignedCharter.from_bytes(data)
             charter = signed.verify()
-            await trio.to_thread.run_sync(self._parts.charters.take, signed)
+            news = await trio.to_thread.run_sync(self._parts.charters.take, signed)
             if not self._parts.charters.follows(charter.id):
                 await trio.to_thread.run_sync(self._parts.charters.follow, charter.id)
+            if news:
+                await self._charters_changed([charter.id])
             self._parts.syncing.followed(charter.id)
             return ImportView(0, 0, 0, ())
         taken = await self._parts.accepting.take([SignedBatch.from_bytes(data)], b"")

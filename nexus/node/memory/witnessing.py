@@ -9,12 +9,13 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, LocalError, MalformedError, PeerError, TimedOutError, VerificationError
+from nexus.core.errors import CapacityError, MalformedError, NexusError, PeerError, TimedOutError, VerificationError
 from nexus.core.keys import Identity
 from nexus.memory.block import Block
 from nexus.memory.bracket import (
@@ -79,14 +80,17 @@ class Witnessing:
         self._seen: OrderedDict[bytes, Anchor] = OrderedDict()
 
     def load(self) -> None:
-        """Raises LocalError."""
-        data = self._store.document(_OWN, _LAST)
-        if data is not None:
-            self.last = SignedAttestation.from_bytes(data).attestation
-        self.issued = int.from_bytes(self._store.document(_OWN, _ISSUED) or b"", "big")
-        for identifier, data in self._store.documents(_SEEN).items():
-            attestation = Attestation.from_bytes(data)
-            self._seen[identifier] = Anchor(attestation.witness, attestation.at_ms)
+        """What is damaged is left out: the chain of this node's attestations then begins anew. Raises LocalError."""
+        own = self._store.sound_documents(_OWN)
+        self.issued = int.from_bytes(own.get(_ISSUED, b""), "big")
+        with suppress(MalformedError):
+            self.last = SignedAttestation.from_bytes(own[_LAST]).attestation if _LAST in own else None
+        seen = []
+        for identifier, data in self._store.sound_documents(_SEEN).items():
+            with suppress(MalformedError):
+                attestation = Attestation.from_bytes(data)
+                seen.append((attestation.at_ms, identifier, attestation.witness))
+        self._seen = OrderedDict((identifier, Anchor(witness, at_ms)) for at_ms, identifier, witness in sorted(seen))
 
     def added(self, collection: bytes, items: Sequence[Item], *, own: bool) -> None:
         """Blocks were verified and stored: to be attested, if others wrote them, and in want of receipts."""
@@ -111,7 +115,7 @@ class Witnessing:
             await trio.sleep(self.every_s)
             try:
                 await self.attest()
-            except LocalError as error:
+            except NexusError as error:
                 log.error("attestation_failed", reason=error.cause, fix=error.fix)
 
     async def attest(self) -> None:
@@ -119,9 +123,9 @@ class Witnessing:
         ids = list(self._fresh)
         if not ids:
             return
-        signed = SignedAttestation.sign(self._identity, ids, self._now_ms(), self.last)
 
-        def keep() -> None:
+        def keep() -> Attestation:
+            signed = SignedAttestation.sign(self._identity, ids, self._now_ms(), self.last)
             # The attestation first: whatever receipts get out, no other is ever signed in its place.
             self._store.put_document(_OWN, _LAST, signed.to_bytes())
             self._store.put_document(_OWN, _ISSUED, (self.issued + 1).to_bytes(8, "big"))
@@ -131,9 +135,9 @@ class Witnessing:
                     for identifier, receipt in zip(ids, receipts(signed, ids), strict=True)
                 ]
             )
+            return signed.attestation
 
-        await trio.to_thread.run_sync(keep)
-        self.last = signed.attestation
+        self.last = await trio.to_thread.run_sync(keep)
         self.issued += 1
         for identifier in ids:
             self._fresh.pop(identifier, None)
@@ -169,7 +173,7 @@ class Witnessing:
             for collection, asks in due.items():
                 try:
                     await self._ask(collection, asks)
-                except LocalError as error:
+                except NexusError as error:
                     log.error("receipts_failed", reason=error.cause, fix=error.fix)
 
     async def _ask(self, collection: bytes, asks: dict[bytes, int]) -> None:
@@ -203,17 +207,21 @@ class Witnessing:
                 except (MalformedError, VerificationError) as error:
                     error.peer = peer_id
                     raise
-                if attestation.witness != self._identity.public_key:
+                # Room for receipts is short: strangers' do not take it from those that count here.
+                counts = self._trusted is None or attestation.witness in self._trusted
+                if counts and attestation.witness != self._identity.public_key:
                     checked.append((each.block, attestation, each.receipt))
             self._store.put_receipts([(block, attestation.witness, data) for block, attestation, data in checked])
             for attestation in {attestation.id: attestation for _, attestation, _ in checked}.values():
-                if len(self._seen) < SEEN_MAX and attestation.id not in self._seen:
+                if attestation.id not in self._seen:
                     self._store.put_document(_SEEN, attestation.id, attestation.to_bytes())
             return checked
 
         for _, attestation, _ in await trio.to_thread.run_sync(check):
-            if len(self._seen) < SEEN_MAX:
-                self._seen[attestation.id] = Anchor(attestation.witness, attestation.at_ms)
+            self._seen[attestation.id] = Anchor(attestation.witness, attestation.at_ms)
+        for _ in range(len(self._seen) - SEEN_MAX):
+            oldest, _ = self._seen.popitem(last=False)
+            await trio.to_thread.run_sync(self._store.remove_document, _SEEN, oldest)
 
     def _lacking(self, ids: Iterable[bytes]) -> list[bytes]:
         """Those with fewer witnesses than are wanted, this node not counted."""
@@ -229,8 +237,8 @@ class Witnessing:
 
     def newest_attestations(self, most: int) -> list[bytes]:
         """Ids of the latest attestations of others: what a new block says it comes after."""
-        latest = sorted(self._seen.items(), key=lambda entry: (entry[1].at_ms, entry[0]), reverse=True)
-        return [identifier for identifier, _ in latest[:most]]
+        latest = heapq.nlargest(most, self._seen.items(), key=lambda entry: (entry[1].at_ms, entry[0]))
+        return [identifier for identifier, _ in latest]
 
     def brackets(self, blocks: Sequence[StoredBlock]) -> dict[bytes, Bracket]:
         """What is known of the time of stored blocks, by id. Runs in a worker thread. Raises LocalError."""
@@ -239,7 +247,7 @@ class Witnessing:
         return {stored.id: self._bracket(stored, anchors) for stored in blocks}
 
     def _anchors(self, ids: Collection[bytes]) -> dict[bytes, Anchor]:
-        anchors = {identifier: self._seen[identifier] for identifier in ids if identifier in self._seen}
+        anchors = {identifier: seen for identifier in ids if (seen := self._seen.get(identifier)) is not None}
         for identifier, stored in self._store.get_many([each for each in ids if each not in anchors]).items():
             anchors[identifier] = Anchor(stored.author, stored.created_ms)
         return anchors

@@ -41,7 +41,8 @@ def receipts(connection: sqlite3.Connection, block: bytes) -> dict[bytes, bytes]
 
 def put_document(connection: sqlite3.Connection, kind: str, key: bytes, data: bytes) -> None:
     """In place of an earlier one. Raises CapacityError."""
-    (count,) = connection.execute("SELECT count(*) FROM document").fetchone()
+    query = "SELECT count(*) FROM document WHERE NOT (kind = ? AND key = ?)"
+    (count,) = connection.execute(query, (kind, key)).fetchone()
     if len(data) > DOCUMENT_BYTES_MAX or count >= DOCUMENTS_MAX:
         raise CapacityError(
             f"a document of {len(data)} bytes beside {count} others",

@@ -429,6 +429,15 @@ class MemoryStore:
         """All of one kind. Raises LocalError where one is damaged."""
         return self._documents(kind, None)
 
+    def sound_documents(self, kind: str) -> dict[bytes, bytes]:
+        """All of one kind that are not damaged; of the others there is a notice."""
+        with self._database.transaction() as connection:
+            read = dict(documents.read_documents(connection, kind, None))
+        found = {key: data for key, data in read.items() if data is not None}
+        if len(found) < len(read):
+            self.notices.append(f"{len(read) - len(found)} documents {kind!r} are damaged, and are left out")
+        return found
+
     def remove_document(self, kind: str, key: bytes) -> None:
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM document WHERE kind = ? AND key = ?", (kind, key))
