@@ -15,6 +15,8 @@ from tests.testnet.memory_nodes import Node, end, meet, until
 pytestmark = pytest.mark.slow
 
 SAME_TIMEOUT_S = 60.0
+# Shorter than until nodes ask one another for charters by themselves.
+KEYS_TIMEOUT_S = 30.0
 LATE = 300
 
 
@@ -185,6 +187,13 @@ def test_a_private_collection_shows_nothing_to_others(nodes: list[Node]) -> None
     until(
         lambda: hits(stranger, question, "keys") == hits(owner, question, "keys"), SAME_TIMEOUT_S, "the new member finds the same"
     )
+    # Whoever goes takes nothing from those who stay: they get the new key at once.
+    owner.nexus("collection", "grant", "keys", member.peer_id)
+    owner.nexus("collection", "grant", "keys", member.peer_id, "--revoke")
+    owner.add("The oak was cut down.", "keys")
+    tree = "What happened to the oak?"
+    until(lambda: hits(stranger, tree, "keys") == hits(owner, tree, "keys"), KEYS_TIMEOUT_S, "who stays reads what is new")
+    assert "cut down" not in str(member.search(tree, "keys"))
     (theirs,) = stranger.add("The mat is at the back door.", "keys")
     until(lambda: theirs in listed(owner, "keys"), SAME_TIMEOUT_S, "the owner has what the new member wrote")
     assert theirs not in listed(member, "keys")
