@@ -17,12 +17,13 @@ from nexus.core.keys import Identity
 from nexus.engine.embedding.embedder import Vectors
 from nexus.engine.embedding.external import ExternalVectors
 from nexus.memory.batch import SignedBatch, sign_batch
-from nexus.memory.block import CONTENT, INT8, Block, Vector, encode_block, id_text, parse_id
+from nexus.memory.block import CONTENT, INT8, Block, Vector, encode_block, parse_id
 from nexus.memory.collection import Charter
 from nexus.memory.quantise import quantise
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.node.memory.api import AddedView, AddRequest, BlockView, Filters, SearchRequest, SearchView, SyncView
+from nexus.node.memory.messages import SearchAsk
 from nexus.node.memory.service import Memory
 from nexus.node.options import MemoryOptions
 from nexus.node.progress import Progress
@@ -261,10 +262,8 @@ def at_once(work: Callable[..., T], *args: Any, **_: Any) -> T:
     return work(*args)
 
 
-def short(block: str) -> bytes:
-    found = parse_id(block)
-    assert id_text(found) == block
-    return found
+def search_ask(collection: bytes) -> SearchAsk:
+    return SearchAsk(collection, 10, b"", 0, b"", "secret", (), (), "", 0, 0, 0, 0, 0)
 
 
 async def _told(
@@ -280,7 +279,7 @@ async def _told(
         with scope, send:
             try:
                 done.append(await work(send.send_nowait))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised where it was asked for
                 failure.append(error)
 
     nursery.start_soon(run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import trio
 
 from nexus.memory.block import TOMBSTONE, Block, parse_id
@@ -27,7 +29,7 @@ class TestTheSameEverywhere:
     async def test_blocks_reach_those_who_are_not_connected_with_their_author(self, swarm: Swarm, autojump_clock: Clock) -> None:
         nodes = [await swarm.node() for _ in range(4)]
         charter = await nodes[0].create("chain")
-        for before, after in zip(nodes, nodes[1:], strict=False):
+        for before, after in pairwise(nodes):
             await after.connect(before)
             await after.follow("chain", before)
         await nodes[0].write(charter.id, *map(str, range(20)))
@@ -54,7 +56,7 @@ class TestTheSameEverywhere:
         assert len({tuple((hit.block.id, hit.score) for hit in answer.hits) for answer in answers}) == 1
         assert len(answers[0].hits) == 4
 
-    async def test_a_restart_keeps_subscriptions_and_what_comes_meanwhile_arrives(self, swarm: Swarm, autojump_clock: Clock) -> None:
+    async def test_a_restart_keeps_subscriptions_and_keys(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one, two = await swarm.nodes(2)
         charter = await one.create("diary", "private", [two.peer_id])
         await two.follow("diary", one)
@@ -116,7 +118,7 @@ class TestVersions:
         await until_same(charter, *nodes, size=5)
         assert [await node.texts() for node in nodes] == [{"agreed"}] * 3
 
-    async def test_a_tombstone_takes_a_block_away_everywhere_and_it_is_not_fetched_again(self, swarm: Swarm, autojump_clock: Clock) -> None:
+    async def test_what_a_tombstone_takes_away_is_not_fetched_again(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one, two, three = await swarm.nodes(3)
         charter = await one.create("notes")
         await two.follow("notes", one)
