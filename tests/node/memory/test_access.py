@@ -113,6 +113,18 @@ class TestWriters:
         await other.memory._syncing.told([old_signed.to_bytes()], ())
         assert other.charter("journal").revision == old.revision + 1
 
+    async def test_of_what_is_looked_into_the_newest_charter_is_kept(self, swarm: Swarm, autojump_clock: Clock) -> None:
+        owner, other = await swarm.nodes(2)
+        charter = await owner.create("journal", "writers")
+        old = owner.memory._charters.signed(charter.id)
+        changed = owner.memory._charters.grant(charter, other.identity.public_key, write=True)
+        new = owner.memory._charters.signed(charter.id)
+        assert old is not None
+        assert new is not None
+        for signed in (old, new, old):
+            other.memory._charters.note([signed.to_bytes()], [charter.id])
+        assert other.memory._charters.find(charter.id) == changed
+
     async def test_of_two_charters_of_one_revision_all_take_the_same(self, swarm: Swarm, autojump_clock: Clock) -> None:
         owner, one, two = await swarm.nodes(3)
         charter = await owner.create("journal", "writers")
@@ -203,9 +215,21 @@ class TestPrivate:
         asking = Asking(stranger)
         someone = swarm.identity()
         for collection in (charter.id, b"n" * 32):
-            for member in (owner.identity.public_key, someone.public_key):
-                grant = deliver(collection, 1, member, b"k" * 32, someone).to_bytes()
+            for epoch, member in ((1, owner.identity.public_key), (2, owner.identity.public_key), (2, someone.public_key)):
+                grant = deliver(collection, epoch, member, b"k" * 32, someone).to_bytes()
                 await asking.tell(owner.peer_id, (), (grant,))
+
+    async def test_for_a_stranger_no_set_is_read_and_no_work_is_counted(self, swarm: Swarm, autojump_clock: Clock) -> None:
+        """How long an answer takes would tell whether it is here, and how large it is."""
+        owner = await swarm.node()
+        charter = await owner.create("main", "private")
+        stranger = await swarm.stranger()
+        await stranger.connect(owner.transport.addresses[0])
+        query = Reconciliation(ItemSet().view(bytes(16))).query()
+        assert query is not None
+        assert isinstance(await said(stranger, owner.peer_id, Open(charter.id, bytes(16), 0, query)), Refuse)
+        assert charter.id not in owner.memory._syncing._sets
+        assert not owner.memory._syncing._comparisons._buckets
 
     async def test_nothing_of_it_is_published_or_announced(
         self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
