@@ -93,18 +93,20 @@ def _decide(connection: sqlite3.Connection, known: dict[bytes, _Known], rule: Ru
             "INSERT INTO version VALUES (?, ?, ?)",
             [(known[version.id].row.row.number, least, ranks.get(version.id, -1)) for version in family],
         )
+        # Of versions in conflict one is shown, the same on every node; the others are kept, and listed as heads.
+        behind = decision.superseded.union(decision.heads[1:])
         for version in family:
             row = known[version.id].row
-            state = _state(version.id, State(row.row.state), decision.removed, decision.superseded)
+            state = _state(version.id, State(row.row.state), decision.removed, behind)
             if state is not row.row.state and state != row.row.state:
                 changes.append(Change(row, state))
     return changes
 
 
-def _state(identifier: bytes, now: State, removed: frozenset[bytes], superseded: frozenset[bytes]) -> State:
+def _state(identifier: bytes, now: State, removed: frozenset[bytes], behind: frozenset[bytes]) -> State:
     # What was erased stays erased; a block that was dropped for room or time can still be taken away.
     if identifier in removed or now is State.REMOVED:
         return State.REMOVED
     if now in (State.PRUNED, State.EXPIRED):
         return now
-    return State.SUPERSEDED if identifier in superseded else State.LIVE
+    return State.SUPERSEDED if identifier in behind else State.LIVE

@@ -21,8 +21,9 @@ Rules = Callable[[bytes], Rule]
 
 
 class State(IntEnum):
-    """What this node holds of a block. LIVE: shown. SUPERSEDED: replaced by a later version, kept. REMOVED: taken away by its
-    author, erased. PRUNED: dropped here for room. EXPIRED: its time is over. Of the last three only the row with the id stays."""
+    """What this node holds of a block. LIVE: shown. SUPERSEDED: replaced by a later version, or in conflict with one that is shown;
+    kept. REMOVED: taken away by its author, erased. PRUNED: dropped here for room. EXPIRED: its time is over. Of the last three
+    only the row with the id stays."""
 
     LIVE, SUPERSEDED, REMOVED, PRUNED, EXPIRED = range(5)
 
