@@ -31,6 +31,7 @@ from nexus.memory.block import (
     Block,
     Vector,
     encode_block,
+    split_ids,
 )
 from nexus.memory.chunk import Chunk, chunks_of
 from nexus.memory.collection import Charter
@@ -39,6 +40,7 @@ from nexus.memory.sealing import NONCE_BYTES, seal
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.memory.sky.place import Cell
 from nexus.memory.space_map import SpaceMap
+from nexus.memory.versions import to_remove
 from nexus.node.memory.accepting import Accepting
 from nexus.node.memory.charters import Charters
 from nexus.storage.memory.records import Content, Filters, Query, StoredBlock
@@ -114,19 +116,28 @@ class Writing:
         return len(maps)
 
     async def remove(self, stored: StoredBlock) -> list[bytes]:
-        """Sign a tombstone over an own block and its own heads; the ids that it names. Raises NotAllowedError."""
+        """Sign tombstones over an own block, its own later versions and all that they replaced; the ids that they name. Raises
+        NotAllowedError, LocalError."""
         charter = self._charters.of(stored.collection)
         if stored.author != self._identity.public_key:
             raise NotAllowedError(
                 "this block was written by somebody else", "Only its author can take it back; `nexus memory prune` frees your disk"
             )
-        versions = stored.versions
-        named = [stored.id, *(head for head in (versions.heads if versions else ()) if head != stored.id)]
-        found = await trio.to_thread.run_sync(self._store.get_many, named)
-        own = [each for each in named if each in found and found[each].author == self._identity.public_key][:PARENTS_MAX]
-        block = Block(TOMBSTONE, charter.id, self._identity.public_key, self._now_ms(), parents=b"".join(own))
-        await self._accepting.own(sign_batch(self._identity, [encode_block(block)]), [None])
-        return own
+        family = await trio.to_thread.run_sync(self._store.family, stored.id, self._accepting.rule)
+        heads = stored.versions.heads if stored.versions else ()
+        rule = self._accepting.rule(charter.id)
+        named: dict[bytes, None] = {}
+        for target in dict.fromkeys((stored.id, *heads)):
+            if any(version.id == target and version.author == stored.author for version in family):
+                # Every version and not only the last: a node that never saw those between can apply it all the same.
+                named |= dict.fromkeys(each for joined in to_remove(family, target, rule) for each in split_ids(joined))
+        gone = list(named)
+        blocks = [
+            encode_block(Block(TOMBSTONE, charter.id, stored.author, self._now_ms(), parents=b"".join(gone[at : at + PARENTS_MAX])))
+            for at in range(0, len(gone), PARENTS_MAX)
+        ]
+        await self._accepting.own(sign_batch(self._identity, blocks), [None] * len(blocks))
+        return gone
 
     def _check_may_write(self, charter: Charter) -> None:
         if not rules.may_write(charter, self._identity.public_key, self._now_ms()):

@@ -49,6 +49,11 @@ def versions_of(connection: sqlite3.Connection, number: int) -> Versions | None:
     return Versions(heads[0] if heads else None, heads)
 
 
+def family_of(connection: sqlite3.Connection, start: CheckedRow, rule: Rule) -> list[Version]:
+    """The block and all that it replaces or that replaces it, as far as they are known here."""
+    return [entry.version for entry in _reach(connection, start, rule).values()]
+
+
 def _reach(connection: sqlite3.Connection, start: CheckedRow, rule: Rule) -> dict[bytes, _Known]:
     """The block and all that links which count lead to, up and down."""
     found = {start.row.id: _with_parents(connection, start)}

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from nexus.core.errors import LocalError, UsageError
 from nexus.memory.batch import SignedBatch
 from nexus.memory.block import CONTENT, SEALED, TOMBSTONE
+from nexus.memory.versions import Version
 from nexus.storage.database import Database
 from nexus.storage.memory import documents, upkeep, words
 from nexus.storage.memory.codes import PAGE_ROWS
 from nexus.storage.memory.columns import Columns
 from nexus.storage.memory.damage import forget
-from nexus.storage.memory.families import decide
+from nexus.storage.memory.families import decide, family_of
 from nexus.storage.memory.filters import Matcher
 from nexus.storage.memory.index import SpaceIndex
 from nexus.storage.memory.names import Names
@@ -199,6 +200,12 @@ class MemoryStore:
             ((time_ms, self._columns.id_of(number)) for time_ms, number in zip(times, newest, strict=True)), reverse=True
         )
         return [identifier for _, identifier in pairs[:limit]]
+
+    def family(self, identifier: bytes, rules: Rules) -> list[Version]:
+        """A block with all its versions, earlier and later, in whatever state; empty for one that is not known."""
+        with self._database.transaction() as connection:
+            row = rows_by_id(connection, [identifier]).get(identifier)
+            return family_of(connection, row, rules(row.collection)) if row is not None else []
 
     def pin(self, identifier: bytes, pinned: bool = True) -> bool:
         """Keep a block from being pruned, or from expiring here; whether it is known."""

@@ -118,6 +118,22 @@ class TestVersions:
         await until_same(charter, *nodes, size=5)
         assert [await node.texts() for node in nodes] == [{"agreed"}] * 3
 
+    async def test_what_is_removed_goes_with_every_earlier_version(self, swarm: Swarm, autojump_clock: Clock) -> None:
+        one, two = await swarm.nodes(2)
+        charter = await one.create("notes")
+        first = await one.add("one", "notes")
+        await two.follow("notes", one)
+        await until_same(charter, one, two, size=1)
+        await two.stop()
+        second = await one.add("two", "notes", replaces=first)
+        third = await one.add("three", "notes", replaces=second)
+        assert set(await one.memory.remove(third)) == {first, second, third}
+        await two.start()
+        await two.connect(one)
+        # The node that saw only the first, and never those between, loses it too.
+        await until_same(charter, one, two, size=1)
+        assert await one.texts() == await two.texts() == set()
+
     async def test_what_a_tombstone_takes_away_is_not_fetched_again(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one, two, three = await swarm.nodes(3)
         charter = await one.create("notes")
