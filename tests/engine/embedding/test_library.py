@@ -156,7 +156,7 @@ def test_a_model_for_which_all_is_one_is_no_encoder(loaded: LibraryEmbedder, mon
 def test_a_name_that_is_nothing_says_what_to_do(name: str) -> None:
     with pytest.raises(NotFoundError) as raised:
         open_embedder(name, nothing_stored)
-    assert "nexus model ls" in raised.value.fix
+    assert "nexus model list" in raised.value.fix
 
 
 def test_a_hub_id_that_is_not_here_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
