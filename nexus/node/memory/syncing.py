@@ -1,14 +1,14 @@
-"""Collections are kept the same on all who follow them: `/nexus/memory-sync/1`, and a gossip topic for each collection.
+"""Collections are kept the same on all who follow them: `/nexus/memory-sync/1`.
 
-What to ask whom, and when, is decided in `nexus.memory.sync` and `nexus.memory.sync_schedule`; here are the streams, the gossip and
-the clock. Peers that follow the same collections are found by asking those who are connected, again when one of the two changes.
+What to ask whom, and when, is decided in `nexus.memory.sync` and `nexus.memory.sync_schedule`; here are the streams and the clock.
+News goes by `nexus.node.memory.gossip`. Peers that follow the same collections are found by asking those who are connected, again
+when one of the two changes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from secrets import token_bytes
@@ -36,12 +36,13 @@ from nexus.memory.item_set import SALT_BYTES, Item, ItemSet, View
 from nexus.memory.sealing import SignedKeyGrant
 from nexus.memory.sync import Check, Checked, Heard, Load, Loaded, Outcome, SyncResponder, SyncSession
 from nexus.memory.sync_conduct import Standing
-from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, News, Open, Told, told_items
+from nexus.memory.sync_messages import BATCHES_BYTES_MAX, FRAME_MAX, MESSAGES, PROTOCOL_ID, Open, Told
 from nexus.memory.sync_schedule import PAIRS_MAX, Start, SyncSchedule, SyncStatus
-from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
+from nexus.network.transport import ProtocolSpec, Stream, Transport
 from nexus.node.memory.asking import Asking, ask_all
 from nexus.node.memory.budgets import Budget
 from nexus.node.memory.charters import Charters, read_charters
+from nexus.node.memory.gossip import Gossip
 from nexus.storage.memory.records import State
 from nexus.storage.memory.store import MemoryStore
 
@@ -59,9 +60,6 @@ AGAIN_S = 15.0
 MEET_EVERY_S = 120.0
 MEET_AT_ONCE = 4
 TOLD_GRANTS_MAX = 16
-PUBLISH_PACE_S = 0.25
-PUBLISH_TIMEOUT_S = 10.0
-NEWS_PENDING_MAX = 4096
 RATE_BURST_S = 60
 # Of one peer: items of sets that are gone through for its comparisons, some 0.2 us each, and bytes that it is sent.
 COMPARED_PER_S, COMPARED_BURST = 200_000, 10_000_000
@@ -120,7 +118,7 @@ class Syncing:
         self._unapplied: set[bytes] = set()
         self._counts: OrderedDict[tuple[str, bytes], _Count] = OrderedDict()
         self._connected: set[str] = set()
-        self._news: dict[bytes, list[Item]] = {}
+        self._gossip = Gossip(transport, charters, self._loaded_set, self._hear)
         self._wake = trio.Event()
         self._met_s: dict[str, float] = {}
         self._meeting: set[str] = set()
@@ -135,9 +133,7 @@ class Syncing:
         if collection in self._arrived:
             self._arrived[collection].extend(items)
         if self._charters.follows(collection):
-            pending = self._news.setdefault(collection, [])
-            pending.extend(items)
-            del pending[:-NEWS_PENDING_MAX]
+            self._gossip.tell(collection, items)
             self._schedule.changed(collection, trio.current_time())
             self._wake_up()
 
@@ -150,13 +146,14 @@ class Syncing:
         """A collection is followed from now on, or its charter changed: who else has it?"""
         self._met_s.clear()
         self._wake_up()
+        self._gossip.wake_up()
 
     def unfollowed(self, collection: bytes) -> None:
         self._schedule.remove(collection)
         self._sets.pop(collection, None)
         self._gone.pop(collection, None)
         self._stale.discard(collection)
-        self._news.pop(collection, None)
+        self._gossip.forget(collection)
 
     def status(self) -> list[tuple[SyncStatus, int, int]]:
         """Of every pair, with how many blocks came from it and how many batches were refused."""
@@ -212,8 +209,7 @@ class Syncing:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_meeting)
             nursery.start_soon(self._keep_syncing)
-            nursery.start_soon(self._keep_publishing)
-            nursery.start_soon(self._keep_listening)
+            nursery.start_soon(self._gossip.run)
             nursery.start_soon(self._keep_sets)
             task_status.started()
 
@@ -535,67 +531,6 @@ class Syncing:
         charter = self._charters.find(collection)
         return charter is not None and self._charters.follows(collection) and rules.may_read(charter, peer)
 
-    # --- gossip ------------------------------------------------------------------------------------------------------------------
-
-    async def _keep_publishing(self) -> None:
-        while True:
-            for collection in sorted(self._news):
-                items = self._news.pop(collection, [])
-                # News of a private collection would tell everybody when something is written there: its members compare instead.
-                if items and self._is_public(collection) and self._transport.connections():
-                    await self._publish(News.of(collection, items))
-                    await trio.sleep(PUBLISH_PACE_S)
-            wake = self._wake
-            with trio.move_on_after(POLL_S):
-                if not self._news:
-                    await wake.wait()
-
-    async def _publish(self, news: News) -> None:
-        try:
-            with trio.move_on_after(PUBLISH_TIMEOUT_S):
-                await self._transport.publish(_topic(news.collection), news.to_bytes())
-        except NexusError as error:
-            log.info("gossip_failed", reason=error.cause)
-
-    async def _keep_listening(self) -> None:
-        """A task for each public collection that is followed."""
-        listening: dict[bytes, trio.CancelScope] = {}
-        async with trio.open_nursery() as nursery:
-            while True:
-                wanted = {collection for collection in self._charters.followed() if self._is_public(collection)}
-                for gone in listening.keys() - wanted:
-                    listening.pop(gone).cancel()
-                for new in sorted(wanted - listening.keys()):
-                    listening[new] = trio.CancelScope()
-                    nursery.start_soon(self._listen, new, listening[new])
-                wake = self._wake
-                with trio.move_on_after(POLL_S):
-                    await wake.wait()
-
-    async def _listen(self, collection: bytes, scope: trio.CancelScope) -> None:
-        with scope:
-            while True:
-                try:
-                    await self._loaded_set(collection)
-                    break
-                except NexusError as error:
-                    log.error("set_not_read", collection=collection.hex()[:16], reason=error.cause, fix=error.fix)
-                    await trio.sleep(AGAIN_S)
-            async with self._transport.subscribe(_topic(collection)) as messages:
-                async for message in messages:
-                    self._take_news(collection, message)
-
-    def _take_news(self, collection: bytes, message: Message) -> None:
-        with suppress(MalformedError):
-            news = News.from_bytes(message.data)
-            public_key_of(message.peer_id)
-            if news.collection == collection and message.peer_id != self._transport.peer_id:
-                self._hear(message.peer_id, collection, told_items(news.items), news.more)
-
-    def _is_public(self, collection: bytes) -> bool:
-        charter = self._charters.find(collection)
-        return charter is not None and charter.mode != rules.PRIVATE
-
 
 class _Served:
     """What one peer may see: `nexus.memory.sync.Served`."""
@@ -609,7 +544,3 @@ class _Served:
 
     def serves(self, collection: bytes, /) -> bool:
         return self._syncing.serves(collection, self._peer)
-
-
-def _topic(collection: bytes) -> str:
-    return f"nexus/memory/1/{collection.hex()}"

@@ -146,7 +146,7 @@ class TestNews:
         for number in range(20):
             publisher = Identity((10**6 + number).to_bytes(32, "big")).peer_id
             news = News.of(charter.id, [Item(one.now_ms(), number.to_bytes(32, "big"))])
-            one.memory._syncing._take_news(charter.id, Message(publisher, news.to_bytes()))
+            one.memory._syncing._gossip._take(charter.id, Message(publisher, news.to_bytes()))
         assert {status.peer for status, _, _ in one.memory._syncing.status()} == {two.peer_id}
         three = await swarm.node()
         await three.connect(one)
