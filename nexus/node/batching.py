@@ -6,16 +6,16 @@ OSDI 2024.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from time import perf_counter
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import trio
 
 from nexus.core.errors import LocalError, NexusError
+from nexus.node.environment import SYSTEM
 
 # What all prompts that wait read in one turn: the sessions that go on token by token wait so long and no longer.
 PROMPT_TOKENS_PER_TURN = 128
@@ -111,9 +111,10 @@ class Batcher:
     """Computes the steps of all stages of a node. Only language models of the exact profile are computed in batches and prompts in
     parts: there the bits are the same as one by one and at once."""
 
-    def __init__(self, inline_step_s: float) -> None:
+    def __init__(self, inline_step_s: float, perf_counter: Callable[[], float] = SYSTEM.perf_counter) -> None:
         """`inline_step_s`: what is expected to take less is computed on the trio thread, see docs/adr/0007."""
         self._inline_step_s = inline_step_s
+        self._perf_counter = perf_counter
         self._threads = trio.CapacityLimiter(THREADS)
         # A turn has its place in `_threads` already when it goes to its thread.
         self._turn_threads = trio.CapacityLimiter(THREADS)
@@ -154,9 +155,9 @@ class Batcher:
 
     async def _alone(self, stage: BatchStage, session: bytes, payload: bytes, expected_s: float) -> Outcome:
         def step() -> Outcome:
-            began_s = perf_counter()
+            began_s = self._perf_counter()
             output = stage.step(session, payload)
-            taken_s = perf_counter() - began_s
+            taken_s = self._perf_counter() - began_s
             return Outcome(output, taken_s, taken_s)
 
         if self._is_brief(expected_s):
@@ -175,18 +176,32 @@ class Batcher:
             if self._is_brief(sum(step.expected_s for step in line.waiting)):
                 turn = _take(line)
                 try:
-                    _settle(line, turn, *_run(stage, turn))
+                    _settle(line, turn, *self._run(stage, turn))
                 finally:
                     _release(turn)
                 return
             async with self._threads:
                 turn = _take(line)
                 try:
-                    _settle(line, turn, *await trio.to_thread.run_sync(_run, stage, turn, limiter=self._turn_threads))
+                    _settle(line, turn, *await trio.to_thread.run_sync(self._run, stage, turn, limiter=self._turn_threads))
                 finally:
                     _release(turn)
         finally:
             line.busy = False
+
+    def _run(self, stage: BatchStage, turn: _Turn) -> tuple[_Answers, float]:
+        """The engine's part, on a thread or not: the answers, and the seconds that they took."""
+        began_s = self._perf_counter()
+        answers: _Answers
+        try:
+            answers = stage.step_many(
+                [(step.session, step.part(tokens)) for step, tokens in turn], [tokens < step.left for step, tokens in turn]
+            )
+            if len(answers) != len(turn):
+                raise LocalError(f"the engine gave {len(answers)} answers to {len(turn)} steps", "Please report it")
+        except Exception as error:  # noqa: BLE001  every session of the turn must hear of it; each ends it at its own boundary
+            answers = [error] * len(turn)
+        return answers, self._perf_counter() - began_s
 
 
 def _take(line: _Line) -> _Turn:
@@ -194,21 +209,6 @@ def _take(line: _Line) -> _Turn:
     for step, _ in turn:
         step.in_turn = True
     return turn
-
-
-def _run(stage: BatchStage, turn: _Turn) -> tuple[_Answers, float]:
-    """The engine's part, on a thread or not: the answers, and the seconds that they took."""
-    began_s = perf_counter()
-    answers: _Answers
-    try:
-        answers = stage.step_many(
-            [(step.session, step.part(tokens)) for step, tokens in turn], [tokens < step.left for step, tokens in turn]
-        )
-        if len(answers) != len(turn):
-            raise LocalError(f"the engine gave {len(answers)} answers to {len(turn)} steps", "Please report it")
-    except Exception as error:  # noqa: BLE001  every session of the turn must hear of it; each ends it at its own boundary
-        answers = [error] * len(turn)
-    return answers, perf_counter() - began_s
 
 
 def _settle(line: _Line, turn: _Turn, answers: _Answers, turn_s: float) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -34,6 +33,7 @@ from nexus.core.keys import public_key_of
 from nexus.core.record import MessageSet, Record, digest, many, nested, raw, uint
 from nexus.network.limits import TokenBucket
 from nexus.network.transport import Message, ProtocolSpec, Stream, Transport
+from nexus.node.environment import Environment
 from nexus.node.standing import Standings
 from nexus.proof.evidence import GOSSIP_BYTES_MAX, Evidence, Verdict
 from nexus.storage.evidence import EvidenceStore, StoredEvidence
@@ -170,7 +170,7 @@ class EvidenceService:
         store: EvidenceStore,
         standings: Standings,
         verify: Callable[[Evidence], Verdict],
-        now_ms: Callable[[], int],
+        environment: Environment,
         offload: Offload = in_thread,
         is_known: Callable[[bytes], bool] = lambda public_key: False,
     ) -> None:
@@ -180,7 +180,8 @@ class EvidenceService:
         self._store = store
         self._standings = standings
         self._verify = verify
-        self._now_ms = now_ms
+        self._now_ms = environment.now_ms
+        self._perf_counter = environment.perf_counter
         self._offload = offload
         self.on_slashed: list[Callable[[bytes], None]] = []
         self._peers: OrderedDict[str, _Peer] = OrderedDict()
@@ -225,9 +226,9 @@ class EvidenceService:
     async def load(self) -> None:
         """Read what is kept and verify it again, as far as there is time. What does not hold any more is not believed, and stays
         where it is."""
-        due_s, late = perf_counter() + LOAD_WORK_S, 0
+        due_s, late = self._perf_counter() + LOAD_WORK_S, 0
         for stored in await self._offload(self._store.listed):
-            again = perf_counter() < due_s
+            again = self._perf_counter() < due_s
             late += not again
             try:
                 evidence, verdict = await self._recall(stored, again)
@@ -500,11 +501,11 @@ class EvidenceService:
 
         def verify() -> Verdict:
             nonlocal took_s
-            began_s = perf_counter()
+            began_s = self._perf_counter()
             try:
                 return self._verify(evidence)
             finally:
-                took_s = perf_counter() - began_s
+                took_s = self._perf_counter() - began_s
 
         async with self._checking:
             try:

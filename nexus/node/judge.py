@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,6 +11,7 @@ from nexus.core.hashing import tagged_hash
 from nexus.core.manifest import EXACT, Manifest
 from nexus.core.plan import DTYPES, STAGES_MAX, Plan
 from nexus.network.transport import PeerAddress
+from nexus.node.environment import SYSTEM
 from nexus.node.models import Models
 from nexus.proof.judge import Judgement, judge
 from nexus.swarm.membership import NodeRecord
@@ -21,13 +21,20 @@ from nexus.swarm.placement import Candidate, Placement, place
 class Judge:
     """Proves a plan before it runs. What was proven of a shape and a plan is not proven again; see `nexus.proof.judge`.
 
-    `own`: this node's key. `sources`: peers that have pieces of a model, by its root.
+    `own`: this node's key. `sources`: peers that have pieces of a model, by its root. `perf_counter`: how long a proof takes.
     """
 
-    def __init__(self, own: bytes, models: Models, sources: Callable[[bytes], Sequence[PeerAddress]]) -> None:
+    def __init__(
+        self,
+        own: bytes,
+        models: Models,
+        sources: Callable[[bytes], Sequence[PeerAddress]],
+        perf_counter: Callable[[], float] = SYSTEM.perf_counter,
+    ) -> None:
         self._trusted = frozenset({own})
         self._models = models
         self._sources = sources
+        self._perf_counter = perf_counter
         # Proofs take all of a core: two at once would only be in each other's way.
         self._limiter = trio.CapacityLimiter(1)
 
@@ -40,7 +47,7 @@ class Judge:
         if manifest.profile == EXACT:
             exact = await self._models.exact_plan(manifest, self._sources(manifest.root))
         replicas = 1 + len(copies)
-        work = partial(judge, plan, manifest, exact, replicas, tuple(copies), self._trusted, clock=time.perf_counter)
+        work = partial(judge, plan, manifest, exact, replicas, tuple(copies), self._trusted, clock=self._perf_counter)
         return await trio.to_thread.run_sync(work, limiter=self._limiter)
 
 

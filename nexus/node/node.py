@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
@@ -49,6 +48,7 @@ from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.cheating import HONEST, Conduct
+from nexus.node.environment import SYSTEM, Environment
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
@@ -112,12 +112,14 @@ class Node:
         speed: int,
         memory: tuple[MemoryStore, SkyKernel] | None,
         conduct: Conduct = HONEST,
+        environment: Environment = SYSTEM,
     ) -> None:
         self._options = options
         self._identity = identity
         self._transport = transport
         self._book = book
         self._nursery = nursery
+        self._now_ms = environment.now_ms
         self._speed = speed
         self._began_s = trio.current_time()
         home = Home(options.home)
@@ -126,7 +128,7 @@ class Node:
         self._trust = trust
         self._trust.evidence.on_slashed.append(self._end_work_with)
         self._membership = Membership(
-            transport, identity, self._describe, _now_ms, trust.standings.is_slashed, self._announced_memory
+            transport, identity, self._describe, environment.now_ms, trust.standings.is_slashed, self._announced_memory
         )
         self._blob_service = BlobService(transport, self._blobs, self._catalog)
         self._models = Models(
@@ -148,9 +150,10 @@ class Node:
             may_open=trust.may_open,
             note_served=trust.ledger.note_served,
             conduct=conduct,
+            perf_counter=environment.perf_counter,
         )
         self._audit_answers = AuditAnswers(transport, identity, self._models, sessions, conduct.show)
-        self._suspensions = Suspensions(transport, identity.public_key, trust.standings, _now_ms)
+        self._suspensions = Suspensions(transport, identity.public_key, trust.standings, environment.now_ms)
         self._witnesses = Witnesses(
             transport,
             identity,
@@ -159,7 +162,7 @@ class Node:
             self._audit_answers.cells_of,
             self._infer.took_part,
             self._membership.find,
-            _now_ms,
+            environment.now_ms,
         )
         policy = options.audit
         self._auditor = Auditor(
@@ -175,10 +178,12 @@ class Node:
                 self._note_silence,
                 self._witnesses.unanswered,
             ),
-            _now_ms,
+            environment,
         )
-        self._session_audits = SessionAudits(self._auditor, sessions, self._audit_sources, self.names, self._note_audit, _now_ms)
-        self._judge = Judge(identity.public_key, self._models, lambda root: self._runner.sources(root))
+        self._session_audits = SessionAudits(
+            self._auditor, sessions, self._audit_sources, self.names, self._note_audit, environment.now_ms
+        )
+        self._judge = Judge(identity.public_key, self._models, lambda root: self._runner.sources(root), environment.perf_counter)
         self._runner = Runner(
             transport,
             identity,
@@ -194,6 +199,7 @@ class Node:
             trust.settle,
             self._note_broken,
             self._witnesses.silent,
+            environment,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
@@ -214,7 +220,7 @@ class Node:
                 self._find_peer,
                 self.names,
                 self._told,
-                _now_ms,
+                environment,
             )
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
@@ -320,7 +326,7 @@ class Node:
         while True:
             await trio.sleep(BOOK_EVERY_S)
             for record in self._membership.records():
-                self._book.remember(record.peer_id, record.addresses, _now_ms())
+                self._book.remember(record.peer_id, record.addresses, self._now_ms())
             await trio.to_thread.run_sync(self._book.save)
 
     def status(self) -> NodeStatus:
@@ -378,7 +384,7 @@ class Node:
 
     async def add_peer(self, address: str) -> PeerView:
         peer_id = await self._transport.connect(address)
-        self._book.remember(peer_id, (address.rpartition("/p2p/")[0],), _now_ms())
+        self._book.remember(peer_id, (address.rpartition("/p2p/")[0],), self._now_ms())
         await trio.to_thread.run_sync(self._book.save)
         await self._membership.refresh(peer_id)
         return next(view for view in await self.peers() if view.peer_id == peer_id)
@@ -662,7 +668,7 @@ class Node:
         return NodeRecord(
             spec=1,
             node=self._identity.public_key,
-            issued_ms=_now_ms(),
+            issued_ms=self._now_ms(),
             agent=AGENT,
             name=options.name,
             addresses=tuple(address.rpartition("/p2p/")[0] for address in self._transport.addresses)[:16],
@@ -715,25 +721,21 @@ def _stored_models(home: Home) -> Find:
     return find
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def measure_speed() -> int:
+def measure_speed(perf_counter: Callable[[], float] = SYSTEM.perf_counter) -> int:
     """Millions of multiply-adds per second of this machine now, in float32, over matrices that fit its caches."""
     import numpy as np
 
     a = np.ones((SPEED_SIZE, SPEED_SIZE), np.float32)
     rates = []
     for _ in range(SPEED_ROUNDS):
-        began = time.perf_counter()
+        began = perf_counter()
         a @ a
-        rates.append(SPEED_SIZE**3 / (time.perf_counter() - began))
+        rates.append(SPEED_SIZE**3 / (perf_counter() - began))
     return int(sorted(rates)[SPEED_ROUNDS // 2] / 1e6)
 
 
 @asynccontextmanager
-async def open_node(options: NodeOptions, conduct: Conduct = HONEST) -> AsyncIterator[Node]:
+async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment: Environment = SYSTEM) -> AsyncIterator[Node]:
     """A running node. `conduct`: see `nexus.node.cheating`. Raises LocalError where the data directory or the port stands in the
     way."""
     # Read by torch when it is first imported, which is when the first model is loaded.
@@ -743,12 +745,14 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST) -> AsyncIte
     book = AddressBook.open(home.peers_file)
     if book.warning:
         log.warning("address_book", warning=book.warning)
-    speed = await trio.to_thread.run_sync(measure_speed)
+    speed = await trio.to_thread.run_sync(measure_speed, environment.perf_counter)
     network = NetworkOptions(listen=options.listen, bootstrap=options.bootstrap, mdns=options.mdns, dht=options.dht)
     audit = options.audit
     async with AsyncExitStack() as stack:
         # Closed when nobody is left that signs.
-        sessions = SessionStore(home.sessions_file, keep_max_bytes=audit.keep_max_bytes, keep_s=audit.keep_s, now_ms=_now_ms)
+        sessions = SessionStore(
+            home.sessions_file, keep_max_bytes=audit.keep_max_bytes, keep_s=audit.keep_s, now_ms=environment.now_ms
+        )
         stack.callback(sessions.close)
         memory = await trio.to_thread.run_sync(open_memory, home, options.memory) if options.memory.enabled else None
         if memory is not None:
@@ -763,11 +767,11 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST) -> AsyncIte
                 audit.probation_sessions,
                 partial(verify_evidence, weights=StoredWeights(_stored_models(home))),
                 lambda: node.names(),
-                _now_ms,
+                environment,
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, trust, nursery, speed, memory, conduct)
+        node = Node(options, identity, transport, book, sessions, trust, nursery, speed, memory, conduct, environment)
         await nursery.start(node.run)
         try:
             yield node

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from secrets import choice, randbelow, randbits, token_bytes
 from typing import TYPE_CHECKING
 
 import structlog
@@ -47,6 +46,7 @@ from nexus.node.api import (
     Token,
 )
 from nexus.node.audit.sessions import SessionAudits
+from nexus.node.environment import SYSTEM, Environment
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
@@ -145,6 +145,7 @@ class Runner:
         settle: Settle | None = None,
         broke_off: Callable[[bytes], None] | None = None,
         fell_silent: Callable[[Terms, Plan, bytes], Awaitable[None]] | None = None,
+        environment: Environment = SYSTEM,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -160,6 +161,7 @@ class Runner:
         self._settle = settle
         self._broke_off = broke_off
         self._fell_silent = fell_silent
+        self._rng = environment.rng
         self._running: set[Coordinator] = set()
         self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
@@ -286,7 +288,7 @@ class Runner:
             top_p=max(1, millionths(request.top_p)),
             min_p=millionths(request.min_p),
             repetition_penalty=millionths(request.repetition_penalty),
-            seed=randbits(64) if request.seed is None else request.seed,
+            seed=self._rng.getrandbits(64) if request.seed is None else request.seed,
             end_tokens=tuple(tokenizer.end_tokens),
             stages=request.stages,
             receipts=request.receipts,
@@ -410,8 +412,8 @@ class Runner:
         models = [name for name, root in known if _is_exact_causal(self._models.catalog.manifest(root))]
         if not models:
             raise NotFoundError("no model of the exact profile is held by anybody else")
-        prompt = " ".join(choice(_WORDS) for _ in range(4 + randbelow(12)))
-        request = GenerateRequest(choice(models), prompt, max_tokens=4 + randbelow(28), verify=LIGHT)
+        prompt = " ".join(self._rng.choices(_WORDS, k=self._rng.randint(4, 15)))
+        request = GenerateRequest(self._rng.choice(models), prompt, max_tokens=self._rng.randint(4, 31), verify=LIGHT)
         async with aclosing(self.generate(replace(request, stages=2))) as events:
             async for _ in events:
                 pass
@@ -490,7 +492,7 @@ class Runner:
 
     def _coordinator(self, job: _Job, placement: Placement, exact: ExactPlan | None) -> Coordinator:
         """`exact`: what the model computes; None where the stages are not to commit to it."""
-        nonce = token_bytes(16)
+        nonce = self._rng.randbytes(16)
         terms = Terms(
             spec=SPEC,
             nonce=nonce,

@@ -17,6 +17,7 @@ from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundE
 from nexus.core.keys import Identity, peer_id_of, public_key_of
 from nexus.network.transport import Transport
 from nexus.node.api import EntryView, EvidenceFile, EvidenceView, LedgerView, SlashedView
+from nexus.node.environment import Environment
 from nexus.node.evidence import EvidenceService
 from nexus.node.ledger import Chain, LedgerService
 from nexus.node.options import LedgerOptions
@@ -259,7 +260,7 @@ async def open_trust(
     probation_sessions: int,
     verify: Callable[[Evidence], Verdict],
     names: Callable[[], dict[str, str]],
-    now_ms: Callable[[], int],
+    environment: Environment,
 ) -> AsyncIterator[Trust]:
     """Files open, kept evidence verified again, the own account read; `run` comes next. `verify`: as `verify_evidence`, blocking.
 
@@ -269,7 +270,7 @@ async def open_trust(
         store = EvidenceStore(home.evidence_file)
         stack.callback(store.close)
         fuse = Fuse(options.burn_max, round(options.burn_window_s * 1000))
-        standings = Standings(store, fuse, probation_sessions, now_ms)
+        standings = Standings(store, fuse, probation_sessions, environment.now_ms)
         stack.callback(_save, standings)
         evidence = EvidenceService(
             transport,
@@ -277,7 +278,7 @@ async def open_trust(
             store,
             standings,
             verify,
-            now_ms,
+            environment,
             is_known=lambda node: peer_id_of(node) in names(),
         )
         accounts, frozen = _open_ledger(home, identity)

@@ -25,7 +25,8 @@ from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.node.api import Finished, GenerateRequest
 from nexus.node.attacks import Means, conduct_of
 from nexus.node.cheating import HONEST, Conduct
-from nexus.node.node import Node, _now_ms, _stored_models
+from nexus.node.environment import SYSTEM
+from nexus.node.node import Node, _stored_models
 from nexus.node.options import AuditOptions, LedgerOptions, MemoryOptions, NodeOptions
 from nexus.node.trust import Trust, open_trust
 from nexus.proof.arithmetic.sampler import Sampling
@@ -187,12 +188,12 @@ async def open_arena(
             shutil.copytree(template, home.models)
             options = _options(home, number, policy, burn_max)
             transport = await stack.enter_async_context(network.open(identity))
-            sessions = SessionStore(home.sessions_file, keep_max_bytes=1 << 30, keep_s=1e6, now_ms=_now_ms)
+            sessions = SessionStore(home.sessions_file, keep_max_bytes=1 << 30, keep_s=1e6, now_ms=SYSTEM.now_ms)
             stack.callback(sessions.close)
             verify = partial(verify_evidence, weights=StoredWeights(_stored_models(home)))
             probation = options.audit.probation_sessions
             trust = await stack.enter_async_context(
-                open_trust(home, identity, transport, options.ledger, probation, verify, dict, _now_ms)
+                open_trust(home, identity, transport, options.ledger, probation, verify, dict, SYSTEM)
             )
             speed = SPEED if number < others else SPEED // 4
             book = AddressBook.open(home.peers_file)

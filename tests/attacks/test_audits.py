@@ -17,8 +17,8 @@ from nexus.core.plan import Plan, PlanStage
 from nexus.engine.importer import import_model
 from nexus.node.attacks import Means, conduct_of
 from nexus.node.audit.messages import AUDIT, AUDIT_MESSAGES, Ask, Declined
+from nexus.node.environment import SYSTEM
 from nexus.node.evidence import INVALID_MAX
-from nexus.node.node import _now_ms
 from nexus.proof.accounts import Fork
 from nexus.proof.audit import CELLS, AuditRequest, SignedAuditRequest, chain_of
 from nexus.proof.bundle import Bundle
@@ -58,7 +58,7 @@ async def test_a_silent_prover_is_suspended_by_a_quorum(make_model: Callable[...
     folder = Folder(tmp_path)
     manifest = import_model(make_model("llama", num_hidden_layers=5), folder, lambda *_: None, profile="exact")
     async with open_arena((manifest, folder), tmp_path / "nodes", {1: "silent"}, others=6) as arena:
-        trust, now_ms = arena.trusts[0], _now_ms()
+        trust, now_ms = arena.trusts[0], SYSTEM.now_ms()
         for witness in range(2, 6):
             for _ in range(20):
                 trust.standings.note_audit(arena.key(witness), True)

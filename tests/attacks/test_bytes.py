@@ -16,11 +16,11 @@ from nexus.core.errors import MalformedError, NexusError, NotFoundError, Verific
 from nexus.core.hashing import HASH_BYTES, leaf_hash
 from nexus.network.transport import ProtocolSpec
 from nexus.node.audit.messages import AUDIT
+from nexus.node.environment import SYSTEM
 from nexus.node.evidence import EVIDENCE
 from nexus.node.infer.messages import INFER, LINK
 from nexus.node.ledger import LEDGER
 from nexus.node.membership import NODE
-from nexus.node.node import _now_ms
 from nexus.proof.audit import OPENING_BYTES_MAX, SIBLINGS_MAX, OpenedRow
 from nexus.proof.evidence import EVIDENCE_BYTES_MAX, OP, Evidence, verify_evidence
 from nexus.proof.evidence.operation import Proof
@@ -173,7 +173,7 @@ async def test_clock_games(tiny: Model, tmp_path: Path, row: Row) -> None:
     """Receipts and evidence have no times. Where times count, those of others count within bounds only."""
     async with open_arena(tiny, tmp_path, others=6) as arena:
         table, own = arena.nodes[0]._membership._table, arena.nodes[1]._membership.own().record
-        peer_id, now_ms = arena.transports[1].peer_id, _now_ms()
+        peer_id, now_ms = arena.transports[1].peer_id, SYSTEM.now_ms()
         before = table.get(peer_id, now_ms)
         for issued_ms in (now_ms + 3_600_000, 2**52, now_ms - RECORD_LIFETIME_MS - 1000, 0):
             signed = SignedNodeRecord.sign(replace(own, issued_ms=issued_ms), arena.identity(1))

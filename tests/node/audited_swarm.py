@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.reading import Answered, Unanswered
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.cheating import HONEST, Honest
+from nexus.node.environment import SYSTEM
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent
 from nexus.node.infer.messages import Open
 from nexus.node.infer.serving import InferService
@@ -118,7 +119,7 @@ class AuditedSwarm:
             policy,
             timeout_s,
             self.heard.callbacks(),
-            lambda: 1_700_000_000_000,
+            replace(SYSTEM, now_ms=lambda: 1_700_000_000_000),
         )
 
     async def run(self, steps: int = 20, nonce: bytes = bytes(16), prompt: Sequence[int] = range(3, 20)) -> KeptSession:

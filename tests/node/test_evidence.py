@@ -18,6 +18,7 @@ from nexus.core.record import Record
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.network.transport import Stream
 from nexus.node import evidence as evidence_module
+from nexus.node.environment import SYSTEM
 from nexus.node.evidence import (
     EVIDENCE,
     INVALID_MAX,
@@ -82,7 +83,7 @@ class Node:
         self.verified: list[Evidence] = []
         self.standings = Standings(self.store, Fuse(8, HOUR_MS), 2, self.now_ms)
         self.service = EvidenceService(
-            transport, identity.public_key, self.store, self.standings, self._verify, self.now_ms, offload
+            transport, identity.public_key, self.store, self.standings, self._verify, replace(SYSTEM, now_ms=self.now_ms), offload
         )
         self.slashed: list[bytes] = []
         self.service.on_slashed.append(self.slashed.append)
@@ -245,9 +246,7 @@ class TestBelieving:
         assert again.service.verdict(model.id) is None
         assert again.service.verdict(fork(CHEATERS[1]).id) is not None
 
-    async def test_a_start_takes_no_longer_than_it_may(
-        self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    async def test_a_start_takes_no_longer_than_it_may(self, swarm: Swarm, autojump_clock: Clock, tmp_path: Path) -> None:
         """Others decide how much evidence there is and what it takes to verify it. All of it was verified before it was kept."""
         node = await swarm.node()
         for cheater in CHEATERS:
@@ -257,7 +256,7 @@ class TestBelieving:
         again = Node(transport, identity, tmp_path / "1.db")
         swarm.nodes = [again]
         clock_s = iter(range(10**6))
-        monkeypatch.setattr(evidence_module, "perf_counter", lambda: float(next(clock_s)))
+        again.service._perf_counter = lambda: float(next(clock_s))
         await again.service.load()
         assert again.convicted() == keys(*CHEATERS)
         assert 0 < len(again.verified) <= evidence_module.LOAD_WORK_S
@@ -442,13 +441,11 @@ class TestHostilePeers:
         await one.service.submit(fork(known))
         await until(lambda: known.public_key in two.convicted(), 60)
 
-    async def test_dear_evidence_is_judged_seldom(
-        self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_dear_evidence_is_judged_seldom(self, swarm: Swarm, autojump_clock: Clock) -> None:
         """Who brings evidence pays for the time that it takes to verify, not for the number of pieces."""
         clock_s = iter(range(0, 10**6, 6))
-        monkeypatch.setattr(evidence_module, "perf_counter", lambda: float(next(clock_s)))
         one, two = await swarm.node(), await swarm.node()
+        one.service._perf_counter = two.service._perf_counter = lambda: float(next(clock_s))
         for cheater in CHEATERS:
             await one.service.submit(fork(cheater))
         await two.transport.connect(one.transport.addresses[0])

@@ -12,8 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from secrets import token_bytes
-from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
@@ -35,6 +33,7 @@ from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import Manifest, stage_pieces
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.audit.reading import Answered, Unanswered, ask, checked, collected, receive
+from nexus.node.environment import Environment
 from nexus.node.models import Models, ProgressSink
 from nexus.proof.audit import (
     CELLS,
@@ -144,7 +143,7 @@ class _Audit:
 
 
 class Auditor:
-    """The asking end. `now_ms`: Unix time."""
+    """The asking end."""
 
     def __init__(
         self,
@@ -155,7 +154,7 @@ class Auditor:
         policy: AuditPolicy,
         timeout_s: float,
         callbacks: Callbacks,
-        now_ms: Callable[[], int],
+        environment: Environment,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -164,7 +163,7 @@ class Auditor:
         self.policy = policy
         self._timeout_s = timeout_s
         self._callbacks = callbacks
-        self._now_ms = now_ms
+        self._environment = environment
         # A replica takes memory and all cores: one at a time.
         self._replicas = trio.Lock()
 
@@ -190,7 +189,7 @@ class Auditor:
             late = f"it took longer than {self._timeout_s:.0f} s" if scope.cancelled_caught else policy.reason
             audit.note(number, policy.mode, UNAUDITED, detail=late)
         stages = tuple(audit.results[number] for number in range(len(audit.subjects)))
-        return AuditReport(1, audit.session, self._now_ms(), audit.index, stages)
+        return AuditReport(1, audit.session, self._environment.now_ms(), audit.index, stages)
 
     async def _begin(self, kept: KeptSession, asked: str | None, sources: Sequence[PeerAddress], progress: ProgressSink) -> _Audit:
         bundle = kept.bundle
@@ -210,6 +209,8 @@ class Auditor:
 
     async def _timed(self, cost: _Cost, work: Callable[[], T]) -> T:
         """In a thread, its time counted."""
+
+        perf_counter = self._environment.perf_counter
 
         def timed() -> tuple[T, float]:
             began_s = perf_counter()
@@ -312,9 +313,9 @@ class Auditor:
             if kept is None or not {linear.name for linear in kept.linears}.issuperset(linears):
                 async with self._models.borrowed(audit.manifest, name, audit.sources) as path:
                     await trio.to_thread.run_sync(self._models.blobs.verify, root)
-                    kept = await self._timed(
-                        audit.cost(stage), partial(read_piece_keys, path, subject.exact, name, linears, token_bytes(32))
-                    )
+                    seed = self._environment.rng.randbytes(32)
+                    work = partial(read_piece_keys, path, subject.exact, name, linears, seed)
+                    kept = await self._timed(audit.cost(stage), work)
                 await trio.to_thread.run_sync(self._keys.put, root, kept)
             pieces[name] = kept
         return await trio.to_thread.run_sync(auditor_keys, subject.exact, self._models.paths(audit.manifest), pieces)

@@ -30,6 +30,7 @@ from nexus.core.record import Record
 from nexus.network.transport import PeerAddress, Stream, Transport
 from nexus.node.batching import Batcher, Outcome
 from nexus.node.cheating import HONEST, Conduct
+from nexus.node.environment import SYSTEM
 from nexus.node.infer.messages import (
     INFER,
     INFER_MESSAGES,
@@ -156,6 +157,7 @@ class InferService:
         note_served: Callable[[bytes, int, int], None] = lambda coordinator, layers, tokens: None,
         inline_step_s: float = INLINE_STEP_S,
         conduct: Conduct = HONEST,
+        perf_counter: Callable[[], float] = SYSTEM.perf_counter,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -171,7 +173,7 @@ class InferService:
         self.live = Live()
         self._recent: OrderedDict[bytes, float] = OrderedDict()  # sessions, and when they were last served in
         self._dialling: dict[str, trio.Lock] = {}
-        self._batcher = Batcher(inline_step_s)
+        self._batcher = Batcher(inline_step_s, perf_counter)
         self.totals = ServedTotals()
         self.draining = False
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from secrets import token_bytes
+from collections.abc import Collection, Iterable, Sequence
 
 import structlog
 
@@ -17,6 +16,7 @@ from nexus.core.keys import Identity, peer_id_of
 from nexus.memory import collection as rules
 from nexus.memory.collection import Charter, SignedCharter
 from nexus.memory.sealing import EPOCH_KEY_BYTES, SignedKeyGrant, deliver, key_hash, receive
+from nexus.node.environment import Environment
 from nexus.storage.memory.store import MemoryStore
 
 log = structlog.get_logger("nexus.memory.charters")
@@ -27,12 +27,13 @@ _CHARTER, _FOLLOWED, _KEY, _GRANT = "charter", "followed", "epoch-key", "key-gra
 
 
 class Charters:
-    """`now_ms`: Unix time. Methods raise LocalError where the disk stands in the way. Any thread: changes go one at a time."""
+    """Methods raise LocalError where the disk stands in the way. Any thread: changes go one at a time."""
 
-    def __init__(self, store: MemoryStore, identity: Identity, now_ms: Callable[[], int]) -> None:
+    def __init__(self, store: MemoryStore, identity: Identity, environment: Environment) -> None:
         self._store = store
         self._identity = identity
-        self._now_ms = now_ms
+        self._now_ms = environment.now_ms
+        self._rng = environment.rng
         self._changing = threading.RLock()
         self._signed: dict[bytes, SignedCharter] = {}
         self._charters: dict[bytes, Charter] = {}
@@ -125,7 +126,7 @@ class Charters:
             raise UsageError(
                 f"you have a collection {name!r} already", "Choose another name, or change that one: nexus collection grant"
             )
-        key = token_bytes(EPOCH_KEY_BYTES) if mode == rules.PRIVATE else b""
+        key = self._rng.randbytes(EPOCH_KEY_BYTES) if mode == rules.PRIVATE else b""
         charter = rules.create(
             owner,
             name,
@@ -164,7 +165,7 @@ class Charters:
 
     def _revoke(self, charter: Charter, peer: bytes, may_still_read: bool) -> Charter:
         rotate = charter.mode == rules.PRIVATE and not may_still_read and peer in charter.readers()
-        key = token_bytes(EPOCH_KEY_BYTES) if rotate else b""
+        key = self._rng.randbytes(EPOCH_KEY_BYTES) if rotate else b""
         changed = rules.revoke(
             charter,
             peer,

@@ -20,6 +20,7 @@ from nexus.memory.collection import Charter
 from nexus.memory.item_set import Item
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.network.transport import Transport
+from nexus.node.environment import Environment
 from nexus.node.memory.accepting import Accepting
 from nexus.node.memory.api import (
     AddedView,
@@ -89,8 +90,9 @@ class Memory:
         find_peer: Callable[[str], str],
         names: Callable[[], dict[str, str]],
         told: Tell,
-        now_ms: Callable[[], int],
+        environment: Environment,
     ) -> None:
+        now_ms = environment.now_ms
         self._transport = transport
         self._identity = identity
         self._store = store
@@ -100,7 +102,7 @@ class Memory:
         self._told = told
         self._now_ms = now_ms
         self._embedders = Embedders(options.model, stored_models, take_in_model, threads)
-        self._charters = Charters(store, identity, now_ms)
+        self._charters = Charters(store, identity, environment)
         self._accepting = Accepting(store, self._charters, sky.check_stamps, now_ms, self._added)
         self._asking = Asking(transport)
         self._syncing = Syncing(
@@ -111,6 +113,7 @@ class Memory:
             self._accepting.from_sync,
             self._charters_changed,
             options.blocks_per_peer_s,
+            environment.rng,
         )
         self._witnessing = Witnessing(
             identity,
@@ -123,7 +126,7 @@ class Memory:
             trusted=frozenset(map(public_key_of, options.trusted_witnesses)) or None,
         )
         place = (*options.place, round(options.place_step * 100)) if options.place is not None else None
-        self._writing = Writing(identity, store, self._charters, self._accepting, sky, place, self._after, now_ms)
+        self._writing = Writing(identity, store, self._charters, self._accepting, sky, place, self._after, environment)
         self._searching = Searching(
             store, self._charters, self._accepting, self._asking, sky.check_stamps, now_ms, self._syncing.offend
         )

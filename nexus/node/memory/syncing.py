@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from secrets import token_bytes
+from random import Random
 from typing import Any, Protocol
 
 import structlog
@@ -96,6 +96,7 @@ class Syncing:
         accept: Accept,
         charters_changed: Callable[[Sequence[bytes]], Awaitable[None]],
         blocks_per_peer_s: int,
+        rng: Random,
     ) -> None:
         self._transport = transport
         self._store = store
@@ -106,7 +107,8 @@ class Syncing:
         self._received = Budget(blocks_per_peer_s, blocks_per_peer_s * RATE_BURST_S)
         self._comparisons = Budget(COMPARED_PER_S, COMPARED_BURST)
         self._sent = Budget(SENT_BYTES_PER_S, SENT_BYTES_BURST)
-        self._schedule = SyncSchedule(token_bytes(16))
+        self._rng = rng
+        self._schedule = SyncSchedule(rng.randbytes(16))
         self._sets: dict[bytes, ItemSet] = {}
         # Of each set, the ids of blocks that were taken away or have expired: not in it, and not wanted again.
         self._gone: dict[bytes, frozenset[bytes]] = {}
@@ -337,7 +339,7 @@ class Syncing:
     async def _run_session(self, start: Start) -> None:
         session, outcome, declined = None, Outcome.not_begun("the set could not be read"), False
         try:
-            view = None if start.items else await self._view(start.collection, token_bytes(SALT_BYTES))
+            view = None if start.items else await self._view(start.collection, self._rng.randbytes(SALT_BYTES))
             session = SyncSession(
                 start.collection,
                 partial(self._wanted, start.peer, start.collection),

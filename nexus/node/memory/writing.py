@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from secrets import token_bytes
 
 import numpy as np
 import trio
@@ -41,6 +40,7 @@ from nexus.memory.sky.kernel import SkyKernel
 from nexus.memory.sky.place import Cell
 from nexus.memory.space_map import SpaceMap
 from nexus.memory.versions import to_remove
+from nexus.node.environment import Environment
 from nexus.node.memory.accepting import Accepting
 from nexus.node.memory.charters import Charters
 from nexus.storage.memory.records import Content, Filters, Query, StoredBlock
@@ -80,7 +80,7 @@ class Writing:
         sky: SkyKernel,
         place: tuple[float, float, int] | None,
         after: Callable[[bytes], Awaitable[Sequence[bytes]]],
-        now_ms: Callable[[], int],
+        environment: Environment,
     ) -> None:
         self._identity = identity
         self._store = store
@@ -89,7 +89,8 @@ class Writing:
         self._sky = sky
         self._place = place
         self._after = after
-        self._now_ms = now_ms
+        self._now_ms = environment.now_ms
+        self._rng = environment.rng
 
     async def add(self, charter: Charter, document: Document, embedder: Embedder | None, report: Report) -> tuple[list[bytes], int]:
         """The ids of the new blocks, and how many chunks were there already. `embedder`: None where the document has its vector.
@@ -235,7 +236,7 @@ class Writing:
             contents = [Content.of(block) for block in blocks]
             if charter.mode == rules.PRIVATE:
                 key = self._charters.keys(charter.id)[charter.epoch]
-                blocks = [seal(block, charter.epoch, key, token_bytes(NONCE_BYTES)) for block in blocks]
+                blocks = [seal(block, charter.epoch, key, self._rng.randbytes(NONCE_BYTES)) for block in blocks]
             return [encode_block(block) for block in blocks], contents
 
         encoded, contents = await trio.to_thread.run_sync(work)

@@ -22,6 +22,7 @@ from nexus.memory.collection import Charter
 from nexus.memory.quantise import quantise
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
+from nexus.node.environment import SYSTEM
 from nexus.node.memory.api import AddedView, AddRequest, BlockView, Filters, SearchRequest, SearchView, SyncView
 from nexus.node.memory.messages import SearchAsk
 from nexus.node.memory.service import Memory
@@ -121,7 +122,7 @@ class Node:
                         _itself,
                         dict,
                         partial(_told, nursery),
-                        self.now_ms,
+                        replace(SYSTEM, now_ms=self.now_ms),
                     )
                     self.memory._embedders._loaded[MODEL] = Embeds()
                     await nursery.start(self.memory.run)
