@@ -62,7 +62,7 @@ def imagined_placement(manifest: Manifest, own: NodeRecord, nodes: int, context:
             node=own.node if number == 0 else tagged_hash("imagined node", number.to_bytes(4, "little")),
             name=own.name if number == 0 else f"imagined {number + 1}",
             memory_bytes=own.memory_bytes,
-            speed=own.speed,
+            speed=own.speed(manifest.profile),
             rtt_ms=None,
             held=(),
             serves=True,

@@ -21,6 +21,7 @@ from nexus.core.fidelity import Fidelity
 from nexus.core.keys import Identity, parse_peer_id, peer_id_of
 from nexus.core.manifest import DEFAULT_PROFILE, EXACT, FLOAT, Manifest
 from nexus.engine.exact.weight_rows import Find, StoredWeights
+from nexus.engine.speed import Speeds, measure_speeds
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
 from nexus.network.libp2p import NetworkOptions, open_libp2p
@@ -72,7 +73,8 @@ from nexus.storage.memory.store import MemoryStore
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
-from nexus.swarm.membership import HOLDINGS_MAX, Holding, LayerRange, NodeRecord
+from nexus.swarm.links import Links
+from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
 
@@ -92,8 +94,6 @@ ANNOUNCED_AT_ONCE = 4
 ANNOUNCED_TIMEOUT_S = 15.0
 # What is held is looked up anew when it changed here, and now and then in case the disk was changed by hand.
 HOLDINGS_FRESH_S = 60.0
-SPEED_SIZE = 256
-SPEED_ROUNDS = 16
 
 
 class Node:
@@ -109,7 +109,7 @@ class Node:
         sessions: SessionStore,
         trust: Trust,
         nursery: trio.Nursery,
-        speed: int,
+        speeds: Speeds,
         memory: tuple[MemoryStore, SkyKernel] | None,
         conduct: Conduct = HONEST,
         environment: Environment = SYSTEM,
@@ -120,7 +120,8 @@ class Node:
         self._book = book
         self._nursery = nursery
         self._now_ms = environment.now_ms
-        self._speed = speed
+        self._speeds = speeds
+        self._links = Links(identity.public_key)
         self._began_s = trio.current_time()
         home = Home(options.home)
         self._blobs = BlobStore.open(home.models, options.disk_max_bytes)
@@ -673,8 +674,14 @@ class Node:
             name=options.name,
             addresses=tuple(address.rpartition("/p2p/")[0] for address in self._transport.addresses)[:16],
             memory_bytes=options.memory_max_bytes,
-            speed=self._speed,
+            memory_free_bytes=max(0, options.memory_max_bytes - self._models.memory_used_bytes),
+            exact_speed=self._speeds.exact,
+            float_speed=self._speeds.float,
+            upload=0,
+            load=min(self._infer.live.count, LOAD_MAX),
+            coordinate=self._links.coordinate,
             serves=int(options.serve and not self._draining),
+            leaving=int(self._draining),
             models=self._holdings,
             price=options.ledger.price_per_token,
         )
@@ -691,7 +698,7 @@ class Node:
                 continue
             if held:
                 ranges = tuple(LayerRange(start, end) for start, end in held)
-                holdings.append(Holding(self._catalog.name_of(root), root, ranges))
+                holdings.append(Holding(self._catalog.name_of(root), root, ranges, (), 0))
         return tuple(holdings)
 
     def _holdings_changed(self) -> None:
@@ -721,19 +728,6 @@ def _stored_models(home: Home) -> Find:
     return find
 
 
-def measure_speed(perf_counter: Callable[[], float] = SYSTEM.perf_counter) -> int:
-    """Millions of multiply-adds per second of this machine now, in float32, over matrices that fit its caches."""
-    import numpy as np
-
-    a = np.ones((SPEED_SIZE, SPEED_SIZE), np.float32)
-    rates = []
-    for _ in range(SPEED_ROUNDS):
-        began = perf_counter()
-        a @ a
-        rates.append(SPEED_SIZE**3 / (perf_counter() - began))
-    return int(sorted(rates)[SPEED_ROUNDS // 2] / 1e6)
-
-
 @asynccontextmanager
 async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment: Environment = SYSTEM) -> AsyncIterator[Node]:
     """A running node. `conduct`: see `nexus.node.cheating`. Raises LocalError where the data directory or the port stands in the
@@ -745,7 +739,7 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
     book = AddressBook.open(home.peers_file)
     if book.warning:
         log.warning("address_book", warning=book.warning)
-    speed = await trio.to_thread.run_sync(measure_speed, environment.perf_counter)
+    speeds = await trio.to_thread.run_sync(measure_speeds, environment.perf_counter)
     network = NetworkOptions(listen=options.listen, bootstrap=options.bootstrap, mdns=options.mdns, dht=options.dht)
     audit = options.audit
     async with AsyncExitStack() as stack:
@@ -771,7 +765,7 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, trust, nursery, speed, memory, conduct, environment)
+        node = Node(options, identity, transport, book, sessions, trust, nursery, speeds, memory, conduct, environment)
         await nursery.start(node.run)
         try:
             yield node

@@ -237,10 +237,10 @@ class Runner:
                 node=record.node,
                 name=record.name,
                 memory_bytes=record.memory_bytes,
-                speed=record.speed,
+                speed=record.speed(manifest.profile),
                 rtt_ms=None,
                 held=_held(record, manifest.root),
-                serves=bool(record.serves),
+                serves=bool(record.serves) and not record.leaving,
             )
             for record in records
         ]

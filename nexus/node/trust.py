@@ -86,7 +86,8 @@ class Trust:
                 continue
             standing = self.standings.of(record.node)
             if standing.state == DEMOTED:
-                found.append(replace(record, speed=record.speed // DEMOTED_SLOWDOWN))
+                exact, floating = (max(1, speed // DEMOTED_SLOWDOWN) for speed in (record.exact_speed, record.float_speed))
+                found.append(replace(record, exact_speed=exact, float_speed=floating))
             elif standing.may_work:
                 found.append(record)
         return found

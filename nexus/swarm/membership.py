@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from nexus.core.errors import VerificationError
 from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity, peer_id_of, verify_signature
-from nexus.core.manifest import LAYERS_MAX
+from nexus.core.manifest import EXACT, LAYERS_MAX
 from nexus.core.record import Record, digest, many, nested, raw, text, uint
 from nexus.swarm.ledger import PRICE_MAX
+from nexus.swarm.links import Coordinate
 
 RECORD_BYTES_MAX = 32 * 1024
 ADDRESSES_MAX = 16
 ADDRESS_BYTES_MAX = 256
 HOLDINGS_MAX = 256
 HELD_RANGES_MAX = 64
+SPEED_MAX = 2**48
+LOAD_MAX = 2**16
 # A signature and the heads of the arrays around the record.
 ENVELOPE_BYTES = 128
 RECORD_LIFETIME_MS = 10 * 60 * 1000
@@ -51,18 +54,25 @@ class LayerRange(Record):
 
 @dataclass(frozen=True, slots=True)
 class Holding(Record):
-    """A model that this node has pieces of. `name` is what its owner calls it; the root is what it is."""
+    """A model that this node has pieces of. `name` is what its owner calls it; the root is what it is. `serving`: what of `held` it
+    has undertaken to serve. `version`: which version of that name this is, 0 where it has none."""
 
     name: str = text(64)
     model_root: bytes = digest()
     held: tuple[LayerRange, ...] = many(nested(LayerRange), HELD_RANGES_MAX)
+    serving: tuple[LayerRange, ...] = many(nested(LayerRange), HELD_RANGES_MAX)
+    version: int = uint(2**32)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord(Record):
-    """`issued_ms`: Unix time, also the version: the newest record of a node wins. `memory_bytes`: what it offers to models.
-    `speed`: measured, in millions of multiply-adds per second. `serves`: 1 where it takes stages for others. `price`: what it asks
-    for that, in micro-credits per token and layer."""
+    """`issued_ms`: Unix time, also the version: the newest record of a node wins.
+
+    `memory_bytes`: what it offers to models, `memory_free_bytes`: what of it nothing uses now. `exact_speed`, `float_speed`:
+    measured, in millions of multiply-adds per second, of one session decoding in that profile; 0 where it is not known. `upload`:
+    bytes per second that it gives to others, as measured, 0 where it is not known. `load`: sessions that it computes for now.
+    `coordinate`: where it is (`nexus.swarm.links`). `serves`: 1 where it takes stages for others. `leaving`: 1 while it drains, and
+    then it takes nothing new. `price`: what it asks, in micro-credits per token and layer. All of it is the node's own word."""
 
     spec: int = uint(1, least=1)
     node: bytes = raw(32)
@@ -71,10 +81,20 @@ class NodeRecord(Record):
     name: str = text(64)
     addresses: tuple[str, ...] = many(text(ADDRESS_BYTES_MAX), ADDRESSES_MAX)
     memory_bytes: int = uint(2**56)
-    speed: int = uint(2**48)
+    memory_free_bytes: int = uint(2**56)
+    exact_speed: int = uint(SPEED_MAX)
+    float_speed: int = uint(SPEED_MAX)
+    upload: int = uint(2**48)
+    load: int = uint(LOAD_MAX)
+    coordinate: Coordinate = nested(Coordinate)
     serves: int = uint(1)
+    leaving: int = uint(1)
     models: tuple[Holding, ...] = many(nested(Holding), HOLDINGS_MAX)
     price: int = uint(PRICE_MAX)
+
+    def speed(self, profile: str) -> int:
+        """Of the arithmetic of a model's profile, in millions of multiply-adds per second."""
+        return self.exact_speed if profile == EXACT else self.float_speed
 
     @property
     def peer_id(self) -> str:
@@ -124,7 +144,13 @@ def fit_record(record: NodeRecord) -> NodeRecord:
     """The record within the bounds of its form, so that no peer refuses it: long texts cut, the longest held ranges and as many
     models kept as go in."""
     models = tuple(
-        replace(holding, name=_cut(holding.name, 64), held=_longest(holding.held, HELD_RANGES_MAX)) for holding in record.models
+        replace(
+            holding,
+            name=_cut(holding.name, 64),
+            held=_longest(holding.held, HELD_RANGES_MAX),
+            serving=_longest(holding.serving, HELD_RANGES_MAX),
+        )
+        for holding in record.models
     )
     addresses = tuple(address for address in record.addresses if len(address.encode()) <= ADDRESS_BYTES_MAX)[:ADDRESSES_MAX]
     short = replace(record, agent=_cut(record.agent, 64), name=_cut(record.name, 64), addresses=addresses, models=())

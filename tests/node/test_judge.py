@@ -18,8 +18,8 @@ from nexus.node.judge import Judge, imagined_placement
 from nexus.node.models import Models
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog
-from nexus.swarm.membership import NodeRecord
 from tests.engine.conftest import Folder
+from tests.swarm.node_records import node_record
 from tests.swarm.ring import identity
 
 OWN, SECOND, THIRD = (identity(number) for number in range(3))
@@ -80,7 +80,7 @@ async def test_two_replicas_may_share_this_node_and_no_other(exact_model: MakeMo
 
 def test_imagined_nodes_are_like_this_one_and_all_have_a_part(exact_model: MakeModel) -> None:
     manifest, _ = exact_model("llama")
-    own = NodeRecord(1, OWN.public_key, 0, "test", "own", (), 1 << 30, 1000, 1, (), 0)
+    own = node_record(OWN.public_key, name="own")
     for nodes in (1, 2, manifest.layers, manifest.layers + 3):
         plan = imagined_placement(manifest, own, nodes, 64).plan
         assert len(plan.stages) == min(nodes, manifest.layers)

@@ -17,7 +17,8 @@ from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
 from nexus.network.transport import Stream
 from nexus.node import membership as membership_module
 from nexus.node.membership import INTRODUCTIONS_MAX, NODE, TOPIC, Introduction, Introductions, Membership, News
-from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord, provider_key
+from nexus.swarm.membership import Holding, NodeRecord, SignedNodeRecord, provider_key
+from tests.swarm.node_records import holding, node_record
 
 EPOCH_MS = 1_700_000_000_000
 MODEL = b"m" * 32
@@ -56,7 +57,7 @@ class Node:
     def _describe(self) -> NodeRecord:
         self.described += 1
         addresses = tuple(address.rpartition("/p2p/")[0] for address in self.transport.addresses)
-        return NodeRecord(1, bytes(32), 0, "test", self.name, addresses, 10**9, 1000, 1, self.models, 0)
+        return node_record(bytes(32), name=self.name, addresses=addresses, models=self.models)
 
     def knows(self) -> dict[str, str]:
         return {record.peer_id: record.name for record in self.membership.records()}
@@ -152,7 +153,7 @@ class TestExchange:
             await node.transport.connect(nodes[0].address)
         await until(lambda: all(len(node.knows()) == 3 for node in nodes), 300)
         await trio.sleep(20)
-        nodes[3].models = (Holding("nano", MODEL, (LayerRange(0, 4),)),)
+        nodes[3].models = (holding("nano", MODEL, (0, 4)),)
         nodes[3].membership.announce_soon()
 
         def told(node: Node) -> bool:
@@ -244,7 +245,7 @@ class TestHostile:
 
         peer = await swarm.hostile(answer)
         record = b""
-        template = NodeRecord(1, identity_of(2).public_key, one.now_ms(), "", "", (), 0, 0, 0, (), 0)
+        template = node_record(identity_of(2).public_key, issued_ms=one.now_ms())
         record = SignedNodeRecord.sign(template, identity_of(2)).to_bytes()
         await one.transport.connect(peer.addresses[0])
         with pytest.raises(error) as caught:
@@ -279,7 +280,7 @@ class TestHostile:
     async def test_introductions_to_nobody_are_tried_once_each_and_bounded(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one = await swarm.node()
         rng = random.Random(1)
-        template = NodeRecord(1, identity_of(2).public_key, 0, "", "liar", (), 0, 0, 0, (), 0)
+        template = node_record(identity_of(2).public_key, name="liar")
 
         async def introduce_ghosts(stream: Stream) -> None:
             await stream.receive()
@@ -319,7 +320,7 @@ class TestHostile:
 class TestAnnouncing:
     async def test_a_model_is_found_by_its_key_as_soon_as_somebody_is_there(self, swarm: Swarm, autojump_clock: Clock) -> None:
         one, two = await swarm.node(), await swarm.node()
-        one.models = (Holding("nano", MODEL, (LayerRange(0, 4),)), Holding("empty", b"e" * 32, ()))
+        one.models = (holding("nano", MODEL, (0, 4)), holding("empty", b"e" * 32))
         one.membership.announce_soon()
         await trio.sleep(30)
         assert await two.transport.find_providers(provider_key(MODEL)) == []
@@ -332,7 +333,7 @@ class TestAnnouncing:
         self, swarm: Swarm, autojump_clock: Clock
     ) -> None:
         one, two = await swarm.node(), await swarm.node()
-        one.models = (Holding("nano", MODEL, (LayerRange(0, 4),)),)
+        one.models = (holding("nano", MODEL, (0, 4)),)
         one.membership.announce_soon()
         await one.transport.connect(two.address)
         lifetime_s = swarm.network.provider_lifetime_s
@@ -350,7 +351,7 @@ class TestAnnouncing:
         self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, two = await swarm.node(), await swarm.node()
-        one.models = tuple(Holding(f"m{number}", bytes([number]) * 32, (LayerRange(0, 1),)) for number in range(20))
+        one.models = tuple(holding(f"m{number}", bytes([number]) * 32, (0, 1)) for number in range(20))
         one.membership.announce_soon()
         at_s: list[float] = []
         real = one.transport.provide
@@ -369,7 +370,7 @@ class TestAnnouncing:
         self, swarm: Swarm, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, two = await swarm.node(), await swarm.node()
-        one.models = (Holding("nano", MODEL, (LayerRange(0, 4),)),)
+        one.models = (holding("nano", MODEL, (0, 4)),)
         one.membership.announce_soon()
         real, calls = one.transport.provide, []
 

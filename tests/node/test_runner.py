@@ -27,10 +27,11 @@ from nexus.proof.audit import StageAudit
 from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
 from nexus.storage.sessions import SessionStore
-from nexus.swarm.membership import Holding, LayerRange, NodeRecord
+from nexus.swarm.membership import NodeRecord
 from nexus.swarm.session import Result
 from tests.engine.conftest import Folder
 from tests.node.audited_swarm import AuditedSwarm, Tampered, audited_swarm
+from tests.swarm.node_records import holding, node_record
 from tests.swarm.ring import identity
 
 Models = Callable[[str], tuple[Manifest, Folder]]
@@ -71,10 +72,10 @@ async def home(
     async with audited_swarm(model, directory, others, cheats) as nodes, trio.open_nursery() as nursery:
 
         def record(number: int, serves: int) -> NodeRecord:
-            holding = Holding("tiny", manifest.root, (LayerRange(0, manifest.layers),))
             addresses = nodes.sources[number - 1].addresses if number else nodes.transport.addresses
             own = identity(number).public_key
-            return NodeRecord(1, own, NOW_MS, "test", f"n{number}", addresses, 1 << 30, 1000, serves, (holding,), 0)
+            models = (holding("tiny", manifest.root, (0, manifest.layers)),)
+            return node_record(own, issued_ms=NOW_MS, name=f"n{number}", addresses=addresses, serves=serves, models=models)
 
         async def import_builtin(name: str) -> None:
             raise AssertionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,6 +15,7 @@ import trio
 from nexus.core.errors import NexusError, NotAllowedError, NotFoundError, UsageError
 from nexus.core.keys import Identity
 from nexus.network.simulated import SimulatedNetwork, SimulatedTransport
+from nexus.node.environment import SYSTEM
 from nexus.node.options import LedgerOptions
 from nexus.node.trust import Trust, open_trust
 from nexus.proof.evidence import OP, Evidence, Verdict, verify_evidence
@@ -23,8 +25,10 @@ from nexus.swarm.membership import NodeRecord
 from nexus.swarm.standing import GOOD, PROBATION, SLASHED, SUSPENDED
 from tests.node.test_evidence import CHEATERS, fork, identity_of
 from tests.node.test_ledger import Node, bundle
+from tests.swarm.node_records import node_record
 
 OPTIONS = LedgerOptions(price_per_token=10, credit_max=1000, burn_max=2, burn_window_s=3600.0, price_max=1000)
+ENVIRONMENT = replace(SYSTEM, now_ms=lambda: 1_700_000_000_000)
 ONE, TWO = identity_of(1), identity_of(2)
 
 
@@ -38,7 +42,7 @@ def verify(evidence: Evidence) -> Verdict:
 async def opened(network: SimulatedNetwork, home: Home, identity: Identity) -> AsyncIterator[tuple[Trust, SimulatedTransport]]:
     async with (
         network.open(identity) as transport,
-        open_trust(home, identity, transport, OPTIONS, 2, verify, dict, lambda: 1_700_000_000_000) as trust,
+        open_trust(home, identity, transport, OPTIONS, 2, verify, dict, ENVIRONMENT) as trust,
         trio.open_nursery() as nursery,
     ):
         await nursery.start(trust.run)
@@ -158,11 +162,14 @@ async def test_a_session_is_settled(homes: tuple[Home, Home]) -> None:
 
 async def test_who_is_planned_with(homes: tuple[Home, Home]) -> None:
     async with opened(SimulatedNetwork(1), homes[0], ONE) as (one, _):
-        records = [NodeRecord(1, identity_of(n).public_key, 0, "", "", (), 0, 1600, 1, (), 0) for n in (2, 3, 1000)]
+        records = [node_record(identity_of(n).public_key, speed=1600) for n in (2, 3, 1000)]
         for _ in range(20):
             one.standings.note_run(records[1].node, flaky=True)
         await one.evidence.submit(fork(CHEATERS[0]))
-        assert [(record.node, record.speed) for record in one.workers(records)] == [(records[0].node, 1600), (records[1].node, 100)]
+        assert [(record.node, record.exact_speed) for record in one.workers(records)] == [
+            (records[0].node, 1600),
+            (records[1].node, 100),
+        ]
 
 
 async def test_a_foreign_ledger_freezes_payments_and_nothing_else(homes: tuple[Home, Home]) -> None:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from nexus.core.errors import MalformedError, VerificationError
 from nexus.core.keys import Identity
 from nexus.core.manifest import LAYERS_MAX
+from nexus.swarm.links import COORDINATE_MAX_US, ERROR_MAX, Coordinate
 from nexus.swarm.membership import (
     CLOCK_SKEW_MS,
     FAILURES_MAX,
+    LOAD_MAX,
     PROVIDE_RENEW_S,
     PROVIDE_RETRY_S,
     RECORD_BYTES_MAX,
@@ -23,6 +25,7 @@ from nexus.swarm.membership import (
     REFRESH_SOONEST_S,
     RENEW_AFTER_MS,
     RETRY_AFTER_S,
+    SPEED_MAX,
     Holding,
     LayerRange,
     MemberTable,
@@ -36,19 +39,23 @@ from nexus.swarm.membership import (
     provider_key,
     should_renew,
 )
+from tests.swarm.node_records import node_record
 
 NOW_MS = 1_700_000_000_000
 ALICE, BOB, CAROL = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 
 
 def record_of(identity: Identity, issued_ms: int = NOW_MS, name: str = "") -> NodeRecord:
-    return NodeRecord(1, identity.public_key, issued_ms, "nexus/0", name, ("/ip4/192.0.2.1/tcp/4001",), 10**9, 1000, 1, (), 0)
+    return node_record(identity.public_key, issued_ms=issued_ms, name=name, addresses=("/ip4/192.0.2.1/tcp/4001",))
 
 
 def signed_by(identity: Identity, issued_ms: int = NOW_MS, name: str = "") -> SignedNodeRecord:
     return SignedNodeRecord.sign(record_of(identity, issued_ms, name), identity)
 
 
+ranges = st.lists(st.builds(LayerRange, st.integers(0, LAYERS_MAX), st.integers(0, LAYERS_MAX)), max_size=70).map(tuple)
+sides = st.integers(-COORDINATE_MAX_US, COORDINATE_MAX_US)
+coordinates = st.builds(Coordinate, sides, sides, sides, st.integers(0, COORDINATE_MAX_US), st.integers(0, ERROR_MAX))
 records = st.builds(
     NodeRecord,
     st.just(1),
@@ -58,14 +65,22 @@ records = st.builds(
     st.text(max_size=100),
     st.lists(st.text(max_size=300), max_size=20).map(tuple),
     st.integers(0, 2**56),
+    st.integers(0, 2**56),
+    st.integers(0, SPEED_MAX),
+    st.integers(0, SPEED_MAX),
     st.integers(0, 2**48),
+    st.integers(0, LOAD_MAX),
+    coordinates,
+    st.integers(0, 1),
     st.integers(0, 1),
     st.lists(
         st.builds(
             Holding,
             st.text(max_size=80),
             st.binary(min_size=32, max_size=32),
-            st.lists(st.builds(LayerRange, st.integers(0, LAYERS_MAX), st.integers(0, LAYERS_MAX)), max_size=70).map(tuple),
+            ranges,
+            ranges,
+            st.integers(0, 2**32),
         ),
         max_size=8,
     ).map(tuple),
@@ -111,7 +126,7 @@ class TestRecords:
 
     def test_a_record_of_very_many_models_keeps_as_many_as_go_in(self) -> None:
         ranges = tuple(LayerRange(2 * index, 2 * index + 1) for index in range(64))
-        models = tuple(Holding("m" * 64, bytes([index]) * 32, ranges) for index in range(250))
+        models = tuple(Holding("m" * 64, bytes([index]) * 32, ranges, (), 1) for index in range(250))
         fit = fit_record(replace(record_of(ALICE), models=models))
         assert fit.models == models[: len(fit.models)]
         assert len(fit.models) > 60

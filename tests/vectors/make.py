@@ -41,6 +41,7 @@ from nexus.proof.arithmetic.tables import exp_tables
 from nexus.proof.evidence import FORK, Evidence
 from nexus.proof.receipts import Refusal, SignedRefusal, millionths
 from nexus.proof.trace import WindowTrace
+from nexus.swarm.links import Coordinate
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
 from tests.swarm.ring import causal_ring, encoder_ring, identity, shapes_for
 from tests.vectors.arithmetic import arithmetic_vectors
@@ -153,9 +154,15 @@ def wire_vectors() -> dict[str, object]:
         name="attic",
         addresses=("/ip4/192.0.2.7/tcp/4510",),
         memory_bytes=8 << 30,
-        speed=50_000,
+        memory_free_bytes=7 << 30,
+        exact_speed=50_000,
+        float_speed=20_000,
+        upload=12_500_000,
+        load=3,
+        coordinate=Coordinate(12_000, -3_500, 0, 800, 150_000),
         serves=1,
-        models=(Holding("toy", bundle.manifest.root, (LayerRange(0, 4),)),),
+        leaving=0,
+        models=(Holding("toy", bundle.manifest.root, (LayerRange(0, 4),), (LayerRange(1, 3),), 2),),
         price=7,
     )
     return {
