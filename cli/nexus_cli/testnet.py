@@ -147,18 +147,43 @@ class Testnet:
 
     def kill(self, name: str) -> tuple[TestnetNode, int]:
         """SIGKILL one node, as a power failure would: the node, and the pid that it had. `name`: "node-2" or "2"."""
-        from nexus.core.errors import LocalError, NotFoundError
-        from nexus_cli.processes import send_signal, wait_for_end
+        from nexus_cli.processes import wait_for_end
+
+        node, process = self.send_signal(name, signal.SIGKILL)
+        wait_for_end([process], KILL_TIMEOUT_S)
+        return node, process.pid
+
+    def send_signal(self, name: str, number: signal.Signals) -> tuple[TestnetNode, Process]:
+        """Signal the process of a node. Raises NotFoundError for another name, LocalError where it does not run."""
+        from nexus.core.errors import LocalError
+        from nexus_cli.processes import send_signal
+
+        node = self.find(name)
+        process = node.process
+        if not send_signal(process, number):
+            raise LocalError(f"{node.name} does not run", "See: nexus testnet status")
+        return node, process
+
+    def find(self, name: str) -> TestnetNode:
+        from nexus.core.errors import NotFoundError
 
         nodes = self.nodes()
         node = next((node for node in nodes if name in (node.name, node.name.removeprefix("node-"), node.peer_id)), None)
         if node is None:
             raise NotFoundError(f"there is no node {name!r}", f"There are: {', '.join(node.name for node in nodes)}")
-        process = node.process
-        if not send_signal(process, signal.SIGKILL):
-            raise LocalError(f"{node.name} does not run", "See: nexus testnet status")
-        wait_for_end([process], KILL_TIMEOUT_S)
-        return node, process.pid
+        return node
+
+    def start(self, name: str) -> TestnetNode:
+        """Start a node again that has ended; it is on its way when this returns. Raises LocalError where it runs."""
+        from nexus.core.errors import LocalError
+        from nexus_cli.processes import is_running
+
+        node = self.find(name)
+        if is_running(node.process):
+            raise LocalError(f"{node.name} runs already", "See: nexus testnet status")
+        started = self._spawn(node)
+        self._write([started if other.name == node.name else other for other in self.nodes()])
+        return started
 
     def down(self, keep: bool = False) -> int:
         """End every node, politely first, and remove the directory unless `keep`. Returns how many were running."""
