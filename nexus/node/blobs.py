@@ -33,6 +33,7 @@ from nexus.core.keys import public_key_of
 from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, chunk_count
 from nexus.core.record import MessageSet, Record, digest, text, uint
 from nexus.network.transport import PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.node.capacity import UploadMeter
 from nexus.storage.blobs import BLOB_BYTES_MAX, BlobStore, Partial
 from nexus.storage.catalog import Catalog, parse_manifest
 from nexus.swarm.membership import provider_key
@@ -530,13 +531,21 @@ class Fetcher:
 
 
 class BlobService:
-    """Answers peers from the store and the catalog, and with nothing else."""
+    """Answers peers from the store and the catalog, and with nothing else. `uploads` measures how fast."""
 
-    def __init__(self, transport: Transport, store: BlobStore, catalog: Catalog, off_thread: OffThread = in_worker_thread) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        store: BlobStore,
+        catalog: Catalog,
+        off_thread: OffThread = in_worker_thread,
+        uploads: UploadMeter | None = None,
+    ) -> None:
         self._transport = transport
         self._store = store
         self._catalog = catalog
         self._off_thread = off_thread
+        self._uploads = uploads or UploadMeter()
         self._answers = 0
 
     def start(self) -> None:
@@ -575,8 +584,11 @@ class BlobService:
             await _send(stream, ANSWERS.pack(Answer(NotFoundError.code, 0, "not here")))
             return
         await _send(stream, ANSWERS.pack(Answer(OK, len(frames), "")))
-        for read in frames:
-            await _send(stream, await self._off_thread(read))
+        with self._uploads.busy():
+            for read in frames:
+                frame = await self._off_thread(read)
+                await _send(stream, frame)
+                self._uploads.sent(len(frame))
 
     def _look_up(self, ask: Ask) -> list[Callable[[], bytes]]:
         """How to read each frame of the answer; they are read one by one, so that no more than one is in memory."""

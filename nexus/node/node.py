@@ -48,6 +48,7 @@ from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
+from nexus.node.capacity import Capacity
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.environment import SYSTEM, Environment
 from nexus.node.infer.serving import InferService
@@ -74,7 +75,7 @@ from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
 from nexus.swarm.links import Links
-from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, Holding, LayerRange, NodeRecord
+from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, SPEED_MAX, UPLOAD_MAX, Holding, LayerRange, NodeRecord
 
 log = structlog.get_logger("nexus.node")
 
@@ -97,8 +98,8 @@ HOLDINGS_FRESH_S = 60.0
 
 
 class Node:
-    """A running node; see `NodeApi` for what its methods promise. `memory`: None where the settings switch it off. `conduct`: see
-    `nexus.node.cheating`."""
+    """A running node; see `NodeApi` for what its methods promise. `memory`: None where the settings switch it off. `speeds`: of
+    this machine; `measure`: measures them again, in a thread. `conduct`: see `nexus.node.cheating`."""
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class Node:
         memory: tuple[MemoryStore, SkyKernel] | None,
         conduct: Conduct = HONEST,
         environment: Environment = SYSTEM,
+        measure: Callable[[], Awaitable[Speeds]] | None = None,
     ) -> None:
         self._options = options
         self._identity = identity
@@ -120,7 +122,6 @@ class Node:
         self._book = book
         self._nursery = nursery
         self._now_ms = environment.now_ms
-        self._speeds = speeds
         self._links = Links(identity.public_key)
         self._began_s = trio.current_time()
         home = Home(options.home)
@@ -131,7 +132,8 @@ class Node:
         self._membership = Membership(
             transport, identity, self._describe, environment.now_ms, trust.standings.is_slashed, self._announced_memory
         )
-        self._blob_service = BlobService(transport, self._blobs, self._catalog)
+        self._capacity = Capacity(speeds, measure, self._is_idle, self._wait_idle, self._membership.announce_soon, environment.rng)
+        self._blob_service = BlobService(transport, self._blobs, self._catalog, uploads=self._capacity.uploads)
         self._models = Models(
             self._catalog,
             self._blobs,
@@ -235,6 +237,7 @@ class Node:
             nursery.start_soon(self._suspensions.run)
             nursery.start_soon(self._meet_again)
             nursery.start_soon(self._keep_book)
+            nursery.start_soon(self._capacity.run)
             if self._memory is not None:
                 await nursery.start(self._memory.run)
             if self._options.audit.canary_every_s:
@@ -653,12 +656,18 @@ class Node:
             async for event in events:
                 yield event
 
+    def _is_idle(self) -> bool:
+        return not self._infer.live.count and not self._runner.live.count
+
+    async def _wait_idle(self) -> None:
+        await self._runner.live.wait_idle()
+        await self._infer.live.wait_idle()
+
     async def drain(self) -> None:
         self._draining = True
         self._infer.draining = True
         self._membership.announce_soon()
-        await self._runner.live.wait_idle()
-        await self._infer.live.wait_idle()
+        await self._wait_idle()
 
     def _describe(self) -> NodeRecord:
         """What this node says of itself now."""
@@ -666,6 +675,7 @@ class Node:
         now_s = trio.current_time()
         if now_s >= self._holdings_until_s:
             self._holdings, self._holdings_until_s = self._look_up_holdings(), now_s + HOLDINGS_FRESH_S
+        speeds = self._capacity.speeds
         return NodeRecord(
             spec=1,
             node=self._identity.public_key,
@@ -675,9 +685,9 @@ class Node:
             addresses=tuple(address.rpartition("/p2p/")[0] for address in self._transport.addresses)[:16],
             memory_bytes=options.memory_max_bytes,
             memory_free_bytes=max(0, options.memory_max_bytes - self._models.memory_used_bytes),
-            exact_speed=self._speeds.exact,
-            float_speed=self._speeds.float,
-            upload=0,
+            exact_speed=min(speeds.exact, SPEED_MAX),
+            float_speed=min(speeds.float, SPEED_MAX),
+            upload=min(self._capacity.uploads.bytes_per_s, UPLOAD_MAX),
             load=min(self._infer.live.count, LOAD_MAX),
             coordinate=self._links.coordinate,
             serves=int(options.serve and not self._draining),
@@ -739,7 +749,8 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
     book = AddressBook.open(home.peers_file)
     if book.warning:
         log.warning("address_book", warning=book.warning)
-    speeds = await trio.to_thread.run_sync(measure_speeds, environment.perf_counter)
+    measure = partial(trio.to_thread.run_sync, measure_speeds, options.threads, environment.perf_counter)
+    speeds = await measure()
     network = NetworkOptions(listen=options.listen, bootstrap=options.bootstrap, mdns=options.mdns, dht=options.dht)
     audit = options.audit
     async with AsyncExitStack() as stack:
@@ -765,7 +776,7 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, trust, nursery, speeds, memory, conduct, environment)
+        node = Node(options, identity, transport, book, sessions, trust, nursery, speeds, memory, conduct, environment, measure)
         await nursery.start(node.run)
         try:
             yield node

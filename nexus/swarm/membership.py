@@ -24,6 +24,7 @@ HOLDINGS_MAX = 256
 HELD_RANGES_MAX = 64
 SPEED_MAX = 2**48
 LOAD_MAX = 2**16
+UPLOAD_MAX = 2**48
 # A signature and the heads of the arrays around the record.
 ENVELOPE_BYTES = 128
 RECORD_LIFETIME_MS = 10 * 60 * 1000
@@ -84,7 +85,7 @@ class NodeRecord(Record):
     memory_free_bytes: int = uint(2**56)
     exact_speed: int = uint(SPEED_MAX)
     float_speed: int = uint(SPEED_MAX)
-    upload: int = uint(2**48)
+    upload: int = uint(UPLOAD_MAX)
     load: int = uint(LOAD_MAX)
     coordinate: Coordinate = nested(Coordinate)
     serves: int = uint(1)
