@@ -30,6 +30,9 @@ CONFIG_BYTES_MAX = 1 << 20
 # Linux's sockaddr_un holds 108 bytes with the final zero, macOS 104; the smaller one keeps a directory portable.
 SOCKET_PATH_BYTES_MAX = 103
 
+# A chunk of a fragment is 1 MiB, and is given up when it takes longer than 30 s.
+RATE_MIN = 64 * 1024
+
 # What TOML, the environment or a flag may hand over.
 Raw = object
 Parse = Callable[[Raw], Any]
@@ -141,7 +144,7 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-def parse_size(raw: Raw) -> int:
+def parse_size(raw: Raw, least: int = 1 << 20) -> int:
     """Bytes from a number, "1048576", "512MiB", "4 GB" or "4G" (binary). Raises ValueError."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([a-z]*)", raw.strip().lower()) if isinstance(raw, str) else None
     if match is not None and match.group(2) in _UNITS:
@@ -154,9 +157,20 @@ def parse_size(raw: Raw) -> int:
         size = raw
     else:
         raise ValueError('expected a size such as 1048576, "512MiB" or "4GiB"')
-    if not 1 << 20 <= size <= 1 << 50:
+    if not least <= size <= 1 << 50:
         raise ValueError("expected a size from 1MiB to 1024TiB")
     return size
+
+
+def _rate(raw: Raw) -> int:
+    """Bytes per second, 0 for no limit. Raises ValueError."""
+    if raw in (0, "0") and not isinstance(raw, bool):
+        return 0
+    try:
+        rate = parse_size(raw, least=RATE_MIN)
+    except ValueError:
+        raise ValueError('expected bytes per second, at least 64KiB, such as "10MiB", or 0 for no limit') from None
+    return rate
 
 
 def _auto(parse: Parse) -> Parse:
@@ -228,6 +242,10 @@ class NetworkSettings:
     bootstrap: tuple[str, ...] = _setting(_list(_peer_address, 64))
     mdns: bool = _setting(_boolean)
     dht: str = _setting(_choice("server", "client"))
+    fast_path: bool = _setting(_boolean)
+    fast_path_port: int = _setting(_integer(0, 65535))
+    upload_max: int = _setting(_rate)
+    download_max: int = _setting(_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,6 +473,10 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         bootstrap=settings.network.bootstrap,
         mdns=settings.network.mdns,
         dht=settings.network.dht,
+        fast_path=settings.network.fast_path,
+        fast_path_port=settings.network.fast_path_port,
+        upload_max=settings.network.upload_max,
+        download_max=settings.network.download_max,
         serve=settings.serve.enabled,
         memory_max_bytes=settings.serve.memory_max_bytes or machine_memory_bytes() // 2,
         disk_max_bytes=settings.serve.disk_max_bytes,

@@ -48,6 +48,8 @@ class Serving:
         self.limits = PeerLimits()
         self._nursery = nursery
         self._drop = drop
+        # Also told of a peer that is dropped: what else is connected with it ends.
+        self.on_drop: list[Callable[[str], None]] = []
         self._table: dict[str, tuple[ProtocolSpec, Handler]] = {}
 
     def serve(self, protocol: ProtocolSpec, handler: Handler) -> None:
@@ -96,6 +98,8 @@ class Serving:
         if peer_id != self.peer_id and self.limits.strike(peer_id, trio.current_time()):
             log.warning("peer %s breaks the rules again and again: dropping it", peer_id)
             self._drop(peer_id)
+            for told in self.on_drop:
+                told(peer_id)
 
     def open_to_self(self, protocol: ProtocolSpec) -> PipeStream:
         """A stream from this node to itself. Raises PeerError when nothing here answers it."""

@@ -28,6 +28,7 @@ class ProtocolSpec:
     `read_timeout_s`: a stream on which the reader waits longer than this is reset (None: the service sets its own deadlines).
     `streams_per_peer_max`: open inbound streams of this protocol per peer; one more is reset.
     `bytes_per_peer_s`: sustained inbound bytes per second and peer; above it reading slows down (None: no limit).
+    `bulk`: its streams carry much, so they may go another way than the rest (`nexus.network.fastpath`).
     """
 
     id: str
@@ -36,6 +37,7 @@ class ProtocolSpec:
     streams_per_peer_max: int = 16
     first_frame_max: int | None = None
     bytes_per_peer_s: int | None = None
+    bulk: bool = False
 
 
 class Stream(Protocol):

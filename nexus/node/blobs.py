@@ -32,6 +32,7 @@ from nexus.core.hashing import HASH_BYTES
 from nexus.core.keys import public_key_of
 from nexus.core.manifest import CHUNK_BYTES, EMBEDDING, HEAD, Blob, Manifest, chunk_count
 from nexus.core.record import MessageSet, Record, digest, text, uint
+from nexus.network.rates import Pace
 from nexus.network.transport import PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.node.capacity import UploadMeter
 from nexus.storage.blobs import BLOB_BYTES_MAX, BlobStore, Partial
@@ -43,7 +44,7 @@ log = structlog.get_logger("nexus.blobs")
 CHUNKS_MAX = 16
 HASHES_MAX = CHUNK_BYTES // HASH_BYTES
 CHUNK_INDEX_MAX = BLOB_BYTES_MAX // CHUNK_BYTES
-BLOBS = ProtocolSpec("/nexus/blobs/1", frame_max=CHUNK_BYTES + 64 * 1024, read_timeout_s=60.0, streams_per_peer_max=4)
+BLOBS = ProtocolSpec("/nexus/blobs/1", frame_max=CHUNK_BYTES + 64 * 1024, read_timeout_s=60.0, streams_per_peer_max=4, bulk=True)
 # Answers under way at once, over all peers; each holds a chunk in memory. One more asker is told to try again later.
 ANSWERS_MAX = 64
 SEND_TIMEOUT_S = 60.0
@@ -312,10 +313,13 @@ class Fetcher:
         catalog: Catalog,
         limits: FetchLimits | None = None,
         off_thread: OffThread = in_worker_thread,
+        download_max: int = 0,
     ) -> None:
+        """`download_max`: bytes per second over all peers, 0 for no limit."""
         self._transport = transport
         self._store = store
         self._catalog = catalog
+        self._pace = Pace(download_max)
         self._limits = limits or FetchLimits()
         self._off_thread = off_thread
         self._ongoing: dict[bytes, trio.Event] = {}
@@ -511,6 +515,7 @@ class Fetcher:
             async def take(number: int, frame: bytes, first: int = run.start) -> None:
                 await self._off_thread(lambda: partial.write_chunk(first + number, frame))
                 provider.received_bytes += len(frame)
+                await self._pace.spend(len(frame))
                 if work.finish(first + number):
                     fetch.done_bytes += len(frame)
                 await fetch.tell("fetching")
@@ -540,13 +545,16 @@ class BlobService:
         catalog: Catalog,
         off_thread: OffThread = in_worker_thread,
         uploads: UploadMeter | None = None,
+        upload_max: int = 0,
     ) -> None:
+        """`upload_max`: bytes per second over all peers, 0 for no limit."""
         self._transport = transport
         self._store = store
         self._catalog = catalog
         self._off_thread = off_thread
         self._uploads = uploads or UploadMeter()
         self._answers = 0
+        self._pace = Pace(upload_max)
 
     def start(self) -> None:
         self._transport.serve(BLOBS, self._handle)
@@ -587,6 +595,7 @@ class BlobService:
         with self._uploads.busy():
             for read in frames:
                 frame = await self._off_thread(read)
+                await self._pace.spend(len(frame))
                 await _send(stream, frame)
                 self._uploads.sent(len(frame))
 

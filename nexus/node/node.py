@@ -24,6 +24,8 @@ from nexus.engine.exact.weight_rows import Find, StoredWeights
 from nexus.engine.speed import Speeds, measure_speeds
 from nexus.memory.sky.kernel import SkyKernel
 from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
+from nexus.network.addresses import parse_endpoint
+from nexus.network.fastpath import FastPathOptions, open_fastpath
 from nexus.network.libp2p import NetworkOptions, open_libp2p
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
@@ -133,11 +135,13 @@ class Node:
             transport, identity, self._describe, environment.now_ms, trust.standings.is_slashed, self._announced_memory
         )
         self._capacity = Capacity(speeds, measure, self._is_idle, self._wait_idle, self._membership.announce_soon, environment.rng)
-        self._blob_service = BlobService(transport, self._blobs, self._catalog, uploads=self._capacity.uploads)
+        self._blob_service = BlobService(
+            transport, self._blobs, self._catalog, uploads=self._capacity.uploads, upload_max=options.upload_max
+        )
         self._models = Models(
             self._catalog,
             self._blobs,
-            Fetcher(transport, self._blobs, self._catalog),
+            Fetcher(transport, self._blobs, self._catalog, download_max=options.download_max),
             auto_fetch=options.auto_fetch,
             memory_max_bytes=options.memory_max_bytes,
             changed=self._holdings_changed,
@@ -738,6 +742,14 @@ def _stored_models(home: Home) -> Find:
     return find
 
 
+async def _open_transport(stack: AsyncExitStack, identity: Identity, network: NetworkOptions, options: NodeOptions) -> Transport:
+    below = await stack.enter_async_context(open_libp2p(identity, network))
+    if not options.fast_path:
+        return below
+    hosts = tuple(parse_endpoint(address).host for address in options.listen)
+    return await stack.enter_async_context(open_fastpath(below, identity, FastPathOptions(hosts, options.fast_path_port)))
+
+
 @asynccontextmanager
 async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment: Environment = SYSTEM) -> AsyncIterator[Node]:
     """A running node. `conduct`: see `nexus.node.cheating`. Raises LocalError where the data directory or the port stands in the
@@ -762,7 +774,7 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
         memory = await trio.to_thread.run_sync(open_memory, home, options.memory) if options.memory.enabled else None
         if memory is not None:
             stack.callback(memory[0].close)
-        transport = await stack.enter_async_context(open_libp2p(identity, network))
+        transport: Transport = await _open_transport(stack, identity, network, options)
         trust = await stack.enter_async_context(
             open_trust(
                 home,

@@ -53,7 +53,8 @@ class NodeOptions:
 
     `home`: the data directory (mode 0700, see `nexus.storage.home`), already locked by the caller.
     `listen`: multiaddrs without /p2p; `bootstrap`: multiaddrs that end in /p2p/<peer id>.
-    `dht`: "server" or "client". `serve`: whether this node takes stages for others.
+    `dht`: "server" or "client". `fast_path_port`: 0 for any free one. `upload_max`, `download_max`: of fragments, bytes per second
+    over all peers, 0 for no limit. `serve`: whether this node takes stages for others.
     `memory_max_bytes`: weights and KV caches together. `disk_max_bytes`: everything under `models/`; never 0, already resolved.
     `sessions_max`: sessions at once, own and served. `auto_fetch`: fetch fragments that a plan asks of this node.
     `threads`: of the engine; at least 1, already resolved.
@@ -65,6 +66,10 @@ class NodeOptions:
     bootstrap: tuple[str, ...]
     mdns: bool
     dht: str
+    fast_path: bool
+    fast_path_port: int
+    upload_max: int
+    download_max: int
     serve: bool
     memory_max_bytes: int
     disk_max_bytes: int

@@ -173,3 +173,16 @@ def test_a_socket_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
     relative, _ = load({"control.socket": "here.sock"}, {}, tmp_path)
     with pytest.raises(UsageError, match="absolute"):
         control_socket(relative, tmp_path)
+
+
+@pytest.mark.parametrize(("raw", "rate"), [("0", 0), ("10MiB", 10 << 20), ("65536", 65536)])
+def test_a_rate_is_bytes_per_second_or_no_limit(tmp_path: Path, raw: str, rate: int) -> None:
+    settings, _ = load({"network.upload_max": raw, "network.download_max": 0}, {}, tmp_path)
+    assert node_options(settings, tmp_path).upload_max == rate
+    assert node_options(settings, tmp_path).download_max == 0
+
+
+@pytest.mark.parametrize("raw", ["-1", "10", "fast", 1000, True, False])
+def test_what_is_no_rate_is_refused_with_the_form(tmp_path: Path, raw: object) -> None:
+    with pytest.raises(UsageError, match="bytes per second"):
+        load({"network.upload_max": raw}, {}, tmp_path)

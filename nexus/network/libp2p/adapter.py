@@ -192,6 +192,11 @@ class Libp2pTransport:
         return self._peer_id
 
     @property
+    def serving(self) -> Serving:
+        """What is answered here, and what each peer uses of it: also counted for streams that come another way."""
+        return self._serving
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         return tuple(f"{address}/p2p/{self._peer_id}" for address in self.announced())
 
