@@ -207,6 +207,7 @@ class Node:
             self._note_broken,
             self._witnesses.silent,
             environment,
+            self._links.rtt_us,
         )
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0

@@ -51,6 +51,7 @@ from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, Stage
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
+from nexus.node.placing import candidates_of, choose, held_ranges
 from nexus.node.progress import Progress
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
@@ -58,8 +59,9 @@ from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
 from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.audit_policy import can_audit, other_nodes
+from nexus.swarm.costs import RttUs, rtt_default
 from nexus.swarm.membership import NodeRecord
-from nexus.swarm.placement import Candidate, Placement, place
+from nexus.swarm.placement import Placement
 from nexus.swarm.session import Result
 
 if TYPE_CHECKING:
@@ -146,6 +148,7 @@ class Runner:
         broke_off: Callable[[bytes], None] | None = None,
         fell_silent: Callable[[Terms, Plan, bytes], Awaitable[None]] | None = None,
         environment: Environment = SYSTEM,
+        rtt_us: RttUs = rtt_default,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -162,6 +165,7 @@ class Runner:
         self._broke_off = broke_off
         self._fell_silent = fell_silent
         self._rng = environment.rng
+        self._rtt_us = rtt_us
         self._running: set[Coordinator] = set()
         self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
@@ -232,21 +236,19 @@ class Runner:
     async def _place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
         own = self._own()
         records = [own, *(record for record in self._present() if record.node != own.node and record.node not in without)]
-        candidates = [
-            Candidate(
-                node=record.node,
-                name=record.name,
-                memory_bytes=record.memory_bytes,
-                speed=record.speed(manifest.profile),
-                rtt_ms=None,
-                held=_held(record, manifest.root),
-                serves=bool(record.serves) and not record.leaving,
-            )
-            for record in records
-        ]
         tokens, dtype = min(manifest.context, PLANNED_TOKENS), DTYPES[manifest.profile][0]
         # Off the trio thread: with many unlike nodes the search takes a noticeable part of a second.
-        search = partial(place, manifest, candidates, coordinator=own.node, stages=stages, dtype=dtype, context=tokens)
+        search = partial(
+            choose,
+            manifest,
+            candidates_of(records, manifest),
+            coordinator=own.node,
+            stages=stages,
+            dtype=dtype,
+            context=tokens,
+            rtt_us=self._rtt_us,
+            seed=self._rng.randbytes(16),
+        )
         return await trio.to_thread.run_sync(search)
 
     def plan_view(self, name: str, manifest: Manifest, placement: Placement) -> PlanView:
@@ -513,7 +515,7 @@ class Runner:
         )
         known = {record.node: PeerAddress(record.peer_id, record.addresses) for record in (self._own(), *self._records())}
         wanted = {stage.node for stage in placement.plan.stages} | {
-            record.node for record in (self._own(), *self._present()) if _held(record, job.manifest.root)
+            record.node for record in (self._own(), *self._present()) if held_ranges(record, job.manifest.root)
         }
         return Coordinator(
             self._transport,
@@ -693,10 +695,6 @@ def _check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) ->
     if len(prompt) * manifest.hidden_size * 4 > PAYLOAD_MAX:
         most = PAYLOAD_MAX // (4 * manifest.hidden_size)
         raise UsageError(f"the prompt has {len(prompt)} tokens; at most {most} travel at once", "Shorten the prompt")
-
-
-def _held(record: NodeRecord, model_root: bytes) -> tuple[tuple[int, int], ...]:
-    return tuple((held.start, held.end) for holding in record.models if holding.model_root == model_root for held in holding.held)
 
 
 def _vector(payload: bytes) -> tuple[float, ...]:

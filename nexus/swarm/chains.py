@@ -47,7 +47,7 @@ from nexus.swarm.room import FOREVER, room_for
 CUTS_MAX = 256
 # The search over sets is used up to so many cells, and so many kinds of nodes.
 SUBSET_CELLS = 3_000_000
-KINDS_MAX = 10
+KINDS_MAX = 12
 # The step time is found to one part in so many.
 PRECISION = 512
 # Exactly so many stages are searched for layer by layer; more by the search that only looks for room.

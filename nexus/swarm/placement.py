@@ -189,16 +189,16 @@ def _no_room(costs: StageCosts, serving: Sequence[Candidate], stages: int | None
         )
     offered = sum(node.memory_bytes for node in serving)
     needed = costs.memory(0, costs.layers)
-    listed = ", ".join(f"{_name(node)} offers {_bytes(node.memory_bytes)}" for node in serving[:8])
+    listed = ", ".join(f"{_name(node)} offers {shown_bytes(node.memory_bytes)}" for node in serving[:8])
     more = f" and {len(serving) - 8} more" if len(serving) > 8 else ""
     least = min(costs.memory(layer, layer + 1) for layer in range(costs.layers))
     if offered < needed:
-        what = f"it needs {_bytes(needed)} and {_bytes(needed - offered)} are missing"
+        what = f"it needs {shown_bytes(needed)} and {shown_bytes(needed - offered)} are missing"
     else:
-        ends = f"the first stage needs at least {_bytes(costs.memory(0, 1))}"
-        ends += f", the last {_bytes(costs.memory(costs.layers - 1, costs.layers))}"
+        ends = f"the first stage needs at least {shown_bytes(costs.memory(0, 1))}"
+        ends += f", the last {shown_bytes(costs.memory(costs.layers - 1, costs.layers))}"
         count = f"into {stages} stages " if stages else ""
-        what = f"it needs {_bytes(needed)} and no split {count}fits: the smallest stage has {_bytes(least)}, {ends}"
+        what = f"it needs {shown_bytes(needed)} and no split {count}fits: the smallest stage has {shown_bytes(least)}, {ends}"
     return CapacityError(
         f"the model has no room: {what} ({listed}{more})",
         "Raise serve.memory_max_bytes, add a node" + (", or ask for another number of stages" if stages else ""),
@@ -214,8 +214,8 @@ def _stage_reason(costs: StageCosts, one: Stage, chain: Chain) -> str:
     parts = [
         f"{one.end - one.start} of {costs.layers} layers{''.join(f' and the {name}' for name in ends)}",
         f"{work:.0%} of the work in {_time(takes)}{_speed_note(one.node)}",
-        f"{_bytes(memory)} of {_bytes(one.node.memory_bytes)} memory",
-        "holds it already" if not fetch else f"fetches {_bytes(fetch)}",
+        f"{shown_bytes(memory)} of {shown_bytes(one.node.memory_bytes)} memory",
+        "holds it already" if not fetch else f"fetches {shown_bytes(fetch)}",
     ]
     return "; ".join(parts)
 
@@ -242,13 +242,13 @@ def _whole_reason(
     parts = [
         f"{len(chain)} {'stage' if len(chain) == 1 else 'stages'} of {len(serving)} serving {_nodes(len(serving))}{asked}, "
         + expected(chain, streams, predicted),
-        f"{_bytes(costs.memory(0, costs.layers))} of weights and KV cache",
-        "nothing to fetch" if not fetch else f"{_bytes(fetch)} to fetch",
+        f"{shown_bytes(costs.memory(0, costs.layers))} of weights and KV cache",
+        "nothing to fetch" if not fetch else f"{shown_bytes(fetch)} to fetch",
     ]
     least = min(costs.memory(layer, layer + 1) for layer in range(costs.layers))
     idle = [node for node in serving if node.node not in used]
     small = [node for node in idle if node.memory_bytes < least]
-    parts += _left_out(small, f"too small, a layer needs {_bytes(least)}")
+    parts += _left_out(small, f"too small, a layer needs {shown_bytes(least)}")
     parts += _left_out(
         [node for node in idle if node not in small],
         "with another stage a step would take longer" if not stages else "not needed for so many stages",
@@ -283,7 +283,8 @@ def _name(node: Candidate) -> str:
     return node.name or node.node.hex()[:8]
 
 
-def _bytes(count: int) -> str:
+def shown_bytes(count: int) -> str:
+    """For people."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations, permutations
+from fractions import Fraction
+from itertools import combinations, pairwise, permutations
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import CapacityError, MalformedError, UsageError
 from nexus.core.manifest import EMBEDDING, HEAD, Blob, Manifest, layer_name, stage_pieces
-from nexus.swarm.placement import SHORTLIST, SLACK, Candidate, Placement, StageCosts, _shortlist, place, stage_picoseconds
+from nexus.swarm.chains import PRECISION
+from nexus.swarm.costs import RttUs
+from nexus.swarm.placement import SHORTLIST, SLACK, Candidate, Placement, StageCosts, _shortlist, place
 
 ME = bytes([1]) * 32
 
@@ -43,31 +46,57 @@ def named(number: int, memory: int, speed: int) -> Candidate:
     return Candidate(number.to_bytes(32, "big"), f"node{number}", memory, speed, None, (), True)
 
 
-def plan(manifest: Manifest, nodes: Sequence[Candidate], stages: int | None = None, context: int = 0) -> Placement:
-    return place(manifest, nodes, coordinator=ME, stages=stages, dtype="float32", context=context)
+def at_once(one: bytes, other: bytes) -> int:
+    return 0
+
+
+def plan(
+    manifest: Manifest,
+    nodes: Sequence[Candidate],
+    stages: int | None = None,
+    context: int = 0,
+    streams: int = 4,
+    rtt_us: RttUs = at_once,
+) -> Placement:
+    return place(manifest, nodes, coordinator=ME, stages=stages, dtype="float32", context=context, streams=streams, rtt_us=rtt_us)
 
 
 def shape(placement: Placement) -> list[tuple[int, int, int]]:
     return [(stage.node[0], stage.start, stage.end) for stage in placement.plan.stages]
 
 
-def slowest(manifest: Manifest, nodes: Sequence[Candidate], placement: Placement) -> int:
-    costs, by_key = StageCosts(manifest, "float32", 0), {one.node: one for one in nodes}
-    return max(stage_picoseconds(costs, by_key[stage.node], stage.start, stage.end) for stage in placement.plan.stages)
-
-
-def brute_force(manifest: Manifest, nodes: Sequence[Candidate], stages: int | None) -> int | None:
-    """The least time of the slowest stage over every choice, order and split, by trying them all."""
+def step_us(
+    manifest: Manifest, nodes: Sequence[Candidate], stages: Sequence[tuple[int, int, int]], streams: int, rtt_us: RttUs
+) -> Fraction:
+    """By the definition, from the speeds as they are: (number in `nodes`, start, end) by stage."""
     costs = StageCosts(manifest, "float32", 0)
-    best: int | None = None
+    compute = [Fraction(costs.work(start, end) * (1 + nodes[n].load), nodes[n].speed) for n, start, end in stages]
+    ring = [n for n, _, _ in stages]
+    hops = sum(
+        (Fraction(rtt_us(nodes[a].node, nodes[b].node), 2) for a, b in pairwise([*ring, ring[0]]) if a != b), start=Fraction(0)
+    )
+    return max(sum(compute) + hops, streams * max(compute))
+
+
+def of_plan(manifest: Manifest, nodes: Sequence[Candidate], placement: Placement, streams: int, rtt_us: RttUs) -> Fraction:
+    number = {one.node: n for n, one in enumerate(nodes)}
+    stages = [(number[stage.node], stage.start, stage.end) for stage in placement.plan.stages]
+    return step_us(manifest, nodes, stages, streams, rtt_us)
+
+
+def brute_force(manifest: Manifest, nodes: Sequence[Candidate], stages: int | None, streams: int, rtt_us: RttUs) -> Fraction | None:
+    """The least step time over every choice, order and split, by trying them all."""
+    costs = StageCosts(manifest, "float32", 0)
+    best: Fraction | None = None
     for count in [stages] if stages else range(1, min(len(nodes), manifest.layers) + 1):
-        for order in permutations([one for one in nodes if one.serves], count):
+        for order in permutations(range(len(nodes)), count):
             for cuts in combinations(range(1, manifest.layers), count - 1):
                 spans = list(zip((0, *cuts), (*cuts, manifest.layers), strict=True))
-                if any(costs.memory(*span) > one.memory_bytes for one, span in zip(order, spans, strict=True)):
+                if any(costs.memory(*span) > nodes[n].memory_bytes for n, span in zip(order, spans, strict=True)):
                     continue
-                worst = max(stage_picoseconds(costs, one, *span) for one, span in zip(order, spans, strict=True))
-                best = worst if best is None else min(best, worst)
+                chain = [(n, *span) for n, span in zip(order, spans, strict=True)]
+                step = step_us(manifest, nodes, chain, streams, rtt_us)
+                best = step if best is None else min(best, step)
     return best
 
 
@@ -79,29 +108,49 @@ def models(draw: st.DrawFn, layers_max: int = 7) -> Manifest:
 
 
 @st.composite
+def links(draw: st.DrawFn) -> RttUs:
+    """Round trips between up to eight nodes, none or all alike in some cases."""
+    most = draw(st.sampled_from([0, 1, 20, 500]))
+    table = draw(st.lists(st.integers(0, most), min_size=64, max_size=64)) if draw(st.booleans()) else [most] * 64
+    return lambda one, other: table[min(one[0], other[0]) * 8 % 64 + max(one[0], other[0]) % 8]
+
+
+@st.composite
 def swarms(draw: st.DrawFn, nodes_max: int = 4, held: bool = False, layers: int = 7) -> list[Candidate]:
     def holding() -> tuple[tuple[int, int], ...]:
         low = draw(st.integers(0, layers - 1))
         return ((low, draw(st.integers(low + 1, layers))),) if held and draw(st.booleans()) else ()
 
     return [
-        node(number + 1, draw(st.integers(50, 1500)), draw(st.integers(1, 15)), holding(), rtt_ms=draw(st.none() | st.just(1.5)))
+        replace(
+            node(
+                number + 1, draw(st.integers(50, 1500)), draw(st.integers(1, 15)), holding(), rtt_ms=draw(st.none() | st.just(1.5))
+            ),
+            load=draw(st.sampled_from([0, 0, 1, 4])),
+        )
         for number in range(draw(st.integers(1, nodes_max)))
     ]
 
 
 class TestLaws:
     @settings(deadline=None, max_examples=300)
-    @given(manifest=models(), nodes=swarms(), stages=st.none() | st.integers(1, 4))
-    def test_no_plan_has_a_faster_slowest_stage(self, manifest: Manifest, nodes: list[Candidate], stages: int | None) -> None:
+    @given(
+        manifest=models(), nodes=swarms(), stages=st.none() | st.integers(1, 4), streams=st.sampled_from([1, 4, 9]), links=links()
+    )
+    def test_no_plan_has_a_shorter_step(
+        self, manifest: Manifest, nodes: list[Candidate], stages: int | None, streams: int, links: RttUs
+    ) -> None:
         assume(stages is None or stages <= min(len(nodes), manifest.layers))
-        best = brute_force(manifest, nodes, stages)
+        best = brute_force(manifest, nodes, stages, streams, links)
         if best is None:
             with pytest.raises(CapacityError):
-                plan(manifest, nodes, stages)
+                plan(manifest, nodes, stages, streams=streams, rtt_us=links)
         else:
-            placement = plan(manifest, nodes, stages)
-            assert best <= slowest(manifest, nodes, placement) <= best + best // 1000
+            placement = plan(manifest, nodes, stages, streams=streams, rtt_us=links)
+            found = of_plan(manifest, nodes, placement, streams, links)
+            # One part in PRECISION where the search ends; times are whole picoseconds.
+            assert best <= found <= best * (1 + Fraction(1, PRECISION)) + Fraction(1, 10**5)
+            assert placement.step_us == pytest.approx(float(found), rel=1e-6, abs=1e-5)
             assert stages in (None, len(placement.plan.stages))
 
     @settings(deadline=None, max_examples=200)
@@ -109,10 +158,7 @@ class TestLaws:
     def test_plans_are_valid_fit_and_do_not_depend_on_the_order(
         self, manifest: Manifest, nodes: list[Candidate], data: st.DataObject
     ) -> None:
-        nodes = [
-            Candidate(one.node, one.name, one.memory_bytes, one.speed, one.rtt_ms, _within(one.held, manifest.layers), True)
-            for one in nodes
-        ]
+        nodes = [replace(one, held=_within(one.held, manifest.layers)) for one in nodes]
         try:
             placement = plan(manifest, nodes)
         except CapacityError:
@@ -123,9 +169,9 @@ class TestLaws:
             assert needed == costs.memory(stage.start, stage.end) <= memory[stage.node]
         assert plan(manifest, data.draw(st.permutations(nodes))) == placement
         # Held layers may cost a little speed, and no more.
-        bare = [Candidate(one.node, one.name, one.memory_bytes, one.speed, one.rtt_ms, (), True) for one in nodes]
-        least = slowest(manifest, nodes, plan(manifest, bare))
-        assert slowest(manifest, nodes, placement) <= least + least // SLACK + least // 1000 + 1
+        bare = [replace(one, held=()) for one in nodes]
+        least = of_plan(manifest, nodes, plan(manifest, bare), 4, at_once)
+        assert of_plan(manifest, nodes, placement, 4, at_once) <= least * (1 + Fraction(1, SLACK)) * Fraction(1001, 1000) + 1
 
     @settings(deadline=None, max_examples=100)
     @given(manifest=models(), start=st.integers(0, 6), length=st.integers(1, 7), held=st.sets(st.integers(0, 6)))
@@ -169,7 +215,7 @@ class TestChoices:
     def test_a_node_too_slow_to_help_is_left_out_and_said_so(self) -> None:
         placement = plan(model([400] * 4, head=0), [node(1, speed=1024), node(2, speed=1)])
         assert shape(placement) == [(1, 0, 4)]
-        assert "left out: node2 (another stage would not make the slowest one faster)" in placement.reason
+        assert "left out: node2 (with another stage a step would take longer)" in placement.reason
 
     def test_a_node_too_small_for_a_layer_is_left_out_and_said_so(self) -> None:
         placement = plan(model([400] * 4), [node(1), node(2, memory=100)])
@@ -230,13 +276,22 @@ class TestChoices:
     def test_of_many_small_nodes_enough_are_looked_at(self) -> None:
         manifest = model([400] * 200)
         small = [named(number, 900, 10) for number in range(300)]
-        assert len(plan(manifest, small).plan.stages) == 101  # two layers each, one beside the embedding and one beside the head
+        assert len(plan(manifest, small).plan.stages) == 100  # two layers each
 
-    def test_measuring_again_seldom_changes_a_plan(self) -> None:
+    def test_where_all_but_one_way_has_no_room_it_is_found(self) -> None:
+        """Twelve unlike nodes with just enough memory between them."""
+        manifest = model([4 * (50 + 7 * number) for number in range(12)])
+        sizes = [StageCosts(manifest, "float32", 0).memory(number, number + 1) for number in range(12)]
+        nodes = [node(number + 1, memory=size, speed=1000 + 131 * number) for number, size in enumerate(sizes)]
+        assert [number for number, _, _ in shape(plan(manifest, nodes))] == list(range(1, 13))
+
+    def test_measuring_again_does_not_move_what_is_held(self) -> None:
         manifest = model([400] * 12)
-        one = plan(manifest, [node(1, speed=52_000), node(2, speed=53_000), node(3, speed=51_500)])
-        other = plan(manifest, [node(1, speed=51_700), node(2, speed=52_800), node(3, speed=53_100)])
-        assert one.plan == other.plan
+        speeds = (52_000, 53_000, 51_500)
+        one = plan(manifest, [node(n, speed=speed) for n, speed in enumerate(speeds, 1)]).plan
+        held = {stage.node[0]: ((stage.start, stage.end),) for stage in one.stages}
+        again = [node(n, speed=speed, held=held[n]) for n, speed in enumerate((51_700, 49_800, 53_100), 1)]
+        assert plan(manifest, again).plan == one
 
     def test_the_kv_cache_of_the_context_counts(self) -> None:
         manifest = model([400] * 4, kv_bytes=10)
@@ -313,23 +368,24 @@ def test_reasons_are_in_plain_english_with_numbers() -> None:
     manifest = model([4_000_000] * 10, embedding=8_000_000, head=8_000_000, kv_bytes=1000)
     placement = plan(manifest, [node(1, speed=1024), node(2, speed=1024, held=((5, 10),)), node(3, speed=0)], context=2000)
     assert placement.reason == (
-        "3 stages on 3 serving nodes, so that the slowest (node3) computes 4.2 ms per token by its measured speed; "
-        "72.5 MiB of weights and KV cache; 42.0 MiB to fetch"
+        "3 stages of 3 serving nodes, a token takes 11.8 ms round the ring (11.8 ms of computing, 0.0 µs of links) and 4.0 ms in "
+        "the slowest stage (node3): 15.9 ms a step with 4 sessions, bound by the slowest stage; 72.5 MiB of weights and KV cache; "
+        "38.1 MiB to fetch"
     )
     assert placement.reasons == (
-        "4 of 10 layers and the embedding; 33% of the work for 34% of the speed; 30.5 MiB of 953.7 MiB memory; fetches 22.9 MiB",
-        "4 of 10 layers; 33% of the work for 34% of the speed; 22.9 MiB of 953.7 MiB memory; fetches 3.8 MiB",
-        "2 of 10 layers and the head; 33% of the work for 32% of the speed (assumed, not measured); "
-        "19.1 MiB of 953.7 MiB memory; fetches 15.3 MiB",
+        "4 of 10 layers and the embedding; 33% of the work in 3.9 ms; 30.5 MiB of 953.7 MiB memory; fetches 22.9 MiB",
+        "4 of 10 layers; 33% of the work in 4.0 ms (speed assumed, not measured); 22.9 MiB of 953.7 MiB memory; fetches 15.3 MiB",
+        "2 of 10 layers and the head; 33% of the work in 3.9 ms; 19.1 MiB of 953.7 MiB memory; holds it already",
     )
 
 
 @pytest.mark.parametrize("count", [16, 40])
-def test_a_swarm_of_unlike_nodes_is_placed_well_and_soon(count: int) -> None:
-    """80 layers on nodes that all differ. The bound is what a split of single layers could reach at best, plus one layer."""
+@pytest.mark.parametrize("streams", [1, 4, 32])
+def test_a_swarm_of_unlike_nodes_is_placed_well(count: int, streams: int) -> None:
+    """80 layers on nodes that all differ. No step is shorter than with one node as fast as all, nor than on the fastest alone."""
     manifest = model([4_000_000] * 80, head=4_000_000)
     nodes = [node(n, memory=40_000_000 + n * 1_000_000, speed=(n * 37) % 200 + 56) for n in range(1, count + 1)]
-    placement = plan(manifest, nodes)
-    costs = StageCosts(manifest, "float32", 0)
-    ideal = costs.work(0, 80) * 10**6 // sum(one.speed for one in nodes)
-    assert slowest(manifest, nodes, placement) < 2.5 * ideal
+    placement = plan(manifest, nodes, streams=streams)
+    work = StageCosts(manifest, "float32", 0).work(0, 80)
+    ideal = max(work / max(one.speed for one in nodes), streams * work / sum(one.speed for one in nodes))
+    assert placement.step_us < 1.35 * ideal
