@@ -191,9 +191,18 @@ def _list(parse: Parse, most: int) -> Parse:
 _MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]{1,253})/tcp/([0-9]{1,5})(?:/p2p/([^/]+))?")
 
 
+_CIRCUIT = "/p2p-circuit/p2p/"
+
+
 def check_multiaddr(raw: Raw, *, with_peer: bool) -> str:
     """A TCP multiaddr, ending in /p2p/<peer id> or not as `with_peer` says. Raises ValueError."""
     form = "/ip4/192.0.2.1/tcp/4510/p2p/12D3KooW..." if with_peer else "/ip4/0.0.0.0/tcp/4510"
+    if with_peer and isinstance(raw, str) and _CIRCUIT in raw:
+        # A peer behind a relay: the relay's own address, and after it the peer.
+        relay, _, peer_id = raw.partition(_CIRCUIT)
+        check_multiaddr(relay, with_peer=True)
+        check_multiaddr(f"/ip4/192.0.2.1/tcp/1/p2p/{peer_id}", with_peer=True)
+        return raw
     match = _MULTIADDR.fullmatch(raw) if isinstance(raw, str) else None
     if match is None or not isinstance(raw, str) or (match.group(4) is not None) != with_peer:
         raise ValueError(f"expected an address such as {form}")

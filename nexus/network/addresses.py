@@ -1,6 +1,7 @@
 """Multiaddrs as text, and the bounded book of where peers were last seen.
 
-Only TCP over IP or DNS names is dialled, so this small parser is all that services and adapters need; libp2p's own is not.
+Only TCP over IP or DNS names is dialled, directly or through a relay (circuit relay v2), so this small parser is all that services
+and adapters need; libp2p's own is not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from nexus.network.transport import PeerAddress
 PEERS_MAX = 4096
 ADDRESSES_PER_PEER_MAX = 8
 FAILURES_MAX = 8
+CIRCUIT = "/p2p-circuit"
+# Of the addresses kept of a peer: a node renews two or three relays, and one that names eight would have us try them all.
+CIRCUITS_PER_PEER_MAX = 3
 _ADDRESS_CHARS_MAX = 256
 _DNS_NAME = re.compile(r"(?=.{1,253}$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?)+")
 _FIX = "An address looks like /ip4/192.0.2.7/tcp/4001/p2p/12D3KooW..."
@@ -32,6 +36,32 @@ class Endpoint:
 
     def __str__(self) -> str:
         return f"/{self.kind}/{self.host}/tcp/{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """A peer behind a relay: `relay_id` answers at `endpoint` and passes on what is said to the peer."""
+
+    endpoint: Endpoint
+    relay_id: str
+
+    def __str__(self) -> str:
+        return f"{self.endpoint}/p2p/{self.relay_id}{CIRCUIT}"
+
+
+def is_circuit(text: str) -> bool:
+    return text.endswith(CIRCUIT) or f"{CIRCUIT}/p2p/" in text
+
+
+def parse_address(text: str) -> Endpoint | Circuit:
+    """An address without the /p2p part of the peer meant, direct or through a relay. Raises MalformedError."""
+    if not text.endswith(CIRCUIT):
+        return parse_endpoint(text)
+    endpoint, mark, relay_id = text.removesuffix(CIRCUIT).partition("/p2p/")
+    if len(text) > _ADDRESS_CHARS_MAX or not mark:
+        raise MalformedError(f"{text[:_ADDRESS_CHARS_MAX]!r} names no relay", _FIX)
+    public_key_of(relay_id)
+    return Circuit(parse_endpoint(endpoint), relay_id)
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -55,17 +85,19 @@ def parse_endpoint(text: str) -> Endpoint:
     return Endpoint(kind, host, port)
 
 
-def parse_peer_address(text: str) -> tuple[str, Endpoint]:
-    """The peer id and endpoint of an address that a user gave. Raises UsageError."""
+def parse_peer_address(text: str) -> tuple[str, Endpoint | Circuit]:
+    """The peer id and the rest of an address that a user gave. Raises UsageError."""
     endpoint, mark, peer_id = text.strip().rpartition("/p2p/")
     try:
         if not mark:
             raise MalformedError(f"{text[:_ADDRESS_CHARS_MAX]!r} does not end in /p2p/ and a peer id", _FIX)
         public_key_of(peer_id)
-        parsed = parse_endpoint(endpoint)
+        parsed = parse_address(endpoint)
     except MalformedError as error:
         raise UsageError(error.cause, error.fix or _FIX) from error
-    if parsed.port == 0:
+    if isinstance(parsed, Circuit) and parsed.relay_id == peer_id:
+        raise UsageError(f"{text.strip()!r} names one peer as its own relay", _FIX)
+    if (parsed.endpoint if isinstance(parsed, Circuit) else parsed).port == 0:
         raise UsageError(f"{text!r} names port 0", _FIX)
     return peer_id, parsed
 
@@ -73,15 +105,28 @@ def parse_peer_address(text: str) -> tuple[str, Endpoint]:
 def valid_addresses(addresses: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     """Those of a peer's claimed addresses that can be dialled, at most ADDRESSES_PER_PEER_MAX, in order, without duplicates."""
     good: dict[str, None] = {}
+    circuits = 0
     for text in addresses[: 4 * ADDRESSES_PER_PEER_MAX]:
         try:
-            endpoint = parse_endpoint(text.partition("/p2p/")[0])
+            parsed = parse_address(_without_peer(text))
         except MalformedError:
             continue
-        unusable = endpoint.port == 0 or (endpoint.kind in ("ip4", "ip6") and ipaddress.ip_address(endpoint.host).is_unspecified)
-        if not unusable:
-            good[str(endpoint)] = None
+        endpoint = parsed.endpoint if isinstance(parsed, Circuit) else parsed
+        if endpoint.port == 0 or (endpoint.kind in ("ip4", "ip6") and ipaddress.ip_address(endpoint.host).is_unspecified):
+            continue
+        if isinstance(parsed, Circuit):
+            circuits += 1
+            if circuits > CIRCUITS_PER_PEER_MAX:
+                continue
+        good[str(parsed)] = None
     return tuple(good)[:ADDRESSES_PER_PEER_MAX]
+
+
+def _without_peer(text: str) -> str:
+    """Without the peer meant, whose id a relay's address carries after the relay's own."""
+    if not is_circuit(text):
+        return text.partition("/p2p/")[0]
+    return text.partition(CIRCUIT)[0] + CIRCUIT
 
 
 class AddressBook:

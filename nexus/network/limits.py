@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nexus.network.transport import ProtocolSpec
 
 # Peers remembered without an open stream, so that closing and reopening a stream does not refill a budget.
 PEERS_REMEMBERED = 1024
+KEYS_MAX = 4096
 STRIKES_MAX = 10
 STRIKES_FORGOTTEN_S = 60.0
 
@@ -29,6 +31,43 @@ class TokenBucket:
         self._tokens = min(self.burst, self._tokens + (now_s - self._at_s) * self.rate) - amount
         self._at_s = now_s
         return max(0.0, -self._tokens / self.rate)
+
+    def left(self, now_s: float) -> float:
+        """What could be taken now without a debt; negative in debt."""
+        return min(self.burst, self._tokens + (now_s - self._at_s) * self.rate)
+
+
+class TokenTable:
+    """A bucket each for peers, IP addresses or what else a key names. Bounded: those that were used longest ago start anew."""
+
+    def __init__(self, rate: float, burst: float, keys_max: int = KEYS_MAX) -> None:
+        self.rate = rate
+        self.burst = burst
+        self._keys_max = keys_max
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def may(self, keys: Iterable[str], now_s: float) -> bool:
+        """Count one for each key, unless one of them has had its share."""
+        buckets = [self._bucket(key, now_s) for key in keys]
+        if any(bucket.left(now_s) < 1 for bucket in buckets):
+            return False
+        for bucket in buckets:
+            bucket.take(1, now_s)
+        return True
+
+    def delay_s(self, keys: Iterable[str], amount: float, now_s: float) -> float:
+        """Take `amount` of each; the seconds to wait until no key is in debt."""
+        return max((self._bucket(key, now_s).take(amount, now_s) for key in keys), default=0.0)
+
+    def _bucket(self, key: str, now_s: float) -> TokenBucket:
+        bucket = self._buckets.pop(key, None) or TokenBucket(self.rate, self.burst, now_s)
+        self._buckets[key] = bucket
+        if len(self._buckets) > self._keys_max:
+            self._buckets.popitem(last=False)
+        return bucket
+
+    def __len__(self) -> int:
+        return len(self._buckets)
 
 
 @dataclass(slots=True)

@@ -12,9 +12,13 @@ from nexus.core.errors import MalformedError, UsageError
 from nexus.core.keys import Identity
 from nexus.network.addresses import (
     ADDRESSES_PER_PEER_MAX,
+    CIRCUITS_PER_PEER_MAX,
     FAILURES_MAX,
     AddressBook,
+    Circuit,
     Endpoint,
+    is_circuit,
+    parse_address,
     parse_endpoint,
     parse_peer_address,
     valid_addresses,
@@ -89,6 +93,52 @@ def test_what_strangers_claim_is_filtered_and_cut() -> None:
     claims = ["/ip4/0.0.0.0/tcp/1", "/ip6/::/tcp/1", "/ip4/1.1.1.1/tcp/0", f"/ip4/1.1.1.1/tcp/1/p2p/{PEER}", "/ip4/1.1.1.1/tcp/1"]
     assert valid_addresses(claims) == ("/ip4/1.1.1.1/tcp/1",)
     assert len(valid_addresses([f"/ip4/1.1.1.1/tcp/{port}" for port in range(1, 100)])) == ADDRESSES_PER_PEER_MAX
+
+
+RELAY = Identity(b"\1" * 32).peer_id
+VIA = f"/ip4/1.2.3.4/tcp/5/p2p/{RELAY}/p2p-circuit"
+
+
+def test_an_address_through_a_relay() -> None:
+    circuit = Circuit(Endpoint("ip4", "1.2.3.4", 5), RELAY)
+    assert parse_address(VIA) == circuit
+    assert str(circuit) == VIA
+    assert parse_peer_address(f"{VIA}/p2p/{PEER}") == (PEER, circuit)
+    assert is_circuit(VIA)
+    assert is_circuit(f"{VIA}/p2p/{PEER}")
+    assert not is_circuit("/ip4/1.2.3.4/tcp/5")
+    assert valid_addresses([f"{VIA}/p2p/{PEER}", VIA, "/ip4/1.2.3.4/tcp/5"]) == (VIA, "/ip4/1.2.3.4/tcp/5")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/p2p-circuit",
+        "/ip4/1.2.3.4/tcp/5/p2p-circuit",
+        "/ip4/1.2.3.4/tcp/5/p2p/Qm123/p2p-circuit",
+        f"/p2p/{RELAY}/p2p-circuit",
+        f"/ip4/1.2.3.4/tcp/0/p2p/{RELAY}/p2p-circuit",
+        f"{VIA}/p2p/{RELAY}/p2p-circuit",
+        VIA.replace("tcp", "udp"),
+        VIA * 3,
+    ],
+)
+def test_bad_addresses_through_a_relay(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_peer_address(f"{text}/p2p/{PEER}")
+    # Two relays in a row are cut to the first; nothing else of this is an address.
+    assert valid_addresses([text]) in ((), (VIA,))
+
+
+def test_nobody_is_their_own_relay() -> None:
+    with pytest.raises(UsageError):
+        parse_peer_address(f"{VIA}/p2p/{RELAY}")
+
+
+def test_a_peer_cannot_name_any_number_of_relays() -> None:
+    relays = [VIA.replace("tcp/5", f"tcp/{port}") for port in range(1, 9)]
+    direct = "/ip4/1.2.3.4/tcp/5"
+    assert valid_addresses([*relays, direct]) == (*relays[:CIRCUITS_PER_PEER_MAX], direct)
 
 
 def addresses(*ports: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -43,8 +43,11 @@ from nexus.network.libp2p.hardening import (
     set_constants,
 )
 from nexus.network.libp2p.mdns import discovering
+from nexus.network.libp2p.traversal import RELAY_KEY, Traversal
 from nexus.network.libp2p.yamux import Budget, YamuxConnection, YamuxStream
 from nexus.network.limits import TokenBucket
+from nexus.network.reachability import Netcheck
+from nexus.network.relaying import RelayLimits
 from nexus.network.serving import Serving, background_nursery, not_served
 from nexus.network.transport import (
     Connection,
@@ -93,13 +96,17 @@ class Caps:
 @dataclass(frozen=True, slots=True)
 class NetworkOptions:
     """`listen`: multiaddrs, port 0 for a free one. `bootstrap`: multiaddrs ending in /p2p/ and a peer id, dialled until they
-    answer, and again when they are lost. `dht`: "server" answers the queries of others, "client" only asks."""
+    answer, and again when they are lost. `dht`: "server" answers the queries of others, "client" only asks. `relay`: what this node
+    lends to others as a relay, None: it is none. `announce`: multiaddrs at which others reach it besides, where a router forwards a
+    port of another number."""
 
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
     dht: str = "server"
     caps: Caps = Caps()
+    relay: RelayLimits | None = None
+    announce: tuple[str, ...] = ()
 
 
 @asynccontextmanager
@@ -121,6 +128,8 @@ async def open_libp2p(identity: Identity, options: NetworkOptions | None = None)
                     nursery.start_soon(transport.stay_connected, PeerAddress(peer_id, (str(endpoint),)))
             nursery.start_soon(transport.renew_forever)
             nursery.start_soon(transport.refresh_forever)
+            if options.relay is not None:
+                nursery.start_soon(transport.provide, RELAY_KEY)
             if options.mdns:
                 async with discovering(identity.peer_id, transport.announced(), nursery, transport.discovered):
                     yield transport
@@ -147,7 +156,10 @@ class Libp2pTransport:
             connections_per_ip_max=caps.connections_per_ip,
             addresses=self._addresses_of,
         )
-        self._host = HardenedHost(self._swarm, _expanded)
+        # The library asks for addresses before there are any.
+        self._bound: list[Multiaddr] = []
+        self._own: Callable[[], list[str]] = list
+        self._host = HardenedHost(self._swarm, self._own_addresses)
         self._host.on_identified = self._identified
         self._dht = HardenedDht(self._host, server=options.dht == "server")
         self._gossip = HardenedGossip()
@@ -157,6 +169,19 @@ class Libp2pTransport:
         self._provide_pace = TokenBucket(PROVIDES_PER_S, PROVIDES_BURST, trio.current_time())
         self._refresh_wanted = trio.Event()
         self._discovered_dials = trio.CapacityLimiter(DISCOVERED_DIALS_AT_ONCE)
+        self._traversal = Traversal(
+            self._host,
+            self._swarm,
+            nursery,
+            self._speak,
+            listen=self._listening,
+            announce=[_listen_endpoint(text) for text in options.announce],
+            find_relays=self._find_relays,
+            connect=self._connection,
+            serve_relay=options.relay,
+        )
+        self._own = self._traversal.addresses
+        self._swarm.on_disconnected = self._traversal.disconnected
 
     @asynccontextmanager
     async def running(self, listen: list[Endpoint]) -> AsyncIterator[None]:
@@ -171,6 +196,7 @@ class Libp2pTransport:
                 for endpoint in listen:
                     self._swarm.tcp.bound[str(endpoint)] = await _bind(endpoint)
                     await self._swarm.listen(Multiaddr(str(endpoint)))
+                self._bound = self._host.get_transport_addrs()
                 try:
                     yield
                 finally:
@@ -202,7 +228,20 @@ class Libp2pTransport:
 
     def announced(self) -> list[str]:
         """Where others can dial, without the peer id."""
-        return [str(address) for address in _expanded(self._host.get_transport_addrs())]
+        return self._traversal.addresses()
+
+    def _listening(self) -> list[Endpoint]:
+        """Expanded anew each time: interfaces come and go."""
+        return [parse_endpoint(str(address)) for address in _expanded(self._bound)]
+
+    def _own_addresses(self, listening: list[Multiaddr]) -> list[Multiaddr]:
+        return [Multiaddr(address) for address in self._own()]
+
+    async def netcheck(self) -> Netcheck:
+        return await self._traversal.netcheck()
+
+    async def _find_relays(self) -> list[PeerAddress]:
+        return await self.find_providers(RELAY_KEY)
 
     def connections(self) -> list[Connection]:
         found = []
@@ -257,11 +296,12 @@ class Libp2pTransport:
         self._nursery.start_soon(self.disconnect, peer_id)
 
     async def _connection(self, peer_id: str) -> YamuxConnection:
-        """A live connection, dialling where there is none. The oldest one, so that both sides tend to the same."""
+        """A live connection, dialling where there is none: a direct one before one through a relay, and the oldest, so that both
+        sides tend to the same."""
         for _ in range(2):
             live = self._live(_id(peer_id))
             if live:
-                muxed = min((conn.muxed_conn for conn in live), key=_age)
+                muxed = min((conn.muxed_conn for conn in live), key=_preference)
                 assert isinstance(muxed, YamuxConnection)
                 return muxed
             addresses = self._addresses_of(_id(peer_id))
@@ -271,24 +311,20 @@ class Libp2pTransport:
         raise UnreachableError(f"the connection to peer {peer_id} broke off at once", peer=peer_id)
 
     async def _dial(self, peer_id: str, addresses: list[str]) -> None:
-        """Try addresses in turn until one answers. Dials of one peer do not run side by side."""
+        """Try addresses until one answers. Only one task at a time dials a peer."""
         while (running := self._dials.get(peer_id)) is not None:
             await running.wait()
             if self._live(_id(peer_id)):
                 return
         done = self._dials[peer_id] = trio.Event()
         try:
-            reasons = []
-            for address in addresses:
-                try:
-                    await self._swarm.dial_endpoint(_id(peer_id), address)
-                except SwarmException as error:
-                    self._book.failed(peer_id, address)
-                    reasons.append(f"{address}: {error}")
-                else:
-                    self._book.succeeded(peer_id, address)
-                    return
-            raise UnreachableError(f"cannot reach peer {peer_id} at {'; at '.join(reasons)}", peer=peer_id)
+            try:
+                _, address = await self._swarm.dial_any(
+                    _id(peer_id), addresses, lambda address: self._book.failed(peer_id, address)
+                )
+            except SwarmException as error:
+                raise UnreachableError(f"cannot reach peer {peer_id} at {error}", peer=peer_id) from error
+            self._book.succeeded(peer_id, address)
         finally:
             del self._dials[peer_id]
             done.set()
@@ -367,6 +403,9 @@ class Libp2pTransport:
             return self._serving.open_to_self(protocol)
         conn = await self._connection(parse_peer_id(peer_id))
         return FrameStream(await self._negotiated(conn, protocol), peer_id, protocol, self._serving.limits)
+
+    async def _speak(self, conn: YamuxConnection, protocol: str) -> YamuxStream:
+        return await self._negotiated(conn, ProtocolSpec(protocol, frame_max=0))
 
     async def _negotiated(self, conn: YamuxConnection, protocol: ProtocolSpec) -> YamuxStream:
         """A new stream on which the peer has agreed to speak `protocol`. Both questions of multistream-select go out at once."""
@@ -502,9 +541,9 @@ def _id(peer_id: str) -> ID:
     return ID.from_base58(peer_id)
 
 
-def _age(conn: object) -> float:
+def _preference(conn: object) -> tuple[bool, float]:
     assert isinstance(conn, YamuxConnection)
-    return conn.opened_s
+    return bool(conn.channel.circuit), conn.opened_s
 
 
 def _line(text: str) -> bytes:

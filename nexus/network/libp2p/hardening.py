@@ -54,6 +54,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from nexus.core.errors import LocalError
 from nexus.core.keys import Identity
+from nexus.network.addresses import Circuit, is_circuit, parse_address
 from nexus.network.libp2p.noise import NoiseTransport
 from nexus.network.libp2p.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from nexus.network.libp2p.yamux import Budget, YamuxConnection, YamuxStream
@@ -65,6 +66,7 @@ LIBP2P_VERSION = "0.8.1"
 KAD_PROTOCOL = TProtocol("/nexus/kad/1.0.0")
 GOSSIP_PROTOCOLS = (TProtocol("/meshsub/1.2.0"), TProtocol("/meshsub/1.1.0"))
 DIAL_TIMEOUT_S = 10.0
+HEAD_START_S = 0.25
 UPGRADE_TIMEOUT_S = 10.0
 DHT_QUERY_TIMEOUT_S = 2.0
 DHT_STREAM_S = 30.0
@@ -75,7 +77,13 @@ PROVIDED_KEYS_MAX = 16_384
 PROVIDER_RECORD_S = 2 * 3600
 GOSSIP_RPC_BYTES_MAX = 128 * 1024
 # Open inbound streams per peer of the library's own protocols.
-LIBRARY_STREAMS_PER_PEER = {KAD_PROTOCOL: 6, "/ipfs/ping/1.0.0": 4}
+LIBRARY_STREAMS_PER_PEER = {
+    KAD_PROTOCOL: 6,
+    "/ipfs/ping/1.0.0": 4,
+    # One for each circuit, which the service and the client count themselves; a few more are told why not.
+    "/libp2p/circuit/relay/0.2.0/hop": 24,
+    "/libp2p/circuit/relay/0.2.0/stop": 72,
+}
 LIBRARY_STREAMS_PER_PEER_DEFAULT = 3
 PEERS_TRACKED_MAX = 4096
 
@@ -189,6 +197,9 @@ class HardenedSwarm(Swarm):
         self._per_ip: Counter[str] = Counter()
         self._addresses = addresses
         self._shunned: OrderedDict[ID, float] = OrderedDict()
+        self.noise = noise
+        self.on_disconnected: Callable[[str], None] | None = None
+        self.dial_circuit: Callable[[ID, Circuit], Awaitable[INetConn]] | None = None
 
     def shun(self, peer_id: ID, seconds: float) -> None:
         """Take no connection from a peer for a while, and let no lookup of the DHT dial it."""
@@ -225,6 +236,15 @@ class HardenedSwarm(Swarm):
             if not self._per_ip[host]:
                 del self._per_ip[host]
 
+    def remove_conn(self, swarm_conn: SwarmConn) -> None:
+        super().remove_conn(swarm_conn)
+        if self.on_disconnected is not None:
+            self.on_disconnected(str(swarm_conn.muxed_conn.peer_id))
+
+    async def take_circuit(self, stream: ReadWriteCloser, maddr: Multiaddr) -> None:
+        """An inbound connection that comes through a relay, until it ends. Circuits are capped per relay, not per IP address."""
+        await super()._handle_inbound_connection(stream, maddr)
+
     async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
         """The library holds the slot of an inbound connection until the host stops, so that 250 in a lifetime are all it takes."""
         muxed_conn = await super().upgrade_inbound_raw_conn(raw_conn, maddr)
@@ -240,18 +260,52 @@ class HardenedSwarm(Swarm):
             return live
         if self.shuns(peer_id):
             raise SwarmException(f"peer {peer_id} was dropped a while ago")
-        failures = []
-        for address in self._addresses(peer_id):
+        conn, _ = await self.dial_any(peer_id, self._addresses(peer_id), lambda address: None)
+        return [conn]
+
+    async def dial_any(self, peer_id: ID, addresses: Sequence[str], failed: Callable[[str], None]) -> tuple[INetConn, str]:
+        """The first of the addresses that answers, and the connection. Raises SwarmException with all reasons.
+
+        Each has a head start over the next (RFC 8305), so that an address that swallows everything, as private ones of another
+        network do, holds up the others for no longer. Relays come last. `failed`: called with each that failed.
+        """
+        reasons: dict[str, str] = {}
+        won: list[tuple[INetConn, str]] = []
+        ranked = sorted(addresses, key=is_circuit)
+
+        async def attempt(address: str, over: trio.Event) -> None:
             try:
-                return [await self.dial_endpoint(peer_id, address)]
+                conn = await self.dial_endpoint(peer_id, address)
             except SwarmException as error:
-                failures.append(f"{address}: {error}")
-        raise SwarmException("; ".join(failures) or f"no known address of peer {peer_id}")
+                failed(address)
+                reasons[address] = str(error)
+                over.set()
+            else:
+                won.append((conn, address))
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for address in ranked:
+                over = trio.Event()
+                nursery.start_soon(attempt, address, over)
+                with trio.move_on_after(HEAD_START_S):
+                    await over.wait()
+        if won:
+            return won[0]
+        raise SwarmException(
+            "; at ".join(f"{address}: {reasons[address]}" for address in ranked if address in reasons)
+            or f"no known address of peer {peer_id}"
+        )
 
     async def dial_endpoint(self, peer_id: ID, address: str) -> INetConn:
         """One attempt at one address, bounded in time. Raises SwarmException with the reason."""
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
+                parsed = parse_address(address)
+                if isinstance(parsed, Circuit):
+                    if self.dial_circuit is None:
+                        raise SwarmException("this node uses no relays")
+                    return await self.dial_circuit(peer_id, parsed)
                 return await self._dial_addr_single_attempt(Multiaddr(address), peer_id)
         except trio.TooSlowError as error:
             raise SwarmException(f"no answer in {DIAL_TIMEOUT_S:g} s") from error
@@ -283,6 +337,7 @@ class HardenedHost(BasicHost):
     def __init__(self, swarm: HardenedSwarm, addrs_factory: Callable[[list[Multiaddr]], list[Multiaddr]]) -> None:
         self._per_peer: Counter[tuple[ID, str]] = Counter()
         self.on_identified: Callable[[ID], Awaitable[None]] | None = None
+        self._own_addresses = addrs_factory
         super().__init__(swarm, addrs_factory=addrs_factory, disable_identify_address_discovery=True)
         for protocol, handler in list(self.multiselect.handlers.items()):
             if protocol is not None and handler is not None:
@@ -318,6 +373,11 @@ class HardenedHost(BasicHost):
     def serve_directly(self, protocol_id: TProtocol, stream_handler: StreamHandlerFn) -> None:
         """For our own protocols, which bound themselves."""
         super().set_stream_handler(protocol_id, stream_handler)
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """The library cuts an address off at its first peer id, which is the relay's in an address through one."""
+        suffix = f"/p2p/{self.get_id()}"
+        return [Multiaddr(f"{address}{suffix}") for address in self._own_addresses(self.get_transport_addrs())]
 
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
         """Only DHT queries may dial. Identify and gossip would call back every peer that has just been disconnected."""

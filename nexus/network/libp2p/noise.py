@@ -8,9 +8,10 @@ sealing and sending are one step that cannot be interrupted, so that a cancelled
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 import trio
@@ -32,6 +33,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from nexus.core.errors import MalformedError
 from nexus.core.keys import public_key_of
+from nexus.network.addresses import Endpoint
 
 TAG_BYTES = 16
 PLAIN_MAX = 65535 - TAG_BYTES
@@ -41,6 +43,7 @@ RECEIVE_BYTES = 192 * 1024
 PENDING_HIGH_BYTES = 128 * 1024
 PENDING_MAX_BYTES = 4 << 20
 WRITE_STALL_S = 30.0
+GREETED_MAX = 4096
 _nonce = struct.Struct("<4xQ").pack
 _length = struct.Struct(">H")
 
@@ -59,6 +62,7 @@ class SecureChannel(BaseSession):
         send_key: bytes,
         receive_key: bytes,
         scratch: bytearray,
+        circuit: str = "",
     ) -> None:
         super().__init__(
             local_peer=local_peer,
@@ -69,7 +73,10 @@ class SecureChannel(BaseSession):
         )
         self._sock = sock
         self._fd = sock.fileno()
+        # Through a relay: its address. Then the socket is one of a pair, and knows no peer.
+        self.circuit = circuit
         self._remote = sock.getpeername()
+        self._local = sock.getsockname()
         self._seal = ChaCha20Poly1305(send_key).encrypt
         self._sealed = 0
         self._open = ChaCha20Poly1305(receive_key).decrypt
@@ -236,14 +243,23 @@ class SecureChannel(BaseSession):
             self._sock.close()
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        return (str(self._remote[0]), int(self._remote[1]))
+        return None if self.circuit else (str(self._remote[0]), int(self._remote[1]))
+
+    def get_local_endpoint(self) -> Endpoint:
+        """The end of the connection on this machine. Raises ValueError for one through a relay."""
+        if self.circuit:
+            raise ValueError("a connection through a relay leaves no address")
+        host, port = self._local[:2]
+        return Endpoint("ip6" if ":" in host else "ip4", str(host).partition("%")[0], int(port))
 
     def get_transport_addresses(self) -> list[Multiaddr]:
+        if self.circuit:
+            return [Multiaddr(self.circuit)]
         host, port = self._remote[:2]
         return [Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host.partition('%')[0]}/tcp/{port}")]
 
     def get_connection_type(self) -> ConnectionType:
-        return ConnectionType.DIRECT
+        return ConnectionType.RELAYED if self.circuit else ConnectionType.DIRECT
 
 
 class NoiseTransport(Transport):
@@ -252,9 +268,21 @@ class NoiseTransport(Transport):
     def __init__(self, key_pair: KeyPair, noise_privkey: PrivateKey) -> None:
         super().__init__(key_pair, noise_privkey=noise_privkey)
         self._scratch = bytearray(RECEIVE_BYTES)
+        self._greeted: OrderedDict[str, float] = OrderedDict()
+
+    def greeted_s(self, peer_id: str) -> float:
+        """When a peer last dialled this node directly and proved who it is; minus infinity where it never did."""
+        return self._greeted.get(peer_id, -math.inf)
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        return self._take_over(conn, await super().secure_inbound(conn), is_initiator=False)
+        channel = self._take_over(conn, await super().secure_inbound(conn), is_initiator=False)
+        if not channel.circuit:
+            peer_id = str(channel.get_remote_peer())
+            self._greeted[peer_id] = trio.current_time()
+            self._greeted.move_to_end(peer_id)
+            while len(self._greeted) > GREETED_MAX:
+                self._greeted.popitem(last=False)
+        return channel
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
         return self._take_over(conn, await super().secure_outbound(conn, peer_id), is_initiator=True)
@@ -271,11 +299,13 @@ class NoiseTransport(Transport):
         if not (isinstance(conn, RawConnection) and isinstance(conn.stream, TrioTCPStream)):
             raise HandshakeFailure("only TCP connections are supported")
         noise = session.conn.noise_state.noise_protocol
+        circuit = getattr(conn.stream, "circuit", "")
         borrowed = conn.stream.stream.socket
         sock = socket.socket(borrowed.family, borrowed.type, borrowed.proto, fileno=borrowed.detach())
         try:
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not circuit:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return SecureChannel(
                 sock=sock,
                 local_peer=self.local_peer,
@@ -285,6 +315,7 @@ class NoiseTransport(Transport):
                 send_key=noise.cipher_state_encrypt.k,
                 receive_key=noise.cipher_state_decrypt.k,
                 scratch=self._scratch,
+                circuit=circuit,
             )
         except OSError as error:
             sock.close()

@@ -15,6 +15,7 @@ from nexus.core.keys import Identity
 from nexus.network.libp2p import Caps, NetworkOptions, open_libp2p
 from nexus.network.libp2p.adapter import Libp2pTransport
 from nexus.network.libp2p.yamux import YamuxConnection, YamuxStream
+from nexus.network.relaying import RelayLimits
 from nexus.network.transport import ProtocolSpec, Stream
 
 DEADLINE_S = 20.0
@@ -58,8 +59,10 @@ class Attacker:
 
 
 @asynccontextmanager
-async def _open(caps: Caps | None = None, bootstrap: tuple[str, ...] = (), dht: str = "server") -> AsyncIterator[Libp2pTransport]:
-    options = NetworkOptions(listen=LOOPBACK, bootstrap=bootstrap, mdns=False, dht=dht, caps=caps or Caps())
+async def _open(
+    caps: Caps | None = None, bootstrap: tuple[str, ...] = (), dht: str = "server", relay: RelayLimits | None = None
+) -> AsyncIterator[Libp2pTransport]:
+    options = NetworkOptions(listen=LOOPBACK, bootstrap=bootstrap, mdns=False, dht=dht, caps=caps or Caps(), relay=relay)
     async with open_libp2p(Identity(os.urandom(32)), options) as node:
         node.serve(ECHO, echo)
         yield node
@@ -75,8 +78,8 @@ def attack() -> Callable[..., AbstractAsyncContextManager[Attacker]]:
     """A victim and an attacker that is connected to it. Afterwards the victim must still serve an honest stranger."""
 
     @asynccontextmanager
-    async def attacking(caps: Caps | None = None) -> AsyncIterator[Attacker]:
-        async with _open(caps) as victim, _open() as node:
+    async def attacking(caps: Caps | None = None, relay: RelayLimits | None = None) -> AsyncIterator[Attacker]:
+        async with _open(caps, relay=relay) as victim, _open() as node:
             attacker = Attacker(node, victim)
             await attacker.dial()
             yield attacker
