@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -45,6 +45,10 @@ REPLICAS_MAX = 64
 BUSY, CALM = 0.7, 0.35
 # While others can take them, no range takes longer than so many times what it would if the fastest nodes shared the model.
 PACE = 2
+# Who fetches more than so many times what is lacking, for the sake of layers between, is the last resort.
+DEAR = 2
+# One move may make room for another; after so many rounds it is left at that.
+PASSES_MAX = 6
 # Free nodes that are compared for a range, beside those that hold some of it.
 FREE_LOOKED_AT = 16
 
@@ -127,8 +131,7 @@ def layout(
     costs = StageCosts(manifest, dtype, context)
     planner = _Planner(costs, members, replicas or REPLICAS, streams, rtt_us)
     planner.keep()
-    for level in range(1, max(planner.wanted, default=0) + 1):
-        planner.fill(level)
+    planner.fill()
     if replicas is None:
         planner.fill_idle(REPLICAS_SPARE)
     planner.give_up(max(replicas or 0, REPLICAS_SPARE if replicas is None else 0))
@@ -172,7 +175,11 @@ class _Planner:
         self._pace_ps = self._fair_pace()
         self._replicas = replicas
         self.wanted = self._wanted()
-        self._apart = min(domains, max(self.wanted))  # up to so many replicas only distinct domains count
+        # Up to so many replicas only distinct domains count; when looking for room, 0 where those in one domain must do.
+        self._spread = self._apart = min(domains, max(self.wanted))
+        self._dear = False  # whether any price is paid
+        self._ends = costs.stored(0, costs.layers) - costs.stored_to[costs.layers]
+        self._moves = 0
 
     @staticmethod
     def _domain(seat: _Seat) -> str:
@@ -228,13 +235,15 @@ class _Planner:
             for layer in range(low, high):
                 self._holders[layer][seat.node] = self._domain(seat)
 
-    def _count(self, layer: int, without: _Seat | None = None) -> int:
+    def _count(self, layer: int) -> int:
         """Replicas that count: those in one domain as one, as long as there are more domains than replicas."""
-        holders = self._holders[layer]
-        if without is not None and without.node in holders:
-            holders = {node: domain for node, domain in holders.items() if node != without.node}
-        apart = len(set(holders.values()))
-        return apart if apart < self._apart else max(apart, len(holders))
+        return _counted(self._holders[layer].values(), self._spread)
+
+    def _count_without(self, layer: int, seat: _Seat) -> int:
+        return _counted([domain for node, domain in self._holders[layer].items() if node != seat.node], self._apart)
+
+    def _count_with(self, layer: int, seat: _Seat) -> int:
+        return _counted([*self._holders[layer].values(), self._domain(seat)], self._spread)
 
     def keep(self) -> None:
         """What is served now, as far as it fits; the pinned first."""
@@ -248,18 +257,26 @@ class _Planner:
                 if fits > start:
                     self._give(seat, (start, fits), "serves it already" if fits == end else "serves it already, as far as it fits")
 
-    def fill(self, level: int) -> None:
+    def fill(self) -> None:
+        """Replica after replica, and again as long as one move makes room for another."""
+        for _ in range(PASSES_MAX):
+            before = self._moves
+            for level in range(1, max(self.wanted) + 1):
+                self._fill_level(level)
+            if self._moves == before:
+                return
+
+    def _fill_level(self, level: int) -> None:
         """Every layer that wants so many replicas gets them, if they can be had: in domains of their own, else on nodes of their
-        own; by nodes fast enough for so much, else by any."""
+        own; by nodes fast enough for so much, else by any; with little to fetch beside what is lacking, else at any price."""
         everywhere = all(self._count(layer) < level <= self.wanted[layer] for layer in range(self._layers))
         if everywhere:
             self._take_chain(level)
-        apart = self._apart
-        for spread in dict.fromkeys((apart, 0)):
-            self._apart = spread
+        for spread, dear in ((self._apart, False), (0, False), (0, True)):
+            self._spread, self._dear = spread, dear
             for paced in (True, False):
                 self._fill_ranges(level, paced=paced)
-        self._apart = apart
+        self._spread, self._dear = self._apart, False
 
     def fill_idle(self, level: int) -> None:
         """Nodes that serve nothing take what has the fewest replicas."""
@@ -334,7 +351,9 @@ class _Planner:
                 gained = self._gain(seat, level, span, start, end)
                 if not gained:
                     continue
-                fetch = self._costs.to_fetch(*span, seat.here)
+                fetch = self._costs.to_fetch(*span, merged_ranges((*seat.here, *seat.spans()), self._layers))
+                if fetch > DEAR * gained + self._ends and not self._dear:
+                    continue
                 dropped = 0 if seat.span is None else self._costs.stored_to[seat.span[1]] - self._costs.stored_to[seat.span[0]]
                 kept = 0 if seat.span is None else self._common(seat.span, span)
                 merit = (
@@ -349,6 +368,7 @@ class _Planner:
             return False
         _, seat, span = best
         self._give(seat, span, self._why(seat, level, span))
+        self._moves += 1
         return True
 
     def _common(self, one: tuple[int, int], other: tuple[int, int]) -> int:
@@ -382,29 +402,29 @@ class _Planner:
                 yield lowest, end
             return
         low, high = span
-        if low <= start <= high < end or (low <= start and high == start):
-            # Longer to the right, leaving what others hold as well on the left.
-            for upto in (end, high + 1):
+        if low <= start and high < end:
+            # Longer to the right, over layers between where it must, leaving what others hold as well on the left.
+            for upto in dict.fromkeys((end, max(high, start) + 1)):
                 first = self._lowest(seat, upto, low, paced=paced)
                 if first < upto and self._spare(seat, level, low, min(first, high)):
                     yield first, upto
                     break
             upto = self._longest(seat, low, end, paced=paced)
-            if upto > high:
+            if upto > max(high, start):
                 yield low, upto
-        if start < low <= end or (start < low and low == end):
-            for downto in (start, low - 1):
+        if start < low and end <= high:
+            for downto in dict.fromkeys((start, min(low, end) - 1)):
                 last = self._longest(seat, downto, high, paced=paced)
                 if last > downto and self._spare(seat, level, max(last, low), high):
                     yield downto, last
                     break
             downto = self._lowest(seat, high, start, paced=paced)
-            if downto < low:
+            if downto < min(low, end):
                 yield downto, high
 
     def _spare(self, seat: _Seat, level: int, start: int, end: int) -> bool:
         """Whether these layers of the seat's have so many replicas without it, or as many as they want."""
-        return all(self._count(layer, without=seat) >= min(level, self.wanted[layer]) for layer in range(start, end))
+        return all(self._count_without(layer, seat) >= min(level, self.wanted[layer]) for layer in range(start, end))
 
     def _gain(self, seat: _Seat, level: int, span: tuple[int, int], start: int, end: int) -> int:
         """Stored bytes of layers that are short of this replica and would have it."""
@@ -415,11 +435,6 @@ class _Planner:
             if self._count(layer) < self._count_with(layer, seat):
                 gained += max(1, self._costs.stored_to[layer + 1] - self._costs.stored_to[layer])
         return gained
-
-    def _count_with(self, layer: int, seat: _Seat) -> int:
-        holders = self._holders[layer] | {seat.node: self._domain(seat)}
-        apart = len(set(holders.values()))
-        return apart if apart < self._apart else max(apart, len(holders))
 
     def _why(self, seat: _Seat, level: int, span: tuple[int, int]) -> str:
         before = seat.span
@@ -447,7 +462,7 @@ class _Planner:
                 self._give(seat, None, "")
 
     def _may_lose(self, seat: _Seat, layer: int, keep: int) -> bool:
-        left = self._count(layer, without=seat)
+        left = self._count_without(layer, seat)
         return left >= keep and (self._busy[layer] <= CALM * left)
 
     # --- the result ---------------------------------------------------------------------------------------------------------
@@ -475,3 +490,8 @@ class _Planner:
             numbers = [entry[1][0] for entry in run]
             start, end = numbers[0], numbers[-1] + 1
             yield Shortage(start, end, have, wanted, (wanted - have) * self._costs.stored(start, end))
+
+
+def _counted(domains: Collection[str], apart: int) -> int:
+    distinct = len(set(domains))
+    return distinct if distinct < apart else max(distinct, len(domains))

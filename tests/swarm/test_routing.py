@@ -151,8 +151,8 @@ def test_this_node_is_not_drawn_away_from() -> None:
 
 
 def test_two_choices_keep_the_longest_queue_short() -> None:
-    """300 requests over 20 equal nodes, whose loads are read only every 20 requests. All to the least loaded one that was read would
-    pile up 20 on a node; purely at random about 25 pile up."""
+    """300 requests over 20 equal nodes, whose loads are read only every 20 requests. All to the least loaded one that was read
+    would pile up 20 on a node; purely at random about 25 pile up."""
     count, manifest = 20, model([400])
     loads: Counter[bytes] = Counter()
     rng = random.Random(7)
