@@ -20,7 +20,7 @@ import platformdirs
 from nexus.core.audits import MODES
 from nexus.core.errors import LocalError, NexusError, UsageError
 from nexus.core.keys import parse_peer_id
-from nexus.node.options import AuditOptions, LedgerOptions, MemoryOptions, NodeOptions
+from nexus.node.options import AuditOptions, LedgerOptions, MemoryOptions, NodeOptions, RelayOptions
 from nexus.proof.accounts import AMOUNT_MAX
 from nexus.proof.audit import CELLS_MAX
 from nexus.swarm.ledger import PRICE_MAX
@@ -32,6 +32,8 @@ SOCKET_PATH_BYTES_MAX = 103
 
 # A chunk of a fragment is 1 MiB, and is given up when it takes longer than 30 s.
 RATE_MIN = 64 * 1024
+
+NO_LIMIT = 1 << 50  # bytes per second
 
 # What TOML, the environment or a flag may hand over.
 Raw = object
@@ -251,6 +253,13 @@ class NetworkSettings:
     bootstrap: tuple[str, ...] = _setting(_list(_peer_address, 64))
     mdns: bool = _setting(_boolean)
     dht: str = _setting(_choice("server", "client"))
+    announce: tuple[str, ...] = _setting(_list(_listen_address, 4))
+    relay: str = _setting(_choice("off", "on"))
+    relay_reservations: int = _setting(_integer(1, 4096))
+    relay_circuits: int = _setting(_integer(1, 256))
+    relay_circuit_bytes: int = _setting(parse_size)
+    relay_circuit_s: float = _setting(_seconds(86_400))
+    relay_peer_rate: int = _setting(_rate)
     fast_path: bool = _setting(_boolean)
     fast_path_port: int = _setting(_integer(0, 65535))
     upload_max: int = _setting(_rate)
@@ -482,6 +491,8 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         bootstrap=settings.network.bootstrap,
         mdns=settings.network.mdns,
         dht=settings.network.dht,
+        relay=_relay_options(settings.network),
+        announce=settings.network.announce,
         fast_path=settings.network.fast_path,
         fast_path_port=settings.network.fast_path_port,
         upload_max=settings.network.upload_max,
@@ -495,6 +506,18 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         ledger=LedgerOptions(**dataclasses.asdict(settings.ledger)),
         memory=MemoryOptions(**(dataclasses.asdict(settings.memory) | {"place": place_of(settings.memory.place)})),
         threads=settings.engine.threads or core_count(),
+    )
+
+
+def _relay_options(network: NetworkSettings) -> RelayOptions | None:
+    if network.relay == "off":
+        return None
+    return RelayOptions(
+        reservations=network.relay_reservations,
+        circuits=network.relay_circuits,
+        circuit_bytes=network.relay_circuit_bytes,
+        circuit_s=network.relay_circuit_s,
+        bytes_per_peer_s=network.relay_peer_rate or NO_LIMIT,
     )
 
 

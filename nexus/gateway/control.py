@@ -73,6 +73,9 @@ class Control:
         peer = requests.parse_ping(await read_body(request))
         return JsonResponse({"peer": peer, "rtt_s": await self.node.ping(peer)})
 
+    async def netcheck(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.netcheck()))
+
     async def models(self, request: Request) -> Response:
         return JsonResponse({"models": to_json(await self.node.models())})
 
@@ -161,6 +164,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("GET", "/v0/peers", Control.peers),
     ("POST", "/v0/peers", Control.add_peer),
     ("POST", "/v0/ping", Control.ping),
+    ("POST", "/v0/netcheck", Control.netcheck),
     ("GET", "/v0/models", Control.models),
     ("POST", "/v0/models", Control.add_model),
     ("GET", "/v0/models/{name}", Control.model),

@@ -45,6 +45,7 @@ from nexus.core.keys import Identity, public_key_of
 from nexus.core.record import MessageSet, Record, digest, raw, text, uint
 from nexus.network.addresses import parse_endpoint
 from nexus.network.limits import PeerLimits
+from nexus.network.reachability import Netcheck
 from nexus.network.serving import Serving, background_nursery
 from nexus.network.transport import Connection, Handler, PeerAddress, ProtocolSpec, Stream, Subscription, Transport
 
@@ -763,6 +764,9 @@ class FastPathTransport:
 
     async def ping(self, peer_id: str) -> float:
         return await self._below.ping(peer_id)
+
+    async def netcheck(self) -> Netcheck:
+        return await self._below.netcheck()
 
     async def provide(self, key: bytes) -> None:
         await self._below.provide(key)

@@ -33,6 +33,21 @@ class RelayLimits:
     requests_burst: int = 16
 
 
+def relay_limits(reservations: int, circuits: int, circuit_bytes: int, circuit_s: float, bytes_per_peer_s: int) -> RelayLimits:
+    """Of all that a relay lends, one peer may have a quarter of the circuits, one IP address half of them and an eighth of the
+    reservations."""
+    return RelayLimits(
+        reservations=reservations,
+        reservations_per_ip=max(1, reservations // 8),
+        circuits=circuits,
+        circuits_per_peer=max(1, circuits // 4),
+        circuits_per_ip=max(1, circuits // 2),
+        circuit_bytes=circuit_bytes,
+        circuit_s=circuit_s,
+        bytes_per_peer_s=bytes_per_peer_s,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Client:
     """A peer and the IP address that it comes from."""

@@ -18,9 +18,10 @@ import trio
 
 from nexus.core.errors import UnreachableError, UsageError
 from nexus.core.keys import Identity, parse_peer_id
-from nexus.network.addresses import AddressBook, Endpoint, no_address, parse_peer_address
+from nexus.network.addresses import AddressBook, Endpoint, no_address, parse_endpoint, parse_peer_address
 from nexus.network.gossip import Subscribers, check_message
 from nexus.network.pipe import Link, PipeStream, pipe
+from nexus.network.reachability import LOCAL_ONLY, MAPPING_NONE, PRIVATE, UNKNOWN, AddressCheck, Netcheck, advise
 from nexus.network.serving import Serving, background_nursery, not_served
 from nexus.network.transport import Connection, Handler, Message, PeerAddress, ProtocolSpec, Stream, Subscription, check_key
 
@@ -371,6 +372,18 @@ class SimulatedTransport:
         begin_s = trio.current_time()
         await self._round_trip(peer_id)
         return trio.current_time() - begin_s
+
+    async def netcheck(self) -> Netcheck:
+        """There are no NATs here: whoever is on the same side of a partition reaches this node."""
+        await self._lookup()
+        peers = len(self.connections())
+        verdict = LOCAL_ONLY if peers else UNKNOWN
+        scope = PRIVATE if peers else ""
+        own = AddressCheck(self.endpoint, "listen", PRIVATE, ())
+        advice = advise(
+            verdict, scope, MAPPING_NONE, peers=peers, listen=[parse_endpoint(self.endpoint)], relays=0, relay_candidates=0
+        )
+        return Netcheck(verdict, scope, "none", MAPPING_NONE, peers, peers, (own,), (), (), False, 0, advice)
 
     async def provide(self, key: bytes) -> None:
         check_key(key)

@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import trio
+
+if TYPE_CHECKING:
+    from nexus.network.reachability import Netcheck
+
 
 FRAME_MAX = 64 * 1024 * 1024
 GOSSIP_BYTES_MAX = 1024
@@ -136,6 +140,10 @@ class Transport(Protocol):
 
     async def ping(self, peer_id: str) -> float:
         """Round-trip time in seconds."""
+        ...
+
+    async def netcheck(self) -> Netcheck:
+        """Whether and how others reach this node, asked of peers now. Takes up to a minute; never raises on account of a peer."""
         ...
 
     async def provide(self, key: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
 from nexus.node.memory.api import AddedView, ExportPart, MemoryApi, ReindexView, VerifyView
+from nexus.node.netcheck import NetcheckView
 from nexus.node.progress import Notice, Progress
 from nexus.proof.bundle import Bundle
 from nexus.proof.solver import Proven
@@ -349,6 +350,10 @@ class NodeApi(Protocol):
 
     async def ping(self, peer_id: str) -> float:
         """Round-trip time in seconds; `peer_id` may be a unique prefix or a node's name."""
+        ...
+
+    async def netcheck(self) -> NetcheckView:
+        """Whether and how others reach this node; takes up to a minute."""
         ...
 
     def add_model(self, source: Path | str, name: str | None, profile: str) -> AsyncIterator[Progress | Notice | ModelView]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from nexus.models import BUILTIN_NAMES, builtin_path, held_out_text
 from nexus.network.addresses import parse_endpoint
 from nexus.network.fastpath import FastPathOptions, open_fastpath
 from nexus.network.libp2p import NetworkOptions, open_libp2p
+from nexus.network.relaying import relay_limits
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
     AuditView,
@@ -58,6 +59,7 @@ from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
 from nexus.node.memory.service import Memory, open_memory
 from nexus.node.models import Models
+from nexus.node.netcheck import NetcheckService, NetcheckView
 from nexus.node.options import NodeOptions
 from nexus.node.progress import Notice, Progress
 from nexus.node.runner import PLANNED_TOKENS, Runner
@@ -209,6 +211,7 @@ class Node:
             environment,
             self._links.rtt_us,
         )
+        self._netcheck = NetcheckService(transport, environment.now_ms, self._membership.names, self._membership.announce_soon)
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
         self._work_lock = trio.Lock()
@@ -236,8 +239,10 @@ class Node:
         self._infer.start()
         self._audit_answers.start()
         self._witnesses.start()
+        self._netcheck.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
+            nursery.start_soon(self._netcheck.watch_addresses)
             nursery.start_soon(self._trust.run)
             nursery.start_soon(self._suspensions.run)
             nursery.start_soon(self._meet_again)
@@ -390,6 +395,9 @@ class Node:
                 )
             )
         return views
+
+    async def netcheck(self) -> NetcheckView:
+        return await self._netcheck.check()
 
     async def add_peer(self, address: str) -> PeerView:
         peer_id = await self._transport.connect(address)
@@ -764,7 +772,14 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
         log.warning("address_book", warning=book.warning)
     measure = partial(trio.to_thread.run_sync, measure_speeds, options.threads, environment.perf_counter)
     speeds = await measure()
-    network = NetworkOptions(listen=options.listen, bootstrap=options.bootstrap, mdns=options.mdns, dht=options.dht)
+    network = NetworkOptions(
+        listen=options.listen,
+        bootstrap=options.bootstrap,
+        mdns=options.mdns,
+        dht=options.dht,
+        relay=relay_limits(**asdict(options.relay)) if options.relay is not None else None,
+        announce=options.announce,
+    )
     audit = options.audit
     async with AsyncExitStack() as stack:
         # Closed when nobody is left that signs.

@@ -48,12 +48,24 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayOptions:
+    """What this node lends to others as a relay: see `[network]` in `default.toml`, which says what each means."""
+
+    reservations: int
+    circuits: int
+    circuit_bytes: int
+    circuit_s: float
+    bytes_per_peer_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeOptions:
     """Everything that `open_node` needs to know.
 
     `home`: the data directory (mode 0700, see `nexus.storage.home`), already locked by the caller.
     `listen`: multiaddrs without /p2p; `bootstrap`: multiaddrs that end in /p2p/<peer id>.
-    `dht`: "server" or "client". `fast_path_port`: 0 for any free one. `upload_max`, `download_max`: of fragments, bytes per second
+    `dht`: "server" or "client". `relay`: None: be no relay. `announce`: more multiaddrs at which others reach this node.
+    `fast_path_port`: 0 for any free one. `upload_max`, `download_max`: of fragments, bytes per second
     over all peers, 0 for no limit. `serve`: whether this node takes stages for others.
     `memory_max_bytes`: weights and KV caches together. `disk_max_bytes`: everything under `models/`; never 0, already resolved.
     `sessions_max`: sessions at once, own and served. `auto_fetch`: fetch fragments that a plan asks of this node.
@@ -66,6 +78,8 @@ class NodeOptions:
     bootstrap: tuple[str, ...]
     mdns: bool
     dht: str
+    relay: RelayOptions | None
+    announce: tuple[str, ...]
     fast_path: bool
     fast_path_port: int
     upload_max: int

@@ -220,6 +220,8 @@ def _options(home: Home, number: int, policy: str, burn_max: int) -> NodeOptions
         bootstrap=(),
         mdns=False,
         dht="server",
+        relay=None,
+        announce=(),
         fast_path=False,
         fast_path_port=0,
         upload_max=0,

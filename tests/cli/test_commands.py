@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from nexus_cli.model import TEXT_BYTES_MAX
 from nexus_cli.receipts import verify_file
 from nexus_cli.run import Writer
 from tests.cli.conftest import Cli
-from tests.gateway.fake_node import ANSWER, COORDINATOR, FIRST, FakeNode, bundle, manifest
+from tests.gateway.fake_node import ANSWER, COORDINATOR, FIRST, SECOND, FakeNode, bundle, manifest
 
 PEER = f"/ip4/192.0.2.1/tcp/4510/p2p/{FIRST.peer_id}"
 
@@ -89,6 +90,40 @@ def test_status_and_id(cli: Cli, node: FakeNode) -> None:
     assert cli("--json", "status").json["receipts_signed"] == 5
     assert cli("status", "--json").json["ready"] is True
     assert cli("id", "--json").json["addresses"] == [f"/ip4/127.0.0.1/tcp/4510/p2p/{COORDINATOR.peer_id}"]
+
+
+def test_netcheck(cli: Cli, node: FakeNode) -> None:
+    said = cli("netcheck")
+    assert said.code == 0  # through a relay
+    assert "cannot dial this node, but through 1 relay" in said.out
+    assert "cannot be told: that takes two peers" in said.out
+    assert "could not reach it: no answer in 5 s" in said.out
+    assert "nobody tried" in said.out
+    assert "Forward the port." in said.out
+    assert "\x1b" not in said.out
+    found = cli("netcheck", "--json").json
+    assert (found["exit_code"], found["netcheck"]["network"]["relays"][0]["relay"]) == (0, SECOND.peer_id)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "scope", "code", "words"),
+    [
+        ("reachable", "public", 0, "directly, from the Internet"),
+        ("unreachable", "public", 1, "cannot dial this node"),
+        ("unreachable", "private", 1, "peers in the local network cannot dial"),
+        ("local_only", "private", 8, "from the local network; whether from further away cannot be told"),
+        ("local_only", "loopback", 8, "from this machine"),
+        ("unknown", "", 8, "no peer could try"),
+    ],
+)
+def test_netcheck_says_what_is_true(cli: Cli, node: FakeNode, verdict: str, scope: str, code: int, words: str) -> None:
+    network = replace(node.reached.network, verdict=verdict, scope=scope, relays=())
+    node.reached = replace(node.reached, network=network, clocks=(), clock="unknown")
+    said = cli("netcheck")
+    assert said.code == code
+    assert words in said.out
+    assert "no peer said what time it is" in said.out
+    assert cli("netcheck", "--json").json["exit_code"] == code
 
 
 def test_peers_and_ping(cli: Cli, node: FakeNode) -> None:

@@ -20,6 +20,8 @@ from nexus.core.manifest import Blob, Manifest
 from nexus.core.plan import Plan, PlanStage
 from nexus.gateway.control import Control, control_app
 from nexus.gateway.unix_socket import bound_socket, serve_on
+from nexus.network.addresses import Endpoint
+from nexus.network.reachability import AddressCheck, DialBack, Netcheck, Observation, Reservation
 from nexus.node.api import (
     AuditView,
     Embedding,
@@ -46,6 +48,7 @@ from nexus.node.api import (
     StageView,
     Token,
 )
+from nexus.node.netcheck import ClockView, NetcheckView
 from nexus.node.progress import Notice, Progress
 from nexus.proof.accounts import Fork, Share, SignedEntry
 from nexus.proof.bundle import Bundle, make_requests
@@ -56,6 +59,30 @@ from nexus.swarm.ledger import Account, Cost, pay_entry
 from tests.gateway.fake_memory import FakeMemory
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
+_HOME, _SEEN = Endpoint("ip4", "192.168.1.4", 4510), Endpoint("ip4", "198.51.100.7", 4510)
+NETCHECK = NetcheckView(
+    Netcheck(
+        "unreachable",
+        "public",
+        "behind",
+        "unknown",
+        2,
+        1,
+        (
+            AddressCheck(str(_HOME), "listen", "private", ()),
+            AddressCheck(str(_SEEN), "observed", "public", (DialBack(FIRST.peer_id, str(_SEEN), "failed", "no answer in 5 s"),)),
+        ),
+        (Observation(FIRST.peer_id, "203.0.113.9", _HOME, _SEEN),),
+        (Reservation(SECOND.peer_id, f"/ip4/203.0.113.8/tcp/4510/p2p/{SECOND.peer_id}/p2p-circuit", 3000.0),),
+        False,
+        1,
+        ("Forward the port.",),
+    ),
+    "ok",
+    (ClockView(FIRST.peer_id, -120, 4),),
+    ((FIRST.peer_id, "evil\x1b[31m"),),
+    ("Forward the port.",),
+)
 FIDELITY = Fidelity(
     "held_out.txt",
     "/models/nano",
@@ -199,6 +226,7 @@ class FakeNode:
     "cheated"; anything else is answered."""
 
     def __init__(self) -> None:
+        self.reached = NETCHECK
         self.ready = True
         self.name = "fake"
         self.running = 0
@@ -230,6 +258,9 @@ class FakeNode:
         if peer_id != FIRST.peer_id:
             raise NotFoundError(f"there is no peer {peer_id!r}", "See: nexus peers")
         return 0.0123
+
+    async def netcheck(self) -> NetcheckView:
+        return self.reached
 
     async def add_model(
         self, source: Path | str, name: str | None, profile: str

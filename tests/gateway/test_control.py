@@ -72,6 +72,7 @@ async def test_everything_that_can_be_done(path: Path, node: FakeNode) -> None:
         added = await client.post("/v0/peers", json={"address": "/ip4/192.0.2.1/tcp/1/p2p/x"})
         assert (added.status_code, added.json()["peer_id"]) == (201, FIRST.peer_id)
         assert (await client.post("/v0/ping", json={"peer": FIRST.peer_id})).json()["rtt_s"] == 0.0123
+        assert (await client.post("/v0/netcheck")).json()["network"]["verdict"] == "unreachable"
         model = await client.post("/v0/models", json={"source": "nano"})
         assert [json.loads(line)["event"] for line in model.text.splitlines()] == ["progress", "notice", "model"]
         for profile, status in (("float", 200), ("exact", 200), ("fast", 400)):
