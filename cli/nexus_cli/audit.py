@@ -179,17 +179,24 @@ def _range(cells: Sequence[int]) -> str:
 
 def report_audit(finished: Finished) -> None:
     """The line on stderr that says how far the answer was audited, and a warning where it is wrong."""
+    for part in finished.earlier:
+        if part.audit is not None:
+            click.echo(f"earlier part {part.session.hex()[:16]}: {audit_line(part.audit, finished.total_s)}", err=True)
     if finished.audit is None:
         return
     click.echo(audit_line(finished.audit, finished.total_s), err=True)
-    if _wrong(finished.audit):
+    if any(part.audit is not None and _wrong(part.audit) for part in finished.earlier) or _wrong(finished.audit):
         click.echo(click.style("the answer above is WRONG, or may be: do not use it", fg="red"), err=True)
 
 
 def check_audit(finished: Finished, asked: str | None) -> None:
-    """Raises VerificationError where an audit found the answer wrong, or where one was asked for and did not take place."""
+    """Raises VerificationError where an audit found the answer wrong, or where one was asked for and did not take place. Of an
+    answer's earlier parts a node went away, which cannot show its work any more: that alone is no reason."""
     from nexus.core.errors import VerificationError
 
+    for part in finished.earlier:
+        if part.audit is not None:
+            _check(part.audit, asked=False)
     if finished.audit is not None:
         _check(finished.audit, asked=asked not in (None, OFF))
     elif asked not in (None, OFF):

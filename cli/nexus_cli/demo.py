@@ -128,7 +128,7 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
     from nexus.node.api import PlanView
     from nexus_cli.client import Daemon
     from nexus_cli.model import plan_path, print_plan
-    from nexus_cli.receipts import verify_file, write_bundle
+    from nexus_cli.receipts import verify_file, write_proof
     from nexus_cli.run import check_verified, closing_line
 
     daemon = Daemon(members[0].socket)
@@ -149,8 +149,8 @@ def _show_off(shared: Shared, members: Sequence[TestnetNode], prompt: str, max_t
     finally:
         daemon.close()
     say(shared, closing_line(finished))
-    write_bundle(bundle_file, finished.bundle)
-    report = verify_file(bundle_file)
+    write_proof(bundle_file, finished.proof)
+    report = verify_file(bundle_file)[-1]
     if not shared.json:
         _print_who_did_what(shared, finished)
     check_verified(finished)

@@ -12,7 +12,7 @@ from nexus_cli import show
 from nexus_cli.options import NexusGroup, Shared, pass_shared
 
 if TYPE_CHECKING:
-    from nexus.proof.bundle import Bundle, BundleReport
+    from nexus.proof.bundle import AnswerProof, BundleReport
 
 receipts = NexusGroup(name="receipts", help="Proofs of what was computed, by whom.")
 
@@ -22,12 +22,21 @@ receipts = NexusGroup(name="receipts", help="Proofs of what was computed, by who
 @pass_shared
 def receipts_verify(shared: Shared, file: Path) -> None:
     """Check every signature, chain link and root in FILE. `nexus run --receipts` writes it; no daemon and no network are needed."""
-    report = verify_file(file)
+    parts = verify_file(file)
+    count = sum(report.receipts for report in parts)
     if shared.json:
         from nexus.gateway.wire import to_json
 
-        show.print_json({"verified": True, "report": to_json(report)})
+        show.print_json({"verified": True, "receipts": count, "parts": to_json(parts)})
         return
+    for number, report in enumerate(parts, 1):
+        if len(parts) > 1:
+            click.echo(f"part {number} of {len(parts)} of the answer")
+        _print_report(shared, report)
+    click.echo(f"{count} of {count} receipts verified")
+
+
+def _print_report(shared: Shared, report: BundleReport) -> None:
     show.pairs(
         [
             ("model", report.model_root.hex()),
@@ -43,24 +52,24 @@ def receipts_verify(shared: Shared, file: Path) -> None:
         for stage, (peer_id, start, end, count) in enumerate(report.receipts_by_stage)
     ]
     show.console(shared).print(show.table(("stage", "peer", "layers", "receipts"), rows, right=("stage", "receipts")))
-    click.echo(f"{report.receipts} of {report.receipts} receipts verified")
 
 
-def verify_file(file: Path) -> BundleReport:
-    """Raises NotFoundError or LocalError for the file, VerificationError for what is no bundle or does not hold."""
+def verify_file(file: Path) -> tuple[BundleReport, ...]:
+    """What each part of the answer says, mostly one. Raises NotFoundError or LocalError for the file, VerificationError for what is
+    no proof or does not hold."""
     from nexus.core.errors import MalformedError, VerificationError
-    from nexus.proof.bundle import BUNDLE_BYTES_MAX, Bundle, verify_bundle
+    from nexus.proof.bundle import BUNDLE_BYTES_MAX, AnswerProof, verify_answer
 
     content = read_file(file, BUNDLE_BYTES_MAX, "a proof bundle", "Write one with: nexus run --receipts FILE")
     # Exit code 7 for every proof that does not hold: a script that checks must not have to tell them apart.
     try:
-        bundle = Bundle.from_bytes(content)
+        proof = AnswerProof.from_bytes(content)
     except MalformedError as error:
         raise VerificationError(
             f"{file} is not a proof bundle: {error.cause}", "It may be cut off or changed: get it again"
         ) from error
     try:
-        return verify_bundle(bundle)
+        return verify_answer(proof)
     except (MalformedError, VerificationError) as error:
         raise VerificationError(
             f"{file} does not hold: {error.cause}", "Do not rely on the answer that it is about; it may be changed: get it again"
@@ -91,13 +100,13 @@ def check_writable(file: Path) -> None:
         raise LocalError(f"cannot write {file}", "Give --receipts a file in a directory that exists and that you may write to")
 
 
-def write_bundle(file: Path, bundle: Bundle) -> None:
+def write_proof(file: Path, proof: AnswerProof) -> None:
     """Whole or not at all."""
     from nexus.core.errors import LocalError
 
     temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(bundle.to_bytes())
+        temporary.write_bytes(proof.to_bytes())
         temporary.replace(file)
     except OSError as error:
         temporary.unlink(missing_ok=True)

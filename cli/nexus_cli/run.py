@@ -18,6 +18,7 @@ from nexus_cli.options import NexusCommand, Shared, pass_shared
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nexus.gateway.wire import Json
     from nexus.node.api import Finished
 
 INPUT_BYTES_MAX = 4 * 1024 * 1024
@@ -57,11 +58,11 @@ def run(
     verify: str | None,
 ) -> None:
     """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input."""
-    from nexus.gateway.wire import Json, to_json
+    from nexus.gateway.wire import to_json
     from nexus.node.api import Finished, Planned, Token
-    from nexus.node.progress import Progress
+    from nexus.node.progress import Notice, Progress
     from nexus_cli.client import connected
-    from nexus_cli.receipts import check_writable, write_bundle
+    from nexus_cli.receipts import check_writable, write_proof
 
     if receipts is not None and no_receipts:
         raise click.UsageError("--receipts and --no-receipts exclude each other")
@@ -81,6 +82,7 @@ def run(
     }
     body |= {"seed": seed, "stages": stages, "receipts": not no_receipts, "verify": verify}
     tokens: list[Token] = []
+    notices: list[str] = []
     writer = Writer()
     planned: Planned | None = None
     finished: Finished | None = None
@@ -91,6 +93,8 @@ def run(
                     planned = event
                 case Progress():
                     progress(event)
+                case Notice(notice):
+                    notices.append(f"after {show.count(len(tokens), 'token')}: {notice}")
                 case Token():
                     progress(None)
                     tokens.append(event)
@@ -102,16 +106,19 @@ def run(
         writer.end()
     done = check_finished(finished)
     if receipts is not None:
-        write_bundle(receipts, done.bundle)
+        write_proof(receipts, done.proof)
     if shared.json:
         summary = to_json(done)
         assert isinstance(summary, dict)
-        del summary["bundle"]  # --receipts writes it
+        drop_bundles(summary)
         show.print_json(
             {"text": "".join(token.text for token in tokens), "tokens": [token.token for token in tokens], "plan": to_json(planned)}
+            | {"notices": notices}
             | summary
         )
     else:
+        for notice in notices:
+            click.echo(show.printable(notice), err=True)
         click.echo(closing_line(done, asked_for_receipts=not no_receipts), err=True)
         report_audit(done)
     if not no_receipts:
@@ -132,11 +139,11 @@ def embed(
     """Turn each TEXT into a vector. One JSON array per line; a text of - is read from standard input."""
     import json
 
-    from nexus.gateway.wire import Json, to_json
+    from nexus.gateway.wire import to_json
     from nexus.node.api import Embedding, Finished
     from nexus.node.progress import Progress
     from nexus_cli.client import connected
-    from nexus_cli.receipts import check_writable, write_bundle
+    from nexus_cli.receipts import check_writable, write_proof
 
     given = [read_input() if text == "-" else check_text(text, "the text") for text in texts]
     if receipts is not None:
@@ -155,12 +162,12 @@ def embed(
                     finished = event
     done = check_finished(finished)
     if receipts is not None:
-        write_bundle(receipts, done.bundle)
+        write_proof(receipts, done.proof)
     ordered = [vectors[index] for index in sorted(vectors)]
     if shared.json:
         summary = to_json(done)
         assert isinstance(summary, dict)
-        del summary["bundle"]
+        drop_bundles(summary)
         show.print_json({"embeddings": to_json(ordered)} | summary)
     else:
         for vector in ordered:
@@ -222,6 +229,15 @@ def check_verified(finished: Finished) -> None:
 
     if not 0 < finished.receipts == finished.receipts_verified:
         raise VerificationError(verified_line(finished), "Do not rely on this answer; the daemon's log says which receipt failed")
+
+
+def drop_bundles(summary: dict[str, Json]) -> None:
+    """Leave out what --receipts writes to a file."""
+    del summary["bundle"]
+    earlier = summary["earlier"]
+    assert isinstance(earlier, list)
+    for part in earlier:
+        del part["bundle"]
 
 
 def verified_line(finished: Finished) -> str:

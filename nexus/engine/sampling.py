@@ -52,5 +52,5 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, step: int, seen: Seq
     if sampling.temperature == 0:
         return best if values is logits else likeliest(values)
     tokens, cumulative = nucleus(values, sampling)
-    drawn = int(np.searchsorted(cumulative, uniform(sampling.seed, step) * cumulative[-1], side="right"))
+    drawn = int(np.searchsorted(cumulative, uniform(sampling.seed, len(sampling.answered) + step) * cumulative[-1], side="right"))
     return int(tokens[min(drawn, len(tokens) - 1)])

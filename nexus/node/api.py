@@ -15,7 +15,7 @@ from nexus.core.manifest import Manifest
 from nexus.node.memory.api import AddedView, ExportPart, MemoryApi, ReindexView, VerifyView
 from nexus.node.netcheck import NetcheckView
 from nexus.node.progress import Notice, Progress
-from nexus.proof.bundle import Bundle
+from nexus.proof.bundle import AnswerProof, Bundle
 from nexus.proof.solver import Proven
 
 
@@ -313,9 +313,20 @@ class LedgerView:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierPart:
+    """Of an answer that went on over other nodes when some went away: a session before the last, as far as it stands. `audit`: as
+    in `Finished`, None also where it is still under way; `nexus audit show` has it then."""
+
+    session: bytes
+    bundle: Bundle
+    audit: AuditView | None
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """`reason`: "stop" (end token or stop text), "length" (max_tokens or context). `receipts_verified` of `receipts` hold. `audit`:
-    None where nothing can be audited: no receipts, or the float profile."""
+    """`reason`: "stop" (end token or stop text), "length" (max_tokens or context). `receipts_verified` of `receipts` hold.
+    `stages`, `bundle`, `audit`: of the session that ended the answer. `audit`: None where nothing can be audited: no receipts, or
+    the float profile. `earlier`: the parts of the answer that other sessions gave, in order."""
 
     reason: str
     prompt_tokens: int
@@ -327,6 +338,11 @@ class Finished:
     stages: tuple[StageSummary, ...]
     bundle: Bundle
     audit: AuditView | None = None
+    earlier: tuple[EarlierPart, ...] = ()
+
+    @property
+    def proof(self) -> AnswerProof:
+        return AnswerProof(1, (*(part.bundle for part in self.earlier), self.bundle))
 
 
 Event = Planned | Progress | Notice | Token | Embedding | Finished

@@ -34,6 +34,7 @@ from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
 from nexus.node.api import (
     AuditView,
+    EarlierPart,
     Embedding,
     EmbedRequest,
     Event,
@@ -47,17 +48,18 @@ from nexus.node.api import (
 )
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.environment import SYSTEM, Environment
+from nexus.node.failover import Absent, Course, Job, Part, PartAudit
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
 from nexus.node.placing import candidates_of, choose, held_ranges
-from nexus.node.progress import Progress
+from nexus.node.progress import Notice, Progress
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
 from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
-from nexus.proof.receipts import MICRO, SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
+from nexus.proof.receipts import SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
 from nexus.swarm.audit_policy import can_audit, other_nodes
 from nexus.swarm.costs import RttUs, rtt_default
 from nexus.swarm.membership import NodeRecord
@@ -72,6 +74,11 @@ log = structlog.get_logger("nexus.runner")
 ATTEMPTS_MAX = 3
 # A node that did not answer is left out of plans for so long; its record may live on for minutes.
 AVOID_S = 60.0
+# When nobody is left to plan with, one that fell silent is waited for.
+COMEBACK_S = 30.0
+COMEBACK_EVERY_S = 0.5
+# The audit of an answer's earlier parts keeps nobody waiting longer for its end.
+EARLIER_AUDITS_S = 10.0
 # One in whose session something did not hold may be honest, and is avoided for so long.
 DOUBT_S = 600.0
 EVENTS_MAX = 64
@@ -89,26 +96,6 @@ _WORDS = (
     *("water", "light", "house", "river", "music", "winter", "letter", "garden", "story", "bread", "stone", "cloud", "mother"),
     *("number", "answer", "question", "morning", "market", "machine", "window", "colour", "people", "country", "summer", "road"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What one session is to do, whoever runs it."""
-
-    name: str
-    manifest: Manifest
-    inputs: tuple[bytes, ...]
-    steps_max: int
-    stages: int | None
-    temperature: int = 0
-    top_k: int = 0
-    top_p: int = MICRO
-    min_p: int = 0
-    repetition_penalty: int = MICRO
-    seed: int = 0
-    end_tokens: tuple[int, ...] = ()
-    receipts: bool = True
-    verify: str | None = None
 
 
 @dataclass
@@ -169,9 +156,11 @@ class Runner:
         self._running: set[Coordinator] = set()
         self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
-        self._gone: dict[bytes, float] = {}  # nodes that did not answer, and until when to plan without them
+        # Nodes that did not answer, and until when to plan without them, unless they sign a newer record than of then.
+        self._gone: dict[bytes, tuple[float, int]] = {}
         self._doubted: dict[bytes, float] = {}  # nodes in whose sessions something did not hold, and until when to avoid them
         self.live = Live()
+        self.comeback_s = COMEBACK_S
 
     async def resolve(self, name: str) -> tuple[str, bytes]:
         """The model that `name` stands for: a local name or root, else a built-in, else what a peer announces.
@@ -206,8 +195,8 @@ class Runner:
     def _present(self) -> list[NodeRecord]:
         """Records of nodes that have not just failed to answer."""
         now_s = trio.current_time()
-        self._gone = {node: until_s for node, until_s in self._gone.items() if until_s > now_s}
-        return [record for record in self._records() if record.node not in self._gone]
+        self._gone = {node: (until_s, issued_ms) for node, (until_s, issued_ms) in self._gone.items() if until_s > now_s}
+        return [record for record in self._records() if self._gone.get(record.node, (0.0, -1))[1] < record.issued_ms]
 
     def sources(self, model_root: bytes) -> list[PeerAddress]:
         """Peers that announce pieces of a model."""
@@ -280,7 +269,7 @@ class Runner:
         name, manifest, tokenizer = await self._open_model(request.model, CAUSAL)
         prompt = await trio.to_thread.run_sync(tokenizer.encode, request.prompt)
         _check_prompt(prompt, request.max_tokens, manifest)
-        job = _Job(
+        job = Job(
             name=name,
             manifest=manifest,
             inputs=(tokens_to_bytes(prompt),),
@@ -299,7 +288,8 @@ class Runner:
         self._check_auditable(job)
         answer = _Answer(tokenizer, request.stop)
         clock = _Clock()
-        async with aclosing(self._run(job)) as events:
+        course = Course(job)
+        async with aclosing(self._run(job, course)) as events:
             async for event, coordinator in events:
                 match event:
                     case Result(step, payload):
@@ -307,17 +297,18 @@ class Runner:
                         (token,) = tokens_from_bytes(payload)
                         text = answer.push(token, is_end=token in job.end_tokens)
                         if answer.stopped:
+                            course.want(step + 1)
                             await coordinator.stop()
                         if text is not None:
                             yield Token(step, token, text)
-                    case Ended():
+                    case Part():
                         rest = answer.finish()
                         if rest:
                             yield Token(answer.steps - 1, answer.last_token, rest)
                         reason = "stop" if answer.stopped or answer.ended else "length"
                         total_s = clock.total_s
-                        audit = await self._audit(job, event)
-                        yield self._finished(event, reason, len(prompt), answer.steps, clock, total_s, audit)
+                        audit = await self._audit(event)
+                        yield await self._finished(course, event, reason, len(prompt), answer.steps, clock, total_s, audit)
                     case _:
                         yield event
 
@@ -331,23 +322,24 @@ class Runner:
                     f"text {number + 1} has {len(tokens)} tokens; {name} reads {manifest.context}", "Split it into shorter texts"
                 )
         inputs = tuple(tokens_to_bytes(tokens) for tokens in texts)
-        job = _Job(name, manifest, inputs, len(texts), request.stages, verify=request.verify)
+        job = Job(name, manifest, inputs, len(texts), request.stages, verify=request.verify)
         self._check_auditable(job)
         clock = _Clock()
-        async with aclosing(self._run(job)) as events:
+        course = Course(job)
+        async with aclosing(self._run(job, course)) as events:
             async for event, _ in events:
                 match event:
                     case Result(step, payload):
                         clock.first()
                         yield Embedding(step, _vector(payload))
-                    case Ended():
+                    case Part():
                         total_s = clock.total_s
-                        audit = await self._audit(job, event)
-                        yield self._finished(event, "stop", sum(map(len, texts)), 0, clock, total_s, audit)
+                        audit = await self._audit(event)
+                        yield await self._finished(course, event, "stop", sum(map(len, texts)), 0, clock, total_s, audit)
                     case _:
                         yield event
 
-    def _check_auditable(self, job: _Job) -> None:
+    def _check_auditable(self, job: Job) -> None:
         """What a user asked to have audited and cannot be is refused before it runs. Raises UsageError."""
         if job.verify in (None, OFF):
             return
@@ -359,8 +351,9 @@ class Runner:
                 "Add the model with --profile exact, or ask with --verify off",
             )
 
-    async def _audit(self, job: _Job, ended: Ended) -> AuditView | None:
+    async def _audit(self, part: Part) -> AuditView | None:
         """Keep the session, audit it as was asked or as the settings say, and pay for it."""
+        job, ended = part.job, part.ended
         prices = self._prices.get(ended.bundle.terms.session, {})
         if self._audits.mode(job.verify) != DUAL or not ended.traces:
             audit = await self._audits.ended(ended.bundle, ended.traces, job.verify)
@@ -384,7 +377,7 @@ class Runner:
         nodes = {stage.node for stage in plan.stages}
         return {record.node: record.price for record in self._records() if record.node in nodes}
 
-    async def _run_again(self, job: _Job, first: Bundle) -> Ended:
+    async def _run_again(self, job: Job, first: Bundle) -> Ended:
         """The same job on other nodes, as far as the first run went."""
         placement = await self._place_again(job, first.plan)
         again = replace(job, steps_max=len(first.outputs))
@@ -395,7 +388,7 @@ class Runner:
                     return event
         raise LocalError("the second run ended without a word", "Run it again")
 
-    async def _place_again(self, job: _Job, plan: Plan, without: frozenset[bytes] = frozenset()) -> Placement:
+    async def _place_again(self, job: Job, plan: Plan, without: frozenset[bytes] = frozenset()) -> Placement:
         """A plan with none of the other nodes of `plan` in it. Raises CapacityError."""
         try:
             placement = await self.place(job.manifest, job.stages, without | other_nodes(plan, self._identity.public_key))
@@ -430,57 +423,121 @@ class Runner:
         files = await self._models.files(manifest, self.sources(manifest.root), _ignore_progress)
         return found, manifest, await trio.to_thread.run_sync(Tokenizer.load, files)
 
-    async def _run(self, job: _Job) -> AsyncGenerator[tuple[Planned | Progress | Result | Ended, Coordinator], None]:
-        """One job to its end. A plan that fails before anything came out is made again without the node that failed.
-
-        Where a node is convicted in the middle of an answer, the answer is computed again from its beginning without that node, in
-        the exact profile: what comes out is the same, or what was shown so far was wrong, and then the request fails.
-        """
+    async def _run(
+        self, job: Job, course: Course
+    ) -> AsyncGenerator[tuple[Planned | Progress | Notice | Result | Part, Coordinator], None]:
+        """One job to its end, which is the last part of its course. Where a node goes away, the answer goes on without it."""
         if self.live.count >= self._sessions_max:
             raise CapacityError(f"{self.live.count} requests are running here, the limit", "Wait, or raise serve.sessions_max")
-        without: frozenset[bytes] = frozenset()
-        shown: list[bytes] = []
         with self.live.one():
-            root = job.manifest.root
             commits = job.receipts and job.manifest.profile == EXACT
-            exact = await self._models.exact_plan(job.manifest, self.sources(root)) if commits else None
-            spoiled: NexusError | None = None
-            for attempt in range(1, ATTEMPTS_MAX + 1):
-                try:
-                    placement = await self.place(job.manifest, job.stages, without)
-                except (CapacityError, UsageError) as error:
-                    if spoiled is None:
-                        raise
-                    raise spoiled from error  # why nobody is left says more than that nobody is
+            exact = await self._models.exact_plan(job.manifest, self.sources(job.manifest.root)) if commits else None
+            absent = Absent()
+            in_vain = 0
+            while True:
+                placement = await self._place_without(job, absent)
                 await self._judge(placement.plan, job.manifest, ())
-                if commits and self._audits.mode(job.verify) == DUAL:
-                    await self._place_again(job, placement.plan, without)  # better now than when the answer is there
-                coordinator = self._coordinator(job, placement, exact)
+                if commits and self._audits.mode(job.verify) == DUAL and not course.shown:
+                    # Better refused now than when the answer is there.
+                    await self._place_again(job, placement.plan, absent.nodes(self._records()))
+                rest = course.begin()
+                coordinator = self._coordinator(rest, placement, exact)
                 self._prices[coordinator.session] = self._prices_of(placement.plan)
                 yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
                 try:
                     async with aclosing(self._drive(coordinator)) as events:
                         async for event in events:
-                            if not isinstance(event, Result) or _is_new(event, shown):
-                                yield self._named(event, placement), coordinator
+                            match event:
+                                case Result(step, payload):
+                                    if (result := course.take(step, payload)) is not None:
+                                        yield result, coordinator
+                                case Ended():
+                                    yield Part(rest, event), coordinator
+                                case StageProgress(stage, phase, done, total):
+                                    yield Progress(peer_id_of(placement.plan.stages[stage].node), phase, done, total), coordinator
                     return
                 except (PeerError, TimedOutError, CapacityError, NotFoundError, NotAllowedError) as error:
                     failed = self._note_failed(coordinator, placement.plan, error)
-                    repeats = coordinator.session in self._cut_off and job.manifest.profile == EXACT
-                    if not failed or (shown and not repeats) or attempt == ATTEMPTS_MAX:
+                    if not failed:
+                        raise
+                    went_on = self._break_off(course, rest, coordinator, failed, error)
+                    if course.is_whole:
+                        yield course.parts.pop(), coordinator  # all is there and signed for: it may go
+                        return
+                    in_vain = 0 if went_on else in_vain + 1
+                    if in_vain == ATTEMPTS_MAX or course.is_full:
                         raise
                     log.warning("replanned", without=[peer_id_of(node) for node in sorted(failed)], error=str(error))
-                    without, spoiled = without | failed, error
+                    absent.leave(failed, self._records(), error)
+                    if course.shown:
+                        yield Notice(f"{error.cause}: the answer goes on without it"), coordinator
                 finally:
                     self._cut_off.discard(coordinator.session)
                     del self._prices[coordinator.session]
+
+    def _break_off(self, course: Course, job: Job, coordinator: Coordinator, failed: frozenset[bytes], error: NexusError) -> bool:
+        """A session ended before its time: settle what stands of the answer. Whether it is further than before.
+
+        Nothing stands that a node had a part in which is convicted, or of which something did not hold: it is computed again, in
+        the exact profile. Raises the error where it cannot be.
+        """
+        cheated = coordinator.session in self._cut_off or isinstance(error, VerificationError | MalformedError)
+        if not cheated:
+            went_on = course.keep(job, coordinator.so_far())
+            if went_on and course.parts and not course.is_whole:
+                self._audit_earlier(course, course.parts[-1])
+            return went_on
+        if not course.may_repeat:
+            raise error
+        course.forget(failed)
+        return False
+
+    def _audit_earlier(self, course: Course, part: Part) -> None:
+        """Audit and pay for a part while the answer goes on."""
+        done = course.audits[part.session] = PartAudit()
+        prices = dict(self._prices.get(part.session, {}))
+
+        async def audit() -> None:
+            try:
+                self._prices[part.session] = prices
+                done.view = await self._audit(part)
+            except NexusError as error:
+                log.warning("audit_failed", session=part.session.hex()[:16], reason=error.cause)
+            finally:
+                self._prices.pop(part.session, None)
+                done.over.set()
+
+        self._nursery.start_soon(audit)
+
+    async def _earlier(self, course: Course) -> tuple[EarlierPart, ...]:
+        """The parts of an answer before the last one. Audits that take much longer than the answer go on behind it."""
+        with trio.move_on_after(EARLIER_AUDITS_S):
+            for part in course.parts:
+                if part.session in course.audits:
+                    await course.audits[part.session].over.wait()
+        audits = {session: audit.view for session, audit in course.audits.items()}
+        return tuple(EarlierPart(part.session, part.ended.bundle, audits.get(part.session)) for part in course.parts)
+
+    async def _place_without(self, job: Job, absent: Absent) -> Placement:
+        """A plan without the nodes that failed. When nobody else is left, one that fell silent may return: that is waited for."""
+        until_s = trio.current_time() + self.comeback_s
+        while True:
+            try:
+                return await self.place(job.manifest, job.stages, absent.nodes(self._records()))
+            except (CapacityError, UsageError) as error:
+                if absent.because is None:
+                    raise
+                if not absent.may_return or trio.current_time() >= until_s:
+                    raise absent.because from error  # why nobody is left says more than that nobody is
+            await trio.sleep(COMEBACK_EVERY_S)
 
     def _note_failed(self, coordinator: Coordinator, plan: Plan, error: NexusError) -> frozenset[bytes]:
         """The nodes of which one made the session fail, and that it is better to plan without; none where it was this one."""
         failed = frozenset(plan.stages[stage].node for stage in coordinator.suspects) - {self._identity.public_key}
         now_s = trio.current_time()
         if isinstance(error, UnreachableError | TimedOutError):
-            self._gone |= dict.fromkeys(failed, now_s + AVOID_S)
+            issued = {record.node: record.issued_ms for record in self._records()}
+            self._gone |= {node: (now_s + AVOID_S, issued.get(node, 0)) for node in failed}
             if len(failed) == 1 and self._fell_silent is not None:
                 # Beside whatever comes next: nobody waits for witnesses.
                 self._nursery.start_soon(self._fell_silent, coordinator.terms, plan, next(iter(failed)))
@@ -492,7 +549,7 @@ class Runner:
             self._broke_off(next(iter(failed)))
         return failed
 
-    def _coordinator(self, job: _Job, placement: Placement, exact: ExactPlan | None) -> Coordinator:
+    def _coordinator(self, job: Job, placement: Placement, exact: ExactPlan | None) -> Coordinator:
         """`exact`: what the model computes; None where the stages are not to commit to it."""
         nonce = self._rng.randbytes(16)
         terms = Terms(
@@ -512,6 +569,7 @@ class Runner:
             seed=job.seed,
             end_tokens=job.end_tokens,
             challenge=chain_of(self._identity, nonce).head if job.receipts and job.manifest.profile == EXACT else b"",
+            answered=job.answered,
         )
         known = {record.node: PeerAddress(record.peer_id, record.addresses) for record in (self._own(), *self._records())}
         wanted = {stage.node for stage in placement.plan.stages} | {
@@ -567,14 +625,10 @@ class Runner:
         self._cut_off |= ended
         return len(ended)
 
-    def _named(self, event: SessionEvent, placement: Placement) -> Progress | Result | Ended:
-        if isinstance(event, StageProgress):
-            return Progress(peer_id_of(placement.plan.stages[event.stage].node), event.phase, event.done, event.total)
-        return event
-
-    def _finished(
+    async def _finished(
         self,
-        ended: Ended,
+        course: Course,
+        part: Part,
         reason: str,
         prompt_tokens: int,
         completion_tokens: int,
@@ -583,7 +637,9 @@ class Runner:
         audit: AuditView | None,
     ) -> Finished:
         names = {record.node: record.name for record in (self._own(), *self._records())}
-        bundle = ended.bundle
+        earlier = await self._earlier(course)
+        ended, bundle = part.ended, part.ended.bundle
+        before = sum(len(one.bundle.receipts) for one in earlier)  # each of them was verified to be a part
         signed = [sum(r.receipt.stage == i for r in bundle.receipts) for i in range(len(bundle.plan.stages))]
         return Finished(
             reason=reason,
@@ -591,8 +647,8 @@ class Runner:
             completion_tokens=completion_tokens,
             first_token_s=clock.first_s or total_s,
             total_s=total_s,
-            receipts=len(bundle.receipts),
-            receipts_verified=ended.receipts_verified,
+            receipts=before + len(bundle.receipts),
+            receipts_verified=before + ended.receipts_verified,
             stages=tuple(
                 StageSummary(
                     stage=number,
@@ -608,6 +664,7 @@ class Runner:
             ),
             bundle=bundle,
             audit=audit,
+            earlier=earlier,
         )
 
 
@@ -657,19 +714,6 @@ class _Answer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def _is_new(result: Result, shown: list[bytes]) -> bool:
-    """Note a result; whether it was not shown before. Raises VerificationError where another one was."""
-    if result.step == len(shown):
-        shown.append(result.payload)
-        return True
-    if result.payload != shown[result.step]:
-        raise VerificationError(
-            f"a node that computed this answer was convicted in the middle of it, and step {result.step} was indeed wrong",
-            "Do not trust what was shown; run it again, on the nodes that are left",
-        )
-    return False
 
 
 def _forfeited(audit: AuditView | None) -> set[bytes]:

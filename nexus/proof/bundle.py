@@ -34,6 +34,8 @@ from nexus.proof.receipts import (
 
 PAYLOAD_MAX = 16 * 1024 * 1024
 BUNDLE_BYTES_MAX = 256 * 1024 * 1024
+# Sessions that one answer may be made of.
+PARTS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,15 @@ class BundleReport:
     steps: int
     receipts: int
     receipts_by_stage: tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerProof(Record):
+    """What proves an answer: the bundle of its session, or where nodes went away in the middle of it, of each session that had a
+    part in it, in order."""
+
+    spec: int = uint(1, least=1)
+    parts: tuple[Bundle, ...] = many(nested(Bundle), PARTS_MAX)
 
 
 def request_for(terms: Terms, stage: int) -> Request:
@@ -116,6 +127,7 @@ def verify_bundle(bundle: Bundle) -> BundleReport:
     inputs = first_stage_inputs(bundle.manifest, bundle.inputs, bundle.outputs)
     if leaf_hash(inputs[0]) != terms.prompt:
         raise VerificationError("the bundle's prompt is not the one that the session's terms name")
+    check_answered(bundle.manifest, terms, inputs[0])
     if not 0 < steps <= terms.steps_max:
         raise VerificationError(f"the session ran {steps} steps where its terms allow {terms.steps_max}")
 
@@ -161,6 +173,43 @@ def first_stage_inputs(manifest: Manifest, inputs: Sequence[bytes], outputs: Seq
     if manifest.kind == ENCODER:
         return list(inputs)
     return [inputs[0], *outputs[:-1]]
+
+
+def check_answered(manifest: Manifest, terms: Terms, first: bytes) -> None:
+    """That a session's first input ends with the answer that it goes on from, and has a prompt before. Raises VerificationError."""
+    said = terms.answered
+    if said and (manifest.kind != CAUSAL or len(said) % 4 or len(first) <= len(said) or not first.endswith(said)):
+        raise VerificationError("the session goes on from an answer that its prompt does not end with")
+
+
+def verify_answer(proof: AnswerProof) -> tuple[BundleReport, ...]:
+    """Verify every part, and that each goes on exactly where the one before stopped: the same question under the same terms, put to
+    other nodes. Raises VerificationError or MalformedError that name the first thing wrong."""
+    if not proof.parts:
+        raise VerificationError("the proof is empty")
+    reports = tuple(verify_bundle(part) for part in proof.parts)
+    answered: list[bytes] = []
+    for number, part in enumerate(proof.parts):
+        first, terms = proof.parts[0], part.terms
+        if (part.plan.model_root, _asked(terms)) != (first.plan.model_root, _asked(first.terms)):
+            raise VerificationError(f"part {number + 1} of the answer is of another question than the first")
+        if part.manifest.kind == CAUSAL:
+            said = b"".join(answered)
+            if terms.answered != first.terms.answered + said or part.inputs[0] != first.inputs[0] + said:
+                raise VerificationError(f"part {number + 1} of the answer does not go on where part {number} stopped")
+            # Less it may be: the asker saw enough.
+            if terms.steps_max + len(answered) > first.terms.steps_max:
+                raise VerificationError(f"part {number + 1} of the answer allows more than the first")
+            if number and answered and ends_answer(part.manifest, terms, answered[-1]):
+                raise VerificationError(f"part {number + 1} of the answer goes on after a token that ends it")
+        answered += part.outputs
+    return reports
+
+
+def _asked(terms: Terms) -> tuple[object, ...]:
+    """What the sessions of one answer have in common."""
+    sampling = (terms.temperature, terms.top_k, terms.top_p, terms.min_p, terms.repetition_penalty, terms.seed)
+    return (terms.coordinator, *sampling, terms.end_tokens)
 
 
 def check_output(manifest: Manifest, payload: bytes) -> None:

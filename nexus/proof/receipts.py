@@ -21,6 +21,8 @@ SPEC = 1
 WINDOW = 16
 WINDOW_MAX = 64
 STEPS_MAX = 1 << 20
+# Tokens of an answer that a session may go on from.
+ANSWERED_MAX = 1 << 16
 FLOAT = "float"
 MICRO = 1_000_000
 TEMPERATURE_MAX = 100
@@ -43,7 +45,8 @@ class Terms(Record):
     penalty of one million is none. `seed` makes sampling repeatable. `steps_max`: passes through the model at most. `end_tokens`:
     ids that end the answer. `prompt`: leaf hash of the first step's input bytes. `window`: steps per receipt; 0 asks for none,
     and then nothing of the session can be verified. `challenge`: head of the hash chain that audits of the session are drawn from
-    (`nexus.proof.audit`); empty where there will be none.
+    (`nexus.proof.audit`); empty where there will be none. `answered`: where the session goes on with an answer that another one
+    began, the token ids of that answer so far, with which the prompt then ends; the sampler counts them as its own.
     """
 
     spec: int = uint(SPEC, least=SPEC)
@@ -62,6 +65,7 @@ class Terms(Record):
     seed: int = uint()
     end_tokens: tuple[int, ...] = many(uint(2**32 - 1), 64)
     challenge: bytes = optional_digest()
+    answered: bytes = raw(most=4 * ANSWERED_MAX)
 
     @property
     def session(self) -> bytes:

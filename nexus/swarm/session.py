@@ -38,6 +38,7 @@ from nexus.proof.bundle import (
     first_stage_inputs,
     make_requests,
     request_for,
+    verify_bundle,
 )
 from nexus.proof.evidence import Evidence
 from nexus.proof.evidence.statements import find_contradiction
@@ -652,6 +653,24 @@ class CoordinatorSession:
             return []
         self._verified = True
         self._chain.finish(first_stage_inputs(self._manifest, self._inputs, self._outputs), self._outputs)
+        return [self._proof(len(self._outputs), len(self._receipts))]
+
+    def so_far(self) -> Verified | None:
+        """Of a session that broke off: the windows that every stage has signed for, as the session that it would have been had it
+        stopped there. None where there are none, or where they do not lead to what was shown."""
+        steps = self._chain.steps
+        if not steps or steps > len(self._outputs):
+            return None
+        windows = -(-steps // self._terms.window)
+        proof = self._proof(steps, windows * len(self._plan.stages))
+        try:
+            verify_bundle(proof.bundle)
+        except PeerError:
+            return None
+        return proof
+
+    def _proof(self, steps: int, receipts: int) -> Verified:
+        windows = receipts // len(self._plan.stages)
         bundle = Bundle(
             spec=1,
             model_name=self._name,
@@ -659,11 +678,11 @@ class CoordinatorSession:
             plan=self._plan,
             terms=self._terms,
             requests=self.requests,
-            inputs=tuple(self._inputs),
-            outputs=tuple(self._outputs),
-            receipts=tuple(self._receipts),
+            inputs=tuple(self._inputs if self._manifest.kind == CAUSAL else self._inputs[:steps]),
+            outputs=tuple(self._outputs[:steps]),
+            receipts=tuple(self._receipts[:receipts]),
         )
-        return [Verified(bundle, tuple(map(tuple, self._traces)) if self._shapes else ())]
+        return Verified(bundle, tuple(tuple(traces[:windows]) for traces in self._traces) if self._shapes else ())
 
     def ends_with(self, step: int, payload: bytes) -> str | None:
         """Why the answer is over after this result: "stop", "length", or None while it goes on."""

@@ -290,6 +290,7 @@ def run_pure(
         seed=sampling.seed,
         end_tokens=(),
         challenge=b"",
+        answered=b"",
     )
     if only is not None:
         session = PureSession(model, plan, terms, {only: list(inputs)}, {only: stages[0].run(inputs, sampling)})

@@ -105,6 +105,7 @@ def hold_session(model: Model, rng: Random, asker: Identity, parts: Sequence[Par
         seed=0,
         end_tokens=(),
         challenge=chain.head,
+        answered=b"",
     )
     requests = make_requests(asker, terms, plan)
     works = model.session(tuple(part.act for part in parts), prompt)

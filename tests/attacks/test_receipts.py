@@ -74,8 +74,9 @@ async def test_a_small_order_key(tiny: Model, tmp_path: Path, row: Row) -> None:
 
 async def test_equivocation(tiny: Model, tmp_path: Path, row: Row) -> None:
     async with open_arena(tiny, tmp_path, {1: "equivocation"}) as arena:
-        with pytest.raises(NexusError, match="signed two receipts"):
-            await arena.ask()
+        done = await arena.ask()
+        assert any("signed two receipts" in notice for notice in arena.notices)
+        assert list(done.bundle.outputs) == arena.right_tokens(done)
         assert await arena.outcome() == row.outcome
         after = await arena.ask()
         assert list(after.bundle.outputs) == arena.right_tokens(after)
@@ -108,8 +109,9 @@ async def test_an_honest_retry_is_no_equivocation(tiny: Model, tmp_path: Path, r
 
 async def test_a_broken_chain(tiny: Model, tmp_path: Path, row: Row) -> None:
     async with open_arena(tiny, tmp_path, {2: "broken-chain"}) as arena:
-        with pytest.raises(NexusError, match="not the output of the receipt that it names"):
-            await arena.ask()
+        done = await arena.ask()
+        assert any("not the output of the receipt that it names" in notice for notice in arena.notices)
+        assert list(done.bundle.outputs) == arena.right_tokens(done)
         assert await arena.outcome(2) == row.outcome
         after = await arena.ask()
         assert list(after.bundle.outputs) == arena.right_tokens(after)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nexus.node.api import EmbedRequest, FidelityRequest, GenerateRequest
+from nexus.proof.bundle import AnswerProof
 from nexus.storage.home import Home
 from nexus_cli import show
 from nexus_cli.model import TEXT_BYTES_MAX
@@ -202,7 +203,7 @@ def test_run_streams_to_stdout_and_reports_on_stderr(cli: Cli, node: FakeNode, t
     assert (result.code, result.out) == (0, "".join(ANSWER))
     assert "10.0 tokens/s, first token after 100.0 ms (stop); 2 of 2 receipts verified" in result.err
     assert node.requests == [GenerateRequest("nano", "Tell me", temperature=0.5, seed=5, stop=("x", "y"))]
-    assert verify_file(file).receipts == 2
+    assert [report.receipts for report in verify_file(file)] == [2]
     value = cli("run", "nano", "Tell me", "--json").json
     assert (value["text"], value["receipts_verified"], value["reason"]) == ("".join(ANSWER), 2, "stop")
     assert "bundle" not in value
@@ -332,15 +333,15 @@ def test_embed(cli: Cli, node: FakeNode, tmp_path: Path) -> None:
 def test_receipts_verify_needs_nothing_but_the_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "no" / "such" / "home"))
     file = tmp_path / "proof"
-    file.write_bytes(bundle().to_bytes())
+    file.write_bytes(AnswerProof(1, (bundle(),)).to_bytes())
     result = cli("receipts", "verify", str(file))
     assert result.code == 0
     assert result.out.endswith("2 of 2 receipts verified\n")
-    assert cli("receipts", "verify", str(file), "--json").json["report"]["coordinator"] == COORDINATOR.peer_id
+    assert cli("receipts", "verify", str(file), "--json").json["parts"][0]["coordinator"] == COORDINATOR.peer_id
 
 
 def test_a_proof_that_does_not_hold_has_exit_code_7(cli: Cli, tmp_path: Path) -> None:
-    good = bundle().to_bytes()
+    good = AnswerProof(1, (bundle(),)).to_bytes()
     file = tmp_path / "proof"
     for content in (good[:-1], good + b"\0", b"", b"garbage", good[:-1] + bytes([good[-1] ^ 1])):
         file.write_bytes(content)

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 from nexus.core.errors import NexusError, VerificationError
-from nexus.proof.bundle import Bundle
+from nexus.proof.bundle import AnswerProof, Bundle
 from nexus_cli.receipts import verify_file
 from tests.cli.conftest import Cli
 from tests.gateway.fake_node import bundle
 
 
+def proof(*parts: Bundle) -> bytes:
+    return AnswerProof(1, parts).to_bytes()
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "proof"
-    path.write_bytes(bundle().to_bytes())
+    path.write_bytes(proof(bundle()))
     return path
 
 
@@ -73,14 +77,14 @@ FORGERIES: dict[str, Forgery] = {
 
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_forged_or_replayed_receipt_ends_with_exit_code_7(cli: Cli, file: Path, forgery: str) -> None:
-    file.write_bytes(FORGERIES[forgery](bundle()).to_bytes())
+    file.write_bytes(proof(FORGERIES[forgery](bundle())))
     result = cli("receipts", "verify", str(file))
     assert (result.code, result.out) == (7, "")
     assert "error: " in result.err
 
 
 def test_a_name_that_nothing_signs_is_not_shown_as_proven(cli: Cli, file: Path) -> None:
-    file.write_bytes(dataclasses.replace(bundle(), model_name="gpt-9").to_bytes())
+    file.write_bytes(proof(dataclasses.replace(bundle(), model_name="gpt-9")))
     result = cli("receipts", "verify", str(file))
     assert result.code == 0
     assert "gpt-9 (by whoever wrote the file: nothing signs the name)" in result.out

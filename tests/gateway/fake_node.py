@@ -126,6 +126,7 @@ def bundle(outputs: int = len(ANSWER)) -> Bundle:
         0,
         (),
         b"",
+        b"",
     )
     requests = make_requests(COORDINATOR, terms, plan)
     results = tuple(tokens_to_bytes([index]) for index in range(outputs))

@@ -485,6 +485,7 @@ def draw_terms(chance: random.Random, model: Model, plan: Plan, prompt: bytes, s
         seed=chance.choice([0, 1, 2**64 - 1, chance.randrange(2**64)]),
         end_tokens=tuple(few),
         challenge=chain_of(COORDINATOR, nonce).head,
+        answered=b"",
     )
 
 

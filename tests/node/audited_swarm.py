@@ -12,8 +12,8 @@ import trio
 
 from nexus.core.audits import LIGHT
 from nexus.core.hashing import leaf_hash
-from nexus.core.manifest import EXACT, Manifest
-from nexus.core.plan import Plan, PlanStage
+from nexus.core.manifest import Manifest
+from nexus.core.plan import DTYPES, Plan, PlanStage
 from nexus.engine.exact.audit import answer, read_exact_plan
 from nexus.engine.exact.stage import ExactStage
 from nexus.engine.exact.tampering import TAMPERINGS, load_tampered_stage
@@ -141,6 +141,7 @@ class AuditedSwarm:
             seed=0,
             end_tokens=(),
             challenge=chain_of(identity(0), nonce).head,
+            answered=b"",
         )
         exact = read_exact_plan(self.manifest, self.models.paths(self.manifest))
         shapes = [trace_shape(exact, stage.start, stage.end) for stage in self.plan.stages]
@@ -186,8 +187,8 @@ async def audited_swarm(
     plan = Plan(
         1,
         manifest.root,
-        EXACT,
-        "exact",
+        manifest.profile,
+        DTYPES[manifest.profile][0],
         tuple(PlanStage(identity(n + 1).public_key, *layers) for n, layers in enumerate(pairwise(edges))),
     ).check(manifest)
     async with AsyncExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.engine.conftest import make_model
+from tests.engine.conftest import imported, make_model
 from tests.engine.exact.conftest import exact_model
 
-__all__ = ["exact_model", "make_model"]
+__all__ = ["exact_model", "imported", "make_model"]

@@ -180,6 +180,7 @@ def make_terms(manifest: Manifest, plan: Plan, prompt: bytes, sampling: Sampling
         "plan_root": plan.root,
         "prompt": leaf_hash(prompt),
         "challenge": b"",
+        "answered": b"",
         "steps_max": steps,
         "window": window,
         "temperature": round(sampling.temperature * million),

@@ -106,6 +106,7 @@ def terms_for(
         seed=0,
         end_tokens=end_tokens,
         challenge=b"",
+        answered=b"",
     )
 
 

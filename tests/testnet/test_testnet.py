@@ -84,7 +84,7 @@ def test_a_model_that_one_node_has_is_split_over_all_and_answers_the_same_everyw
 
     # The file alone is the proof, on a machine that has no node.
     elsewhere = environ | {"NEXUS_HOME": str(tmp_path / "nothing")}
-    report = nexus(elsewhere, "receipts", "verify", str(proof))["report"]
+    report = nexus(elsewhere, "receipts", "verify", str(proof))
     assert report["receipts"] == split["receipts"]
     damaged = bytearray(proof.read_bytes())
     damaged[-1] ^= 1

@@ -171,6 +171,13 @@ class Coordinator:
         """What convicts a stage by its receipts alone, if the session ended over it."""
         return self._machine.evidence
 
+    def so_far(self) -> Ended | None:
+        """Of a session that broke off, what stands: see `CoordinatorSession.so_far`."""
+        proof = self._machine.so_far()
+        if proof is None:
+            return None
+        return Ended(proof.bundle, len(proof.bundle.receipts), tuple(self._reports), proof.traces)
+
     async def _watch_nodes(self) -> None:
         await self._is_unwanted.wait()
         if self._unwanted and not self._bundle:

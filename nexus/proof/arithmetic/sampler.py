@@ -27,6 +27,7 @@ from nexus.proof.receipts import (
     TOP_K_MAX,
     Terms,
     millionths,
+    tokens_from_bytes,
 )
 
 SEED_MAX = 2**64 - 1
@@ -50,7 +51,8 @@ class Sampling:
 
     `repetition_penalty` above 1 makes the session's earlier answer tokens less likely; 1 does nothing. `temperature` 0 is greedy.
     `top_k`: draw from so many of the likeliest tokens; 0 is all. `top_p` in (0, 1]: from the fewest likeliest that reach this
-    share. `min_p` in [0, 1]: from those at least this times as likely as the likeliest. `seed`: 64 bits.
+    share. `min_p` in [0, 1]: from those at least this times as likely as the likeliest. `seed`: 64 bits. `answered`: tokens of the
+    answer that an earlier session chose: the draws go on where it stopped, and the penalty is for them too.
     """
 
     temperature: float = 0.0
@@ -59,6 +61,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    answered: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= TEMPERATURE_MAX:
@@ -89,6 +92,7 @@ class Sampling:
             top_k=terms.top_k,
             min_p=terms.min_p / MICRO,
             repetition_penalty=terms.repetition_penalty / MICRO,
+            answered=tuple(tokens_from_bytes(terms.answered)),
         )
 
 
@@ -107,15 +111,16 @@ def draw_bits(seed: int, step: int) -> int:
 
 
 def penalised(logits: NDArray[np.float32], seen: Sequence[int], sampling: Sampling) -> NDArray[np.float32]:
-    """The logits with those of `seen` tokens divided by the repetition penalty where positive, multiplied by it where not.
+    """The logits with those of `seen` and `answered` tokens divided by the repetition penalty where positive, multiplied by it
+    where not.
 
     One float64 operation per logit, rounded to float32, so it is the same everywhere. The given logits stay as they are; they
     must be finite, and the result is.
     """
     penalty = millionths(sampling.repetition_penalty)
-    if penalty == MICRO or not seen:
+    if penalty == MICRO or not (seen or sampling.answered):
         return logits
-    tokens = np.asarray(seen, np.int64)
+    tokens = np.asarray([*sampling.answered, *seen], np.int64)
     factor = penalty / MICRO
     before = logits[tokens].astype(np.float64)
     after = np.where(before > 0, before / factor, before * factor)
@@ -150,7 +155,7 @@ def sample_exact(logits: NDArray[np.float32], sampling: Sampling, step: int, tab
         return best if values is logits else likeliest(values)
     tokens, cumulative = candidates(values, sampling, tables)
     # The draw is uniform on [0, 2^64); its product with the total takes up to 126 bits, so it is Python's.
-    point = (draw_bits(sampling.seed, step) * int(cumulative[-1])) >> 64
+    point = (draw_bits(sampling.seed, len(sampling.answered) + step) * int(cumulative[-1])) >> 64
     return int(tokens[int(np.searchsorted(cumulative, point, side="right"))])
 
 

@@ -95,6 +95,7 @@ def run_session(
         seed=sampling.seed,
         end_tokens=(),
         challenge=b"",
+        answered=b"",
     )
     causal = stages[0].causal
     count = steps if causal else len(inputs)
