@@ -7,10 +7,12 @@ every plan. What is asserted about an attack is read from the nodes' own state a
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import trio
 
@@ -37,6 +39,7 @@ from nexus.storage.catalog import Catalog
 from nexus.storage.home import Home
 from nexus.storage.peers import AddressBook
 from nexus.storage.sessions import SessionStore
+from nexus.swarm.placement import Candidate, Placement, place
 from nexus.swarm.standing import DEMOTED, SLASHED, SUSPENDED
 from tests.attacks.catalogue import AVOIDED, NOBODY, Outcome, Row
 from tests.engine.conftest import Folder
@@ -183,6 +186,7 @@ async def open_arena(
     template = _template(model)
     keys = identities(1 + others)
     async with AsyncExitStack() as stack:
+        stack.enter_context(patch("nexus.node.runner.choose", _choose))
         arena = Arena(network, model, [], [], [])
         arena.cheats = set(cheats or {})
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -218,6 +222,11 @@ async def open_arena(
         await arena.meet(0)
         yield arena
         nursery.cancel_scope.cancel()
+
+
+def _choose(manifest: Manifest, candidates: Sequence[Candidate], *, seed: bytes, **options: Any) -> Placement:
+    """The placement, which takes the first of equals, and not a route, which leaves it to chance."""
+    return place(manifest, candidates, **options)
 
 
 def _options(home: Home, number: int, policy: str, burn_max: int) -> NodeOptions:
