@@ -22,6 +22,7 @@ from nexus_cli import (
     doctor,
     engine,
     evidence,
+    fragments,
     judge,
     ledger,
     lifecycle,
@@ -50,6 +51,8 @@ nexus = NexusGroup(
     epilog="A first look at everything: nexus demo",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+for part in (fragments.serve, fragments.unserve, fragments.update, fragments.rollback):
+    model.model.add_command(part)
 nexus = click.version_option(package_name="nexus-swarm", prog_name="nexus")(nexus)
 for command in (
     node.init,
@@ -58,6 +61,7 @@ for command in (
     lifecycle.start,
     lifecycle.status,
     lifecycle.stop,
+    fragments.drain,
     peers.peers,
     peers.ping,
     netcheck.netcheck,

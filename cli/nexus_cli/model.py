@@ -15,7 +15,7 @@ from nexus_cli import show
 from nexus_cli.options import NexusGroup, Shared, pass_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.table import Table
 
@@ -97,16 +97,19 @@ def model_list(shared: Shared) -> None:
             view.manifest.root.hex()[:12],
             view.manifest.kind,
             view.manifest.profile,
-            view.manifest.architecture,
             str(view.manifest.layers),
             show.size(view.manifest.weight_bytes),
             show.layers(view.held_layers),
+            show.layers(view.serving) if view.serving else "-",
+            str(min(view.replicas, default=0)),
+            str(view.version or "-"),
             str(len(view.providers)),
         )
         for view in found
     ]
-    columns = ("name", "root", "kind", "profile", "architecture", "layers", "size", "here", "peers")
-    show.console(shared).print(show.table(columns, rows, right=("layers", "size", "peers"), wrap=("name", "architecture", "here")))
+    columns = ("name", "root", "kind", "profile", "layers", "size", "here", "served", "replicas", "version", "peers")
+    right = ("layers", "size", "replicas", "version", "peers")
+    show.console(shared).print(show.table(columns, rows, right=right, wrap=("name", "here", "served")))
 
 
 @model.command("show")
@@ -136,6 +139,9 @@ def model_show(shared: Shared, name: str) -> None:
             ("shape", f"{manifest.layers} layers, hidden size {manifest.hidden_size}, vocabulary {manifest.vocab_size}"),
             ("context", f"{manifest.context} tokens, {show.size(manifest.kv_bytes * manifest.layers)} of KV cache per token"),
             ("layers here", f"{show.layers(view.held_layers)} ({show.size(view.held_bytes)})"),
+            ("served here", f"layers {show.layers(view.serving)}" if view.serving else "nothing"),
+            ("replicas", replicas_text(view.replicas) if any(view.replicas) else "nobody undertook to serve it"),
+            ("versions", versions_text(view)),
             ("peers", ", ".join(show.short_id(peer_id) for peer_id in view.providers) or "none has any of it"),
         ]
     )
@@ -285,8 +291,11 @@ def plan_table(view: PlanView) -> Table:
 
 
 @contextmanager
-def progress_bars(shared: Shared) -> Iterator[Callable[[Progress], None]]:
-    """A bar per node on stderr, with what it is doing now; nothing where nobody watches."""
+def progress_bars(
+    shared: Shared, in_bytes: Callable[[Progress], bool] = lambda event: True
+) -> Iterator[Callable[[Progress], None]]:
+    """A bar per node on stderr, with what it is doing now; nothing where nobody watches. `in_bytes`: whether an event counts
+    bytes."""
     from rich.progress import BarColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
 
@@ -305,7 +314,32 @@ def progress_bars(shared: Shared) -> Iterator[Callable[[Progress], None]]:
                     completed=event.done,
                     # No amount is known: the bar only moves.
                     total=event.total or None,
-                    amount=f"{show.size(event.done)} of {show.size(event.total)}" if event.total else "",
+                    amount=_amount(event, in_bytes(event)),
                 )
 
         yield advance
+
+
+def replicas_text(replicas: Sequence[int]) -> str:
+    """How many nodes serve which layers: "2 of layers 0-5, 1 of layers 6-11"."""
+    runs: list[list[int]] = []
+    for layer, count in enumerate(replicas):
+        if runs and runs[-1][2] == count:
+            runs[-1][1] = layer + 1
+        else:
+            runs.append([layer, layer + 1, count])
+    return ", ".join(f"{count} of layers {show.layers([(start, end)])}" for start, end, count in runs) or "none"
+
+
+def versions_text(view: ModelView) -> str:
+    """The versions of the name; the one that is shown stands in brackets."""
+    if not view.versions:
+        return "none was published"
+    marked = [f"[{one.version}]" if one.model_root == view.manifest.root else str(one.version) for one in view.versions]
+    return f"{' '.join(marked)}, published by {show.short_id(view.publisher)}"
+
+
+def _amount(event: Progress, in_bytes: bool) -> str:
+    if not event.total:
+        return ""
+    return f"{show.size(event.done)} of {show.size(event.total)}" if in_bytes else f"{event.done} of {event.total}"

@@ -66,6 +66,16 @@ def size(value: str) -> int:
         _refuse(value, "0, or a size of at least 1MiB such as 512MiB or 4GiB")
 
 
+def rate(value: str) -> int:
+    """Bytes per second, 0 for no limit."""
+    from nexus_config.settings import RATE_MIN, parse_size
+
+    try:
+        return 0 if value == "0" else parse_size(value, least=RATE_MIN)
+    except ValueError:
+        _refuse(value, "0, or at least 64KiB per second, such as 512KiB or 2MiB")
+
+
 def kilometres(value: str) -> float:
     """A distance on the Earth."""
     return _number(value, 0.001, 20_040, "kilometres")

@@ -274,13 +274,14 @@ class ControlSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """`memory_max_bytes` None: half of the machine's."""
+    """`memory_max_bytes` None: half of the machine's. `replicas` None: two, and three where nodes are idle."""
 
     enabled: bool = _setting(_boolean)
     memory_max_bytes: int | None = _setting(_auto(parse_size))
     disk_max_bytes: int = _setting(parse_size)
     sessions_max: int = _setting(_integer(1, 4096))
     auto_fetch: bool = _setting(_boolean)
+    replicas: int | None = _setting(_auto(_integer(1, 16)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,6 +503,7 @@ def node_options(settings: Settings, home: Path) -> NodeOptions:
         disk_max_bytes=settings.serve.disk_max_bytes,
         sessions_max=settings.serve.sessions_max,
         auto_fetch=settings.serve.auto_fetch,
+        replicas=settings.serve.replicas,
         audit=AuditOptions(**dataclasses.asdict(settings.audit)),
         ledger=LedgerOptions(**dataclasses.asdict(settings.ledger)),
         memory=MemoryOptions(**(dataclasses.asdict(settings.memory) | {"place": place_of(settings.memory.place)})),

@@ -26,16 +26,16 @@ Pack = Callable[[Any], Value]
 Unpack = Callable[[Value], Any]
 
 
-def _field(pack: Pack, unpack: Unpack, values: int = 0) -> Any:
-    """`values`: the most that the arrays inside the field hold together."""
-    return dataclasses.field(metadata={"pack": pack, "unpack": unpack, "values": values})
+def _field(pack: Pack, unpack: Unpack, values: int = 0, default: Any = dataclasses.MISSING) -> Any:
+    """`values`: the most that the arrays inside the field hold together. `default`: for records made here; none is ever read."""
+    return dataclasses.field(default=default, metadata={"pack": pack, "unpack": unpack, "values": values})
 
 
 def _same(value: Any) -> Value:
     return value  # type: ignore[no-any-return]
 
 
-def uint(most: int = UINT64_MAX, least: int = 0) -> Any:
+def uint(most: int = UINT64_MAX, least: int = 0, *, default: Any = dataclasses.MISSING) -> Any:
     """An int in [least, most]."""
 
     def unpack(value: Value) -> int:
@@ -43,10 +43,10 @@ def uint(most: int = UINT64_MAX, least: int = 0) -> Any:
             raise MalformedError(f"expected a number from {least} to {most}")
         return value
 
-    return _field(_same, unpack)
+    return _field(_same, unpack, default=default)
 
 
-def raw(*lengths: int, most: int | None = None) -> Any:
+def raw(*lengths: int, most: int | None = None, default: Any = dataclasses.MISSING) -> Any:
     """Bytes of one of the given lengths, or of at most `most`."""
 
     def unpack(value: Value) -> bytes:
@@ -56,7 +56,7 @@ def raw(*lengths: int, most: int | None = None) -> Any:
             raise MalformedError(f"{len(value)} bytes where {lengths or most} are allowed")
         return value
 
-    return _field(_same, unpack)
+    return _field(_same, unpack, default=default)
 
 
 def digest() -> Any:

@@ -20,6 +20,7 @@ from nexus.core.errors import MalformedError
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
 from nexus.node.api import AuditView, Embedding, Finished, ModelView, Planned, StreamItem, Token
+from nexus.node.fragments_api import DrainView, ServingView, VersionView
 from nexus.node.memory.api import AddedView, ExportPart, ReindexView, VerifyView
 from nexus.node.progress import Notice, Progress
 from nexus.proof.bundle import Bundle
@@ -43,6 +44,9 @@ EVENTS: dict[str, type] = {
     "verified": VerifyView,
     "reindexed": ReindexView,
     "exported": ExportPart,
+    "serving": ServingView,
+    "version": VersionView,
+    "drain": DrainView,
 }
 _EVENT_NAMES = {kind: name for name, kind in EVENTS.items()}
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
+from nexus.node.fragments_api import DrainView, FragmentsApi, ServingView, VersionView
 from nexus.node.memory.api import AddedView, ExportPart, MemoryApi, ReindexView, VerifyView
 from nexus.node.netcheck import NetcheckView
 from nexus.node.progress import Notice, Progress
@@ -57,7 +58,9 @@ class PeerView:
 @dataclass(frozen=True, slots=True)
 class ModelView:
     """`held_layers`: ranges [start, end) whose pieces are all here. `providers`: peers known to hold some of it. `fidelity`: of an
-    exact model, as it was last measured on this node."""
+    exact model, as it was last measured on this node. `serving`: what of it this node undertook to serve and has. `replicas`: per
+    layer the nodes in reach that serve it, this one too. `versions`: of its name, the oldest first; `version`: which one this is, 0
+    where the name has none; `publisher`: who makes them, or ""."""
 
     name: str
     manifest: Manifest
@@ -65,6 +68,11 @@ class ModelView:
     held_bytes: int
     providers: tuple[str, ...]
     fidelity: Fidelity | None = None
+    serving: tuple[tuple[int, int], ...] = ()
+    replicas: tuple[int, ...] = ()
+    version: int = 0
+    versions: tuple[VersionView, ...] = ()
+    publisher: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +355,19 @@ class Finished:
 
 Event = Planned | Progress | Notice | Token | Embedding | Finished
 # What any stream may bring.
-StreamItem = Event | ModelView | Fidelity | AuditView | AddedView | VerifyView | ReindexView | ExportPart
+StreamItem = (
+    Event
+    | ModelView
+    | Fidelity
+    | AuditView
+    | AddedView
+    | VerifyView
+    | ReindexView
+    | ExportPart
+    | ServingView
+    | VersionView
+    | DrainView
+)
 
 
 class NodeApi(Protocol):
@@ -355,6 +375,9 @@ class NodeApi(Protocol):
 
     @property
     def memory(self) -> MemoryApi: ...
+
+    @property
+    def fragments(self) -> FragmentsApi: ...
 
     def status(self) -> NodeStatus: ...
 

@@ -546,8 +546,9 @@ class BlobService:
         off_thread: OffThread = in_worker_thread,
         uploads: UploadMeter | None = None,
         upload_max: int = 0,
+        pace_of: Callable[[bytes], Pace | None] = lambda blob_root: None,
     ) -> None:
-        """`upload_max`: bytes per second over all peers, 0 for no limit."""
+        """`upload_max`: bytes per second over all peers, 0 for no limit. `pace_of`: a further limit on giving a blob."""
         self._transport = transport
         self._store = store
         self._catalog = catalog
@@ -555,6 +556,7 @@ class BlobService:
         self._uploads = uploads or UploadMeter()
         self._answers = 0
         self._pace = Pace(upload_max)
+        self._pace_of = pace_of
 
     def start(self) -> None:
         self._transport.serve(BLOBS, self._handle)
@@ -592,10 +594,13 @@ class BlobService:
             await _send(stream, ANSWERS.pack(Answer(NotFoundError.code, 0, "not here")))
             return
         await _send(stream, ANSWERS.pack(Answer(OK, len(frames), "")))
+        limit = self._pace_of(ask.root) if ask.what == CHUNKS else None
         with self._uploads.busy():
             for read in frames:
                 frame = await self._off_thread(read)
                 await self._pace.spend(len(frame))
+                if limit is not None:
+                    await limit.spend(len(frame))
                 await _send(stream, frame)
                 self._uploads.sent(len(frame))
 

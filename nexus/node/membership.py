@@ -317,6 +317,8 @@ class Membership:
         known = self._table.get(message.peer_id, self._now_ms())
         if message.peer_id == self._transport.peer_id or (known is not None and known.issued_ms >= news.issued_ms):
             return False
+        # What comes too soon after the last time, or while others are asked, is not forgotten.
+        self._table.told(message.peer_id)
         return self._table.may_ask(message.peer_id, trio.current_time())
 
     async def _provide(self) -> None:

@@ -68,6 +68,7 @@ class Models:
         self._auto_fetch = auto_fetch
         self._memory_max_bytes = memory_max_bytes
         self._changed = changed
+        self.kept: Callable[[], set[bytes]] = set  # models that stay known here though they may have no name
         self._slots: dict[StageKey, _Slot] = {}
         self._kv_bytes: dict[bytes, int] = {}
 
@@ -75,11 +76,13 @@ class Models:
     def memory_used_bytes(self) -> int:
         return sum(slot.n_bytes for slot in self._slots.values()) + sum(self._kv_bytes.values())
 
-    async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress]) -> Manifest:
-        """The manifest of a root, fetched and checked if it is not here. Raises NotFoundError, TimedOutError, CapacityError."""
+    async def manifest(self, model_root: bytes, sources: Sequence[PeerAddress], *, wanted_here: bool = False) -> Manifest:
+        """The manifest of a root, fetched and checked if it is not here. `wanted_here`: by the owner of this node, which may keep
+        it from fetching for the plans of others. Raises NotFoundError, TimedOutError, CapacityError."""
         if self.catalog.has(model_root):
             return self.catalog.manifest(model_root)
-        self._check_may_fetch(model_root)
+        if not wanted_here:
+            self._check_may_fetch(model_root)
         await trio.to_thread.run_sync(self._forget_unused)
         with trio.move_on_after(MANIFEST_TIMEOUT_S):
             return await self._fetcher.manifest(model_root, sources)
@@ -89,7 +92,7 @@ class Models:
 
     def _forget_unused(self) -> None:
         """Make room among the models that strangers named: those go of which nothing is here. Raises CapacityError."""
-        named = set(self.catalog.names().values())
+        named = set(self.catalog.names().values()) | self.kept()
         unnamed = [root for root in self.catalog.roots() if root not in named]
         if len(unnamed) < UNNAMED_MAX:
             return
@@ -105,6 +108,11 @@ class Models:
         """Config and tokenizer, by name, as paths to read."""
         await self._complete(manifest, None, sources, progress)
         return {blob.name: self.blobs.path(blob.root) for blob in manifest.files}
+
+    async def hold(self, manifest: Manifest, start: int, end: int, sources: Sequence[PeerAddress], progress: ProgressSink) -> None:
+        """Have the layers [start, end) on the disk because the owner wants it, also where this node fetches nothing for the plans
+        of others. Raises NotFoundError, CapacityError (quota), LocalError."""
+        await self._complete(manifest, (start, end), sources, progress, wanted_here=True)
 
     async def exact_plan(self, manifest: Manifest, sources: Sequence[PeerAddress]) -> ExactPlan:
         """What a model of the exact profile computes, as its own exact.json says. Raises ModelFormatError."""
@@ -202,13 +210,20 @@ class Models:
         return stage
 
     async def _complete(
-        self, manifest: Manifest, layers: tuple[int, int] | None, sources: Sequence[PeerAddress], progress: ProgressSink
+        self,
+        manifest: Manifest,
+        layers: tuple[int, int] | None,
+        sources: Sequence[PeerAddress],
+        progress: ProgressSink,
+        *,
+        wanted_here: bool = False,
     ) -> None:
-        """Get what is missing of these layers and of the model's files; None: the files alone."""
+        """Get what is missing of these layers and of the model's files; None: the files alone. `wanted_here`: by the owner."""
         pieces = () if layers is None else stage_pieces(manifest, *layers)
         missing = [blob for blob in (*manifest.files, *pieces) if not self.blobs.has(blob.root)]
         if missing:
-            self._check_may_fetch(manifest.root)
+            if not wanted_here:
+                self._check_may_fetch(manifest.root)
             await self._fetcher.blobs(manifest, missing, sources, progress)
             self._changed()
 

@@ -16,7 +16,16 @@ import structlog
 import trio
 
 from nexus.core.audits import CONVICTED, OK
-from nexus.core.errors import LocalError, NexusError, NotAllowedError, NotFoundError, PeerError, TimedOutError, UsageError
+from nexus.core.errors import (
+    CapacityError,
+    LocalError,
+    NexusError,
+    NotAllowedError,
+    NotFoundError,
+    PeerError,
+    TimedOutError,
+    UsageError,
+)
 from nexus.core.fidelity import Fidelity
 from nexus.core.keys import Identity, parse_peer_id, peer_id_of
 from nexus.core.manifest import DEFAULT_PROFILE, EXACT, FLOAT, Manifest
@@ -54,6 +63,7 @@ from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.capacity import Capacity
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.environment import SYSTEM, Environment
+from nexus.node.fragments import Fragments
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
@@ -63,6 +73,7 @@ from nexus.node.netcheck import NetcheckService, NetcheckView
 from nexus.node.options import NodeOptions
 from nexus.node.progress import Notice, Progress
 from nexus.node.runner import PLANNED_TOKENS, Runner
+from nexus.node.serving import Serving
 from nexus.node.signing import DurableSigner
 from nexus.node.suspensions import Suspensions
 from nexus.node.trust import Trust, open_trust
@@ -72,6 +83,7 @@ from nexus.proof.evidence import Evidence, verify_evidence
 from nexus.storage.audit_keys import AuditKeys
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
+from nexus.storage.fragments import FragmentStore, open_fragment_store
 from nexus.storage.home import Home, load_identity
 from nexus.storage.journal import ImportJournal
 from nexus.storage.memory.store import MemoryStore
@@ -79,7 +91,7 @@ from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
 from nexus.swarm.links import Links
-from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, SPEED_MAX, UPLOAD_MAX, Holding, LayerRange, NodeRecord
+from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, SPEED_MAX, UPLOAD_MAX, Holding, NodeRecord
 
 log = structlog.get_logger("nexus.node")
 
@@ -116,6 +128,7 @@ class Node:
         nursery: trio.Nursery,
         speeds: Speeds,
         memory: tuple[MemoryStore, SkyKernel] | None,
+        fragments: FragmentStore,
         conduct: Conduct = HONEST,
         environment: Environment = SYSTEM,
         measure: Callable[[], Awaitable[Speeds]] | None = None,
@@ -138,7 +151,12 @@ class Node:
         )
         self._capacity = Capacity(speeds, measure, self._is_idle, self._wait_idle, self._membership.announce_soon, environment.rng)
         self._blob_service = BlobService(
-            transport, self._blobs, self._catalog, uploads=self._capacity.uploads, upload_max=options.upload_max
+            transport,
+            self._blobs,
+            self._catalog,
+            uploads=self._capacity.uploads,
+            upload_max=options.upload_max,
+            pace_of=lambda blob_root: self._fragments.pace_of(blob_root),
         )
         self._models = Models(
             self._catalog,
@@ -148,6 +166,19 @@ class Node:
             memory_max_bytes=options.memory_max_bytes,
             changed=self._holdings_changed,
         )
+        self._fragments = Fragments(
+            identity,
+            fragments,
+            self._models,
+            self,
+            environment,
+            serve=options.serve,
+            replicas=options.replicas,
+            memory_bytes=options.memory_max_bytes,
+            disk_bytes=options.disk_max_bytes,
+            demand=lambda root: self._infer.sessions_on(root),
+        )
+        self._models.kept = self._fragments.kept
         self._sessions = sessions
         self._infer = InferService(
             transport,
@@ -210,12 +241,17 @@ class Node:
             self._witnesses.silent,
             environment,
             self._links.rtt_us,
+            self._fragments.versions.current,
+        )
+        self.fragments = Serving(
+            self._fragments, self._runner.resolve, self._find_peer, self._take_in, self, self._membership.announce_soon
         )
         self._netcheck = NetcheckService(transport, environment.now_ms, self._membership.names, self._membership.announce_soon)
         self._holdings: tuple[Holding, ...] = ()
         self._holdings_until_s = 0.0
         self._work_lock = trio.Lock()
         self._draining = False
+        self._refusing = False
         self._memory: Memory | None = None
         if memory is not None:
             store, sky = memory
@@ -248,6 +284,7 @@ class Node:
             nursery.start_soon(self._meet_again)
             nursery.start_soon(self._keep_book)
             nursery.start_soon(self._capacity.run)
+            await nursery.start(self._fragments.run)
             if self._memory is not None:
                 await nursery.start(self._memory.run)
             if self._options.audit.canary_every_s:
@@ -271,6 +308,33 @@ class Node:
         if root is None:
             raise NotFoundError(f"no model {name!r} is here", "`nexus model list` lists those that are")
         return _stored_models(Home(self._options.home))(root)
+
+    # --- what serving needs of the node (`nexus.node.versions.Members`, `nexus.node.serving.Sessions`) ---
+
+    def records(self) -> list[NodeRecord]:
+        return self._workers()
+
+    def own(self) -> NodeRecord:
+        return self._membership.own().record
+
+    async def refresh(self, peer_id: str) -> NodeRecord:
+        return await self._membership.refresh(peer_id)
+
+    def announce(self) -> None:
+        self._holdings_changed()
+
+    def rtt_us(self, one: bytes, other: bytes) -> int:
+        return self._links.rtt_us(one, other)
+
+    def refuse_new(self, refused: bool) -> None:
+        self._refusing = self._infer.draining = refused
+
+    def hand_over(self) -> None:
+        """Until coordinators can go on elsewhere, what runs here runs to its end."""
+
+    @property
+    def running(self) -> int:
+        return self._infer.live.count + self._runner.live.count
 
     def _workers(self) -> list[NodeRecord]:
         """The nodes that may be planned with: neither convicted nor suspended."""
@@ -351,8 +415,8 @@ class Node:
             version=VERSION,
             addresses=self._transport.addresses,
             uptime_s=trio.current_time() - self._began_s,
-            ready=not self._draining,
-            not_ready_because="the node is shutting down" if self._draining else "",
+            ready=not (self._draining or self._refusing),
+            not_ready_because="the node is shutting down" if self._draining else "the node is draining" if self._refusing else "",
             peers=len({connection.peer_id for connection in self._transport.connections()}),
             models=len(self._catalog.names()),
             sessions=self._infer.live.count + self._runner.live.count,
@@ -533,21 +597,37 @@ class Node:
             raise failure[0]
         yield done[0]
 
+    async def _take_in(self, source: Path | str, profile: str) -> AsyncGenerator[Progress | Notice | Manifest, None]:
+        """Import a model without a name; progress, then its manifest."""
+        text = str(source)
+        path = builtin_path(text) if text in BUILTIN_NAMES else Path(source)
+        notices: list[str] = []
+        work = partial(self._import, path, text, None, profile, notices.append)
+        async with aclosing(self._at_work(work)) as events:
+            async for event in events:
+                for notice in notices:
+                    yield Notice(notice)
+                notices.clear()
+                yield event
+
     def _import(
         self,
         path: Path,
         source: str,
-        name: str,
+        name: str | None,
         profile: str,
         notice: Callable[[str], None],
         progress: Callable[[str, int, int], None],
     ) -> Manifest:
-        """`source`: how to find the directory `path` again."""
+        """`source`: how to find the directory `path` again. `name` None: the model gets none."""
         from nexus.engine.importer import import_model
 
         journal = ImportJournal(Home(self._options.home).models, self._blobs)
         manifest = import_model(path, self._blobs, progress, profile=profile, journal=journal, notice=notice)
-        self._catalog.add(name, manifest)
+        if name is None:
+            self._catalog.keep(manifest)
+        else:
+            self._catalog.add(name, manifest)
         self._catalog.note(manifest.root, replace(self._catalog.notes(manifest.root), source=source))
         journal.end()
         return manifest
@@ -561,9 +641,10 @@ class Node:
         self._holdings_changed()
 
     async def models(self) -> list[ModelView]:
-        """Models with a name here, then those that peers announce and this node knows no other name for."""
+        """Models with a name here and those that this node serves, then those that peers announce and this node knows no other name
+        for."""
         views = []
-        for name, root in self._catalog.names().items():
+        for name, root in sorted((self._fragments.names() | self._catalog.names()).items()):
             try:
                 views.append(self._view(name, self._catalog.manifest(root)))
             except (NotFoundError, LocalError) as error:
@@ -608,6 +689,7 @@ class Node:
             held_bytes=held_bytes(manifest, self._blobs),
             providers=tuple(address.peer_id for address in self._runner.sources(manifest.root)),
             fidelity=self._catalog.notes(manifest.root).fidelity,
+            **self._fragments.shown(name, manifest),
         )
 
     async def plan(self, model: str, stages: int | None) -> PlanView:
@@ -625,10 +707,16 @@ class Node:
         return JudgementView(self._runner.plan_view(name, manifest, placement), judgement.proofs)
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        self._check_accepting()
         return self._runner.generate(request)
 
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]:
+        self._check_accepting()
         return self._runner.embed(request)
+
+    def _check_accepting(self) -> None:
+        if self._refusing:
+            raise CapacityError("this node is draining and takes no new work", "Ask another node, or call the drain off")
 
     async def evidence(self) -> list[EvidenceView]:
         return await self._trust.evidence_views()
@@ -704,24 +792,28 @@ class Node:
             load=min(self._infer.live.count, LOAD_MAX),
             coordinate=self._links.coordinate,
             serves=int(options.serve and not self._draining),
-            leaving=int(self._draining),
+            leaving=int(self._draining or self._fragments.leaving),
             models=self._holdings,
             price=options.ledger.price_per_token,
         )
 
     def _look_up_holdings(self) -> tuple[Holding, ...]:
-        """The models with a name here first: they are not to be crowded out by what strangers had this node fetch."""
+        """The models that this node serves and those with a name here first: they are not to be crowded out by what strangers had
+        this node fetch."""
         holdings: list[Holding] = []
         named = set(self._catalog.names().values())
-        for root in sorted(self._catalog.roots(), key=lambda root: (root not in named, root))[:HOLDINGS_MAX]:
+        served = self._fragments.roots()
+        known = {*self._catalog.roots(), *served}
+        for root in sorted(known, key=lambda root: (root not in served, root not in named, root))[:HOLDINGS_MAX]:
+            held: tuple[tuple[int, int], ...] = ()
             try:
                 held = held_layers(self._catalog.manifest(root), self._blobs)
-            except LocalError as error:
-                log.warning("model_not_announced", model=root.hex()[:16], reason=error.cause)
-                continue
-            if held:
-                ranges = tuple(LayerRange(start, end) for start, end in held)
-                holdings.append(Holding(self._catalog.name_of(root), root, ranges, (), 0))
+            except (LocalError, NotFoundError) as error:
+                if root not in served:
+                    log.warning("model_not_announced", model=root.hex()[:16], reason=error.cause)
+                    continue
+            if held or root in served:
+                holdings.append(self._fragments.holding(root, self._catalog.name_of(root), held))
         return tuple(holdings)
 
     def _holdings_changed(self) -> None:
@@ -787,6 +879,8 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
             home.sessions_file, keep_max_bytes=audit.keep_max_bytes, keep_s=audit.keep_s, now_ms=environment.now_ms
         )
         stack.callback(sessions.close)
+        fragments = await trio.to_thread.run_sync(open_fragment_store, home.fragments_file)
+        stack.callback(fragments.close)
         memory = await trio.to_thread.run_sync(open_memory, home, options.memory) if options.memory.enabled else None
         if memory is not None:
             stack.callback(memory[0].close)
@@ -804,7 +898,9 @@ async def open_node(options: NodeOptions, conduct: Conduct = HONEST, environment
             )
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
-        node = Node(options, identity, transport, book, sessions, trust, nursery, speeds, memory, conduct, environment, measure)
+        node = Node(
+            options, identity, transport, book, sessions, trust, nursery, speeds, memory, fragments, conduct, environment, measure
+        )
         await nursery.start(node.run)
         try:
             yield node

@@ -69,6 +69,7 @@ class NodeOptions:
     over all peers, 0 for no limit. `serve`: whether this node takes stages for others.
     `memory_max_bytes`: weights and KV caches together. `disk_max_bytes`: everything under `models/`; never 0, already resolved.
     `sessions_max`: sessions at once, own and served. `auto_fetch`: fetch fragments that a plan asks of this node.
+    `replicas`: how many nodes each layer of a model that is served should be on, None: as many as the swarm allows.
     `threads`: of the engine; at least 1, already resolved.
     """
 
@@ -89,6 +90,7 @@ class NodeOptions:
     disk_max_bytes: int
     sessions_max: int
     auto_fetch: bool
+    replicas: int | None
     audit: AuditOptions
     ledger: LedgerOptions
     memory: MemoryOptions

@@ -21,8 +21,8 @@ from nexus.swarm.routing import route
 ROUTE_SLACK = 2
 
 
-def candidates_of(records: Sequence[NodeRecord], manifest: Manifest) -> list[Candidate]:
-    """What nodes say of themselves, for this model. Those that drain take nothing new."""
+def candidates_of(records: Sequence[NodeRecord], manifest: Manifest, *, leaving: bool = False) -> list[Candidate]:
+    """What nodes say of themselves, for this model. Those that drain take nothing new, unless `leaving` says so."""
     return [
         Candidate(
             node=record.node,
@@ -31,7 +31,7 @@ def candidates_of(records: Sequence[NodeRecord], manifest: Manifest) -> list[Can
             speed=record.speed(manifest.profile),
             rtt_ms=None,
             held=held_ranges(record, manifest.root),
-            serves=bool(record.serves) and not record.leaving,
+            serves=bool(record.serves) and (leaving or not record.leaving),
             load=record.load,
             domain=domain_of(record.addresses),
         )

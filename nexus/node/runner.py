@@ -116,6 +116,7 @@ class Runner:
     """Requests of this node's own users. `records`: what other nodes say of themselves; `own`: what this one would say. `judge`:
     raises for a plan that is not proven sound, and then it does not run. `audits`: what becomes of a session that ended.
     `submit`: takes a proof that a node cheated. `settle`: pays for it; None: nobody is paid.
+    `current`: the model that a name with versions means now, None for one without.
     `broke_off`: is told of nodes, by public key, that made a session fail; `fell_silent`: of those that gave no sign of life."""
 
     def __init__(
@@ -136,6 +137,7 @@ class Runner:
         fell_silent: Callable[[Terms, Plan, bytes], Awaitable[None]] | None = None,
         environment: Environment = SYSTEM,
         rtt_us: RttUs = rtt_default,
+        current: Callable[[str], Awaitable[bytes | None]] | None = None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -153,6 +155,7 @@ class Runner:
         self._fell_silent = fell_silent
         self._rng = environment.rng
         self._rtt_us = rtt_us
+        self._current = current
         self._running: set[Coordinator] = set()
         self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
@@ -163,10 +166,14 @@ class Runner:
         self.comeback_s = COMEBACK_S
 
     async def resolve(self, name: str) -> tuple[str, bytes]:
-        """The model that `name` stands for: a local name or root, else a built-in, else what a peer announces.
+        """The model that `name` stands for: of a name with versions the one that counts now, otherwise a local name or root, else a
+        built-in, else what a peer announces.
 
         A built-in's name never means a stranger's model. Raises NotFoundError, UsageError.
         """
+        versioned = await self._current(name) if self._current is not None else None
+        if versioned is not None:
+            return name, versioned
         try:
             return self._find(name)
         except NotFoundError:
@@ -203,7 +210,7 @@ class Runner:
         return [
             PeerAddress(record.peer_id, record.addresses)
             for record in self._present()
-            if any(holding.model_root == model_root for holding in record.models)
+            if any(holding.model_root == model_root and holding.held for holding in record.models)
         ]
 
     async def manifest(self, name: str) -> tuple[str, Manifest]:
@@ -223,15 +230,35 @@ class Runner:
         return await self._place(manifest, stages, without)
 
     async def _place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
+        """Nodes that leave get no part, unless others would have to fetch for it first what these still serve."""
         own = self._own()
         records = [own, *(record for record in self._present() if record.node != own.node and record.node not in without)]
+        if not any(record.leaving for record in records):
+            return await self._choose(manifest, records, own.node, stages)
+        staying: Placement | None = None
+        failure: NexusError | None = None
+        try:
+            staying = await self._choose(manifest, records, own.node, stages)
+        except (CapacityError, UsageError) as error:
+            failure = error
+        if staying is not None and not any(staying.fetch_bytes):
+            return staying
+        try:
+            with_leaving = await self._choose(manifest, records, own.node, stages, leaving=True)
+        except (CapacityError, UsageError) as error:
+            raise failure or error from error
+        return with_leaving if staying is None or not any(with_leaving.fetch_bytes) else staying
+
+    async def _choose(
+        self, manifest: Manifest, records: Sequence[NodeRecord], coordinator: bytes, stages: int | None, *, leaving: bool = False
+    ) -> Placement:
         tokens, dtype = min(manifest.context, PLANNED_TOKENS), DTYPES[manifest.profile][0]
         # Off the trio thread: with many unlike nodes the search takes a noticeable part of a second.
         search = partial(
             choose,
             manifest,
-            candidates_of(records, manifest),
-            coordinator=own.node,
+            candidates_of(records, manifest, leaving=leaving),
+            coordinator=coordinator,
             stages=stages,
             dtype=dtype,
             context=tokens,

@@ -100,6 +100,14 @@ class Catalog:
         self.keep(manifest)
         self._write_names({**self._names, name: root})
 
+    def point(self, name: str, root: bytes) -> None:
+        """Let a name mean another model that is known here, as when a new version of it comes. Raises UsageError for a bad name,
+        NotFoundError, LocalError."""
+        check_name(name)
+        self.manifest(root)
+        if self._names.get(name) != root:
+            self._write_names({**self._names, name: root})
+
     def keep(self, manifest: Manifest) -> None:
         """Keep a model without a name. Raises MalformedError for one whose parts do not fit, LocalError."""
         manifest.check()

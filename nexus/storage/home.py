@@ -9,6 +9,7 @@
   audit-keys/           0600, secret keys with which layers of others are audited
   evidence.db           proofs against other nodes, and how their work went
   memory/               blocks of the shared memory, and what finds them
+  fragments.db          what this node undertook to serve, and the versions of names that count here
   ledger.db             this node's account; must never be put back to an older state
   nexusd.lock           held while a daemon runs, with its pid inside
   control.sock          0600, the daemon's control API
@@ -70,6 +71,10 @@ class Home:
     @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.db"
+
+    @property
+    def fragments_file(self) -> Path:
+        return self.path / "fragments.db"
 
     @property
     def memory(self) -> Path:

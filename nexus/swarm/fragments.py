@@ -33,7 +33,8 @@ VERSIONS_KEPT = 64
 TAKEN_MAX = 16
 PROMISES_MAX = 64
 BYTES_MAX = 2**56
-REPLICAS, REPLICAS_OF_MANY, MANY_NODES = 2, 3, 6
+# On how many nodes each layer should be, where nothing else is asked for.
+REPLICAS = 2
 # How long a node waits before it acts on a layout: where a layer is on no node, on too few, and where all is well enough.
 LOST_S, SHORT_S, CALM_S = 2.0, 10.0, 60.0
 
@@ -214,11 +215,6 @@ def rollback_target(history: Sequence[Publication], to: int | None = None) -> Pu
 
 
 # --- letting go -------------------------------------------------------------------------------------------------------------
-
-
-def replicas_wanted(nodes: int) -> int:
-    """How many nodes each layer should be on, in a swarm of that many nodes that serve the model."""
-    return REPLICAS_OF_MANY if nodes >= MANY_NODES else REPLICAS
 
 
 def needed_elsewhere(planned: Sequence[int], replicas: int) -> tuple[int, ...]:

@@ -56,13 +56,19 @@ class LayerRange(Record):
 @dataclass(frozen=True, slots=True)
 class Holding(Record):
     """A model that this node has pieces of. `name` is what its owner calls it; the root is what it is. `serving`: what of `held` it
-    has undertaken to serve. `version`: which version of that name this is, 0 where it has none."""
+    has undertaken to serve. `version`: which version of that name this is by the word of its `publisher`, whose `signature` is
+    over a `nexus.swarm.fragments.Publication`; 0 and empty where the name has no versions, but a publisher may be followed before
+    it has made any. `memory_bytes`, `disk_bytes`: what a node gives to this model that takes what the swarm needs, otherwise 0."""
 
     name: str = text(64)
     model_root: bytes = digest()
     held: tuple[LayerRange, ...] = many(nested(LayerRange), HELD_RANGES_MAX)
     serving: tuple[LayerRange, ...] = many(nested(LayerRange), HELD_RANGES_MAX)
     version: int = uint(2**32)
+    publisher: bytes = raw(0, 32, default=b"")
+    signature: bytes = raw(0, 64, default=b"")
+    memory_bytes: int = uint(2**56, default=0)
+    disk_bytes: int = uint(2**56, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +191,7 @@ class _Member:
     signed: SignedNodeRecord | None = None
     asked_s: float | None = None
     failures: int = 0
+    has_news: bool = False
 
 
 class MemberTable:
@@ -205,6 +212,7 @@ class MemberTable:
         member = self._member(peer_id)
         member.signed = signed if member.signed is None else newest(member.signed, signed)
         member.failures = 0
+        member.has_news = False
         self._trim(peer_id)
         return member.signed.record
 
@@ -244,6 +252,12 @@ class MemberTable:
         member = self._members.get(peer_id)
         return member is None or member.asked_s is None or now_s - member.asked_s >= REFRESH_SOONEST_S
 
+    def told(self, peer_id: str) -> None:
+        """It says that it has a new record: ask as soon as may be, also where that is not now."""
+        member = self._members.get(peer_id)
+        if member is not None:
+            member.has_news = True
+
     def due(self, connected: Iterable[str], now_s: float, now_ms: int) -> list[str]:
         """Whom to ask now, sorted: connected peers without a record or with an old one, and the other members now and then."""
         linked = frozenset(connected)
@@ -268,6 +282,8 @@ class MemberTable:
         waited_s = now_s - member.asked_s
         if 0 < member.failures < FAILURES_MAX:
             return waited_s >= RETRY_AFTER_S
+        if member.has_news and waited_s >= REFRESH_SOONEST_S:
+            return True
         return waited_s >= (REFRESH_CONNECTED_S if linked else REFRESH_OTHERS_S)
 
     def _member(self, peer_id: str) -> _Member:

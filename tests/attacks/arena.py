@@ -36,6 +36,7 @@ from nexus.proof.arithmetic.sampler import Sampling
 from nexus.proof.evidence import Evidence, Verdict, verify_evidence
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog
+from nexus.storage.fragments import FragmentStore
 from nexus.storage.home import Home
 from nexus.storage.peers import AddressBook
 from nexus.storage.sessions import SessionStore
@@ -201,6 +202,8 @@ async def open_arena(
             transport = await stack.enter_async_context(network.open(identity))
             sessions = SessionStore(home.sessions_file, keep_max_bytes=1 << 30, keep_s=1e6, now_ms=SYSTEM.now_ms)
             stack.callback(sessions.close)
+            fragments = FragmentStore(home.fragments_file)
+            stack.callback(fragments.close)
             verify = partial(verify_evidence, weights=StoredWeights(_stored_models(home)))
             probation = options.audit.probation_sessions
             trust = await stack.enter_async_context(
@@ -209,7 +212,7 @@ async def open_arena(
             speed = SPEED if number < others else SPEED // 4
             speeds = Speeds(speed, speed)
             book = AddressBook.open(home.peers_file)
-            node = Node(options, identity, transport, book, sessions, trust, nursery, speeds, None, conduct)
+            node = Node(options, identity, transport, book, sessions, trust, nursery, speeds, None, fragments, conduct)
             await nursery.start(node.run)
             arena.nodes.append(node)
             arena.trusts.append(trust)
@@ -248,6 +251,7 @@ def _options(home: Home, number: int, policy: str, burn_max: int) -> NodeOptions
         disk_max_bytes=MEMORY_BYTES,
         sessions_max=8,
         auto_fetch=True,
+        replicas=None,
         audit=AuditOptions(policy, 0.1, 20, 3, 0.0, 60.0, 1 << 30, 1e6),
         ledger=LedgerOptions(10, 0, burn_max, 3600.0, 1000),
         memory=MemoryOptions(False, "minilm", 1 << 20, 1 << 20, None, 1.0, 0.0, 2, (), 100),

@@ -56,6 +56,7 @@ from nexus.proof.evidence import FORK, Evidence, verify_evidence
 from nexus.proof.receipts import FLOAT, MICRO, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
 from nexus.proof.solver import Proven
 from nexus.swarm.ledger import Account, Cost, pay_entry
+from tests.gateway.fake_fragments import FakeFragments
 from tests.gateway.fake_memory import FakeMemory
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
@@ -235,6 +236,7 @@ class FakeNode:
         self.drained = False
         self.burned = False
         self.memory = FakeMemory()
+        self.fragments = FakeFragments()
         self.idle = trio.Event()
         self.requests: list[GenerateRequest | EmbedRequest | FidelityRequest] = []
 

@@ -35,7 +35,6 @@ from nexus.swarm.fragments import (
     parse_fragment,
     ranges_of,
     replica_counts,
-    replicas_wanted,
     rollback_target,
     to_withdraw,
     version_to_use,
@@ -191,8 +190,6 @@ def test_nothing_is_let_go_that_is_wanted_or_short() -> None:
 
 def test_as_many_are_needed_elsewhere_as_there_should_be_or_as_there_is_room_for() -> None:
     assert needed_elsewhere((0, 1, 2, 3), 2) == (1, 1, 2, 2)
-    assert replicas_wanted(3) == 2
-    assert replicas_wanted(6) == 3
 
 
 # --- taking -----------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from nexus.proof.arithmetic.tables import exp_tables
 from nexus.proof.evidence import FORK, Evidence
 from nexus.proof.receipts import Refusal, SignedRefusal, millionths
 from nexus.proof.trace import WindowTrace
+from nexus.swarm.fragments import Publication, SignedPublication
 from nexus.swarm.links import Coordinate
 from nexus.swarm.membership import Holding, LayerRange, NodeRecord, SignedNodeRecord
 from tests.swarm.ring import causal_ring, encoder_ring, identity, shapes_for
@@ -146,6 +147,10 @@ def wire_vectors() -> dict[str, object]:
     refusal = SignedRefusal.sign(
         Refusal(bundle.terms.session, identity(1).public_key, 0, 3, "capacity", "the cache is full", "Wait"), identity(1)
     )
+    root = bundle.manifest.root
+    published = SignedPublication.sign(Publication(identity(2).public_key, "toy", 2, root), identity(2))
+    version = (2, identity(2).public_key, published.signature)
+    holding = Holding("toy", root, (LayerRange(0, 4),), (LayerRange(1, 3),), *version, 2**30, 2**31)
     record = NodeRecord(
         spec=1,
         node=identity(1).public_key,
@@ -162,7 +167,7 @@ def wire_vectors() -> dict[str, object]:
         coordinate=Coordinate(12_000, -3_500, 0, 800, 150_000),
         serves=1,
         leaving=0,
-        models=(Holding("toy", bundle.manifest.root, (LayerRange(0, 4),), (LayerRange(1, 3),), 2),),
+        models=(holding,),
         price=7,
     )
     return {

@@ -188,6 +188,10 @@ class InferService:
             served.fail(error)
         return len(ended)
 
+    def sessions_on(self, model_root: bytes) -> int:
+        """Stages of that model that run here now."""
+        return sum(served.model_root == model_root for served in self._served.values())
+
     def took_part(self, session: bytes) -> bool:
         """Whether this node served in that session, now or a short while ago."""
         return trio.current_time() - self._recent.get(session, -math.inf) <= RECENT_S
@@ -387,6 +391,7 @@ class _Served:
         self._token_s: float | None = None  # what a step of one token takes lately
         self._token_kv_bytes = _kv_bytes(manifest, opened.plan, opened.stage)
         self.nodes = frozenset({opened.terms.coordinator, *(stage.node for stage in opened.plan.stages)})
+        self.model_root = opened.plan.model_root
         self.step = 0
 
     async def run(self) -> None:
