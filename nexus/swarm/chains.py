@@ -11,11 +11,9 @@ the asymptotic bound of a closed queueing network (Denning and Buzen, The operat
 The least latency f(bound) of chains whose stages take at most `bound` each falls as the bound rises, so the least T lies where it
 crosses streams * bound and is found by bisection. Inside it two searches give f:
 
-- over sets: which nodes were used, which was the first and which the last (Held and Karp, 1962); nodes that are alike in speed,
-  memory and links are counted, not named. It gives the optimum, and is used up to SUBSET_CELLS cells of its table.
-- over layers: for every layer and node the best chain that ends there, extended by nodes that it does not use yet. One label each,
-  so that it can miss the optimum, in time that grows with the square of the nodes. Its chains are then improved by moves of one
-  node. Where it finds none, a third search looks for any chain that fits: memory may leave few.
+- over sets of nodes (`nexus.swarm.subsets`), which gives the optimum, for up to about ten unlike nodes or kinds of nodes;
+- over layers (`nexus.swarm.layer_search`), which may miss it, for any number. Its chains are then improved by moves of one node.
+  Where it finds none, a third (`nexus.swarm.room`) looks for any chain that fits: memory may leave few.
 """
 
 from __future__ import annotations
@@ -23,11 +21,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nexus.core.plan import STAGES_MAX
 from nexus.swarm.costs import (
@@ -41,24 +37,21 @@ from nexus.swarm.costs import (
     stage_picoseconds,
     work_picoseconds,
 )
+from nexus.swarm.layer_search import over_layers
 from nexus.swarm.room import FOREVER, room_for
+from nexus.swarm.subsets import KINDS_MAX, Subsets
+from nexus.swarm.tables import INF, Ints, Prices, Table, window_least
 
 # Layers at which a stage may begin or end: all, and of a model with more an even choice.
 CUTS_MAX = 256
-# The search over sets is used up to so many cells, and so many kinds of nodes.
-SUBSET_CELLS = 3_000_000
-KINDS_MAX = 12
 # The step time is found to one part in so many.
 PRECISION = 512
 # Exactly so many stages are searched for layer by layer; more by the search that only looks for room.
 DEPTH_MAX = 8
 # Moves of one node that are tried on a chain, times its stages.
 MOVES_MAX = 2400
-_INF = 1 << 60
 # Times are counted in a unit in which the whole model on the slowest node takes at most so many.
 _TIME_BITS = 50
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +89,6 @@ def timing(costs: StageCosts, chain: Chain, rtt_us: RttUs) -> Timing:
     return Timing(sum(compute) + hops, hops, compute[slowest], slowest)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prices:
-    """What a stage costs beside its time, in the unit of times: from one cut to another the difference of `along`, and `begin` and
-    `finish` where it is the first and the last."""
-
-    along: Ints
-    begin: Ints
-    finish: Ints
-
-
 class Ring:
     """The nodes to choose from, in order of preference, and what the model's stages cost on them.
 
@@ -130,19 +113,20 @@ class Ring:
         self._held_only = held_only
         steps = -(-costs.layers // CUTS_MAX)
         self.cuts = [*range(0, costs.layers, steps), costs.layers]
-        self._last = len(self.cuts) - 1
-        self._depth = stages or min(len(nodes), self._last, STAGES_MAX)
+        self.last = len(self.cuts) - 1
+        self.depth = stages or min(len(nodes), self.last, STAGES_MAX)
         self._work = np.array([costs.work(0, cut) if cut else 0 for cut in self.cuts], dtype=np.int64)
         slowest = max((work_picoseconds(node, costs.work(0, costs.layers)) for node in nodes), default=1)
         self._shift = max(0, slowest.bit_length() - _TIME_BITS)
         self._time = self._times()
-        self._link = self._links()
+        self.link = self._all_links()
         self._room = self._rooms()
         self._held_prices = self._fetch_prices()
-        self.subsets = _Subsets.of(self, self._kinds(), named=False)
+        self.subsets = Subsets.of(self._kinds(), self.link, self.depth, self.last, named=False)
         # Prices differ between nodes that are otherwise alike.
         few = self._held_prices is not None and len(nodes) <= KINDS_MAX
-        self._priced_subsets = _Subsets.of(self, [[number] for number in range(len(nodes))], named=True) if few else None
+        each = [[number] for number in range(len(nodes))]
+        self._priced_subsets = Subsets.of(each, self.link, self.depth, self.last, named=True) if few else None
         self._tight = False  # whether only the search for room finds chains
 
     # --- what is known of the nodes -----------------------------------------------------------------------------------------
@@ -154,9 +138,9 @@ class Ring:
             pace = speed_of(node), load_of(node)
             if pace not in by_pace:
                 by_pace[pace] = [work_picoseconds(node, int(work)) >> self._shift for work in self._work]
-        return np.array([by_pace[speed_of(node), load_of(node)] for node in self.nodes], dtype=np.int64).reshape(-1, self._last + 1)
+        return np.array([by_pace[speed_of(node), load_of(node)] for node in self.nodes], dtype=np.int64).reshape(-1, self.last + 1)
 
-    def _links(self) -> Ints:
+    def _all_links(self) -> Ints:
         count = len(self.nodes)
         link = np.zeros((count, count), dtype=np.int64)
         for one in range(count):
@@ -167,7 +151,7 @@ class Ring:
 
     def _rooms(self) -> Ints:
         """By node and first cut: the furthest cut that a stage can end at within memory, and within what is held if that counts."""
-        costs, last = self.costs, self._last
+        costs, last = self.costs, self.last
         to = [costs.memory_to[cut] for cut in self.cuts]
         to[last] += costs.last_memory
         rooms = np.zeros((len(self.nodes), last), dtype=np.int64)
@@ -184,7 +168,7 @@ class Ring:
         most = memory - (self.costs.first_memory if start == 0 else 0)
         end = bisect_right(to, to[start] + most) - 1 if most >= 0 else start
         if start == 0 and self.costs.memory(0, self.costs.layers) <= memory:
-            end = self._last  # of tied weights a node that has all has one copy
+            end = self.last  # of tied weights a node that has all has one copy
         if self._held_only:
             layer = self.cuts[start]
             high = next((high for low, high in held if low <= layer < high), layer)
@@ -210,15 +194,15 @@ class Ring:
     def _equally_far(self, one: int, other: int) -> bool:
         rest = np.ones(len(self.nodes), dtype=bool)
         rest[[one, other]] = False
-        return bool((self._link[one, rest] == self._link[other, rest]).all())
+        return bool((self.link[one, rest] == self.link[other, rest]).all())
 
-    def _fetch_prices(self) -> _Prices | None:
+    def _fetch_prices(self) -> Prices | None:
         """What a stage has to fetch, the whole model being 2^20; None where nobody holds anything."""
         if not any(node.held for node in self.nodes):
             return None
         costs = self.costs
         whole = max(1, costs.stored(0, costs.layers))
-        along = np.zeros((len(self.nodes), self._last + 1), dtype=np.int64)
+        along = np.zeros((len(self.nodes), self.last + 1), dtype=np.int64)
         begin, finish = np.zeros(len(self.nodes), dtype=np.int64), np.zeros(len(self.nodes), dtype=np.int64)
         found: dict[tuple[tuple[int, int], ...], tuple[list[int], int, int]] = {}
         for number, node in enumerate(self.nodes):
@@ -231,7 +215,7 @@ class Ring:
                     (last << 20) // whole,
                 )
             along[number], begin[number], finish[number] = found[node.held]
-        return _Prices(along, begin, finish)
+        return Prices(along, begin, finish)
 
     # --- chains -------------------------------------------------------------------------------------------------------------
 
@@ -281,12 +265,12 @@ class Ring:
             # To fetch the whole model costs so many times the step time.
             scale = max(1, (min(step_ps >> self._shift, 1 << 34)) * weight >> 20)
             held = self._held_prices
-            priced = _Prices(held.along * scale, held.begin * scale, held.finish * scale)
+            priced = Prices(held.along * scale, held.begin * scale, held.finish * scale)
             chain = self._find(step_ps // self.streams, priced)
             if chain is not None and self.step_ps(chain) <= step_ps:
                 chains.append(chain)
                 break  # a smaller weight fetches no less
-        holders = [number for number, node in enumerate(self.nodes) if node.held][: self._depth]
+        holders = [number for number, node in enumerate(self.nodes) if node.held][: self.depth]
         for order in (holders, sorted(holders, key=lambda number: self.nodes[number].held)):
             if order and self.stages in (None, len(order)):
                 ends = self._split(order, step_ps // self.streams, priced)
@@ -294,16 +278,17 @@ class Ring:
                     chains.append(split)
         return chains
 
-    def _find(self, bound_ps: int, prices: _Prices | None) -> Chain | None:
+    def _find(self, bound_ps: int, prices: Prices | None) -> Chain | None:
         """The chain of the least latency and price of which no stage takes longer than the bound."""
         if not self.nodes:
             return None
-        reach = self._reach(bound_ps)
+        cost, begin, finish = self._costs_of(prices)
+        table = Table(cost, begin, finish, self.link, self._reach(bound_ps), self.stages)
         subsets = self.subsets if prices is None else self._priced_subsets
         if subsets is not None:
-            found = subsets.find(self, reach, prices)
+            found = subsets.find(table)
         elif not self._tight and (self.stages or 0) <= DEPTH_MAX:
-            found = self._over_layers(reach, prices)
+            found = over_layers(table)
         elif self._held_only:
             found = None
         else:
@@ -325,13 +310,13 @@ class Ring:
         for number, node in enumerate(self.nodes):
             pace = speed_of(node), load_of(node)
             if pace not in by_pace:
-                most = min(bound_ps * pace[0] // (PICO_PER_MICRO * (1 + pace[1])), _INF)
+                most = min(bound_ps * pace[0] // (PICO_PER_MICRO * (1 + pace[1])), INF)
                 ends = np.searchsorted(self._work, self._work[:-1] + most, side="right") - 1
                 by_pace[pace] = ends.astype(np.int64)
             np.minimum(reach[number], by_pace[pace], out=reach[number])
-        return np.maximum(reach, np.arange(self._last))
+        return np.maximum(reach, np.arange(self.last))
 
-    def _costs_of(self, prices: _Prices | None) -> tuple[Ints, Ints, Ints]:
+    def _costs_of(self, prices: Prices | None) -> tuple[Ints, Ints, Ints]:
         if prices is None:
             nothing = np.zeros(len(self.nodes), dtype=np.int64)
             return self._time, nothing, nothing
@@ -339,25 +324,25 @@ class Ring:
 
     # --- one order of nodes -------------------------------------------------------------------------------------------------
 
-    def _split(self, order: Sequence[int], bound_ps: int, prices: _Prices | None) -> list[int] | None:
+    def _split(self, order: Sequence[int], bound_ps: int, prices: Prices | None) -> list[int] | None:
         """Where the stages of these nodes in this order end, each with at least one layer and within the bound, at the least
         latency and price; None where they cannot."""
-        if len(order) > self._last:
+        if len(order) > self.last:
             return None
         reach = self._reach_of(order, bound_ps)
         cost, begin, _ = self._costs_of(prices)
-        levels = [np.full(self._last + 1, _INF, dtype=np.int64)]
+        levels = [np.full(self.last + 1, INF, dtype=np.int64)]
         levels[0][0] = begin[order[0]]
         for number, row in zip(order, reach, strict=True):
             entry = (levels[-1] - cost[number])[None, :]
-            ends = _window_least(np.where(levels[-1] >= _INF, _INF, entry), row)[0]
-            levels.append(np.where(ends >= _INF, _INF, ends + cost[number]))
-        if levels[-1][self._last] >= _INF:
+            ends = window_least(np.where(levels[-1] >= INF, INF, entry), row)[0]
+            levels.append(np.where(ends >= INF, INF, ends + cost[number]))
+        if levels[-1][self.last] >= INF:
             return None
-        cut, cuts = self._last, [self._last]
+        cut, cuts = self.last, [self.last]
         for level in range(len(order) - 1, 0, -1):
             number, row = order[level], reach[level]
-            starts = np.flatnonzero((row[:cut] >= cut) & (levels[level][:cut] < _INF))
+            starts = np.flatnonzero((row[:cut] >= cut) & (levels[level][:cut] < INF))
             values = levels[level][starts] - cost[number][starts]
             cut = int(starts[values.argmin()])
             cuts.append(cut)
@@ -369,9 +354,9 @@ class Ring:
             row = self._room[number]
             if bound_ps < FOREVER:
                 node = self.nodes[number]
-                most = min(bound_ps * speed_of(node) // (PICO_PER_MICRO * (1 + load_of(node))), _INF)
+                most = min(bound_ps * speed_of(node) // (PICO_PER_MICRO * (1 + load_of(node))), INF)
                 ends = np.searchsorted(self._work, self._work[:-1] + most, side="right") - 1
-                row = np.maximum(np.minimum(row, ends), np.arange(self._last))
+                row = np.maximum(np.minimum(row, ends), np.arange(self.last))
             rows.append(row)
         return rows
 
@@ -427,7 +412,7 @@ class Ring:
     def _moves(self, order: Sequence[int]) -> Iterator[list[int]]:
         used = set(order)
         quick = sorted((n for n in range(len(self.nodes)) if n not in used), key=lambda n: (int(self._time[n, -1]), n))
-        near = sorted((n for n in quick), key=lambda n: (int(self._link[n, order].sum()), n))
+        near = sorted((n for n in quick), key=lambda n: (int(self.link[n, order].sum()), n))
         others = list(dict.fromkeys([*quick[:6], *near[:6]]))
         if self.stages is None and len(order) > 1:
             for at in range(len(order)):
@@ -444,257 +429,3 @@ class Ring:
             for other in others:
                 for at in range(len(order) + 1):
                     yield [*order[:at], other, *order[at:]]
-
-    # --- over layers --------------------------------------------------------------------------------------------------------
-
-    def _over_layers(self, reach: Ints, prices: _Prices | None) -> tuple[list[int], list[int]] | None:
-        """Cut by cut: for every node the best chain that ends there on it, by how many stages it has where that was asked."""
-        count, last = len(self.nodes), self._last
-        levels = self.stages + 1 if self.stages else 1
-        cost, begin, finish = self._costs_of(prices)
-        value = np.full((levels, last + 1, count), _INF, dtype=np.int64)
-        from_cut = np.full((levels, last + 1, count), -1, dtype=np.int32)
-        from_node = np.full((levels, last + 1, count), -1, dtype=np.int32)
-        first = np.zeros((levels, last + 1, count), dtype=np.int32)
-        used = np.zeros((levels, last + 1, count, count), dtype=bool)
-        numbers = np.arange(count)
-        for cut in range(last):
-            far = int(reach[:, cut].max())
-            if far <= cut:
-                continue
-            allowed = np.arange(cut + 1, far + 1)[:, None] <= reach[:, cut][None, :]
-            step = cost[:, cut + 1 : far + 1].T - cost[:, cut][None, :]
-            for level in range(levels - 1 if self.stages else 1):
-                onto = level + 1 if self.stages else 0
-                if cut == 0:
-                    if level:
-                        continue
-                    before, entry = np.full(count, -1), begin.copy()
-                else:
-                    if not (value[level, cut] < _INF).any():
-                        continue
-                    self._mark_used(level, cut, from_cut, from_node, used)
-                    ways = value[level, cut][:, None] + self._link
-                    ways[used[level, cut]] = _INF
-                    before = ways.argmin(axis=0)
-                    entry = ways[before, numbers]
-                better = allowed & (entry < _INF)[None, :]
-                reached = step + entry[None, :]
-                better &= reached < value[onto, cut + 1 : far + 1]
-                value[onto, cut + 1 : far + 1][better] = reached[better]
-                from_cut[onto, cut + 1 : far + 1][better] = cut
-                from_node[onto, cut + 1 : far + 1][better] = np.broadcast_to(before, better.shape)[better]
-                begun = numbers if cut == 0 else first[level, cut][before]
-                first[onto, cut + 1 : far + 1][better] = np.broadcast_to(begun, better.shape)[better]
-        level = levels - 1
-        closed = np.where(value[level, last] < _INF, value[level, last] + finish + self._link[numbers, first[level, last]], _INF)
-        number = int(closed.argmin())
-        if closed[number] >= _INF:
-            return None
-        order, ends, cut = [number], [last], last
-        while (previous := int(from_cut[level, cut, number])) > 0:
-            number = int(from_node[level, cut, number])
-            cut, level = previous, level - 1 if self.stages else 0
-            order.append(number)
-            ends.append(cut)
-        return order[::-1], ends[::-1]
-
-    def _mark_used(
-        self, level: int, cut: int, from_cut: NDArray[np.int32], from_node: NDArray[np.int32], used: NDArray[np.bool_]
-    ) -> None:
-        """Which nodes each chain that ends at this cut has used."""
-        numbers = np.arange(len(self.nodes))
-        before = from_cut[level, cut]
-        later = before > 0
-        if later.any():
-            used[level, cut][later] = used[level - 1 if self.stages else 0, before[later], from_node[level, cut][later]]
-        used[level, cut][numbers, numbers] = True
-
-
-def _window_least(values: Ints, reach: Ints) -> Ints:
-    """By row and end cut: the least value of the starts from which the end is in reach. `reach` never falls."""
-    last = len(reach)
-    ends = np.arange(last + 1)
-    lows = np.searchsorted(reach, ends, side="left")
-    found = np.full(values.shape, _INF, dtype=np.int64)
-    lengths = ends - lows
-    table, size = values, 1
-    while True:
-        fits = np.flatnonzero((lengths >= size) & (lengths < 2 * size))
-        if len(fits):
-            found[:, fits] = np.minimum(table[:, lows[fits]], table[:, ends[fits] - size])
-        if not (lengths >= 2 * size).any():
-            return found
-        table = np.minimum(table[:, :-size], table[:, size:])
-        size *= 2
-
-
-# --- over sets --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """From one level of the lattice to the next, by one more node of `kind`: rows `before` in runs that begin at `runs`, each to
-    a row of `after`; `last`: the last kind of each row before."""
-
-    kind: int
-    before: NDArray[np.intp]
-    last: NDArray[np.intp]
-    runs: NDArray[np.intp]
-    after: NDArray[np.intp]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lattice:
-    """By number of stages: rows (how many of each kind, first kind, last kind), and the steps to the next."""
-
-    rows: tuple[tuple[tuple[tuple[int, ...], int, int], ...], ...]
-    steps: tuple[tuple[_Step, ...], ...]
-
-
-@lru_cache(maxsize=64)
-def _lattice(sizes: tuple[int, ...], depth: int, uniform: bool) -> _Lattice:
-    """`uniform`: all links are the same, and which node was first or last makes no difference."""
-    kinds = range(len(sizes))
-    none = (0,) * len(sizes)
-    level = [(_more(none, kind), 0 if uniform else kind, 0 if uniform else kind) for kind in kinds]
-    rows, steps = [tuple(level)], []
-    for _ in range(depth - 1):
-        index: dict[tuple[tuple[int, ...], int, int], int] = {}
-        made = []
-        for kind in kinds:
-            into: dict[tuple[tuple[int, ...], int, int], list[int]] = {}
-            for number, (counts, first, _) in enumerate(rows[-1]):
-                if counts[kind] < sizes[kind]:
-                    into.setdefault((_more(counts, kind), first, 0 if uniform else kind), []).append(number)
-            if into:
-                after = [index.setdefault(row, len(index)) for row in into]
-                before = [number for numbers in into.values() for number in numbers]
-                runs = np.cumsum([0, *(len(numbers) for numbers in into.values())])[:-1]
-                last = [rows[-1][number][2] for number in before]
-                made.append(_Step(kind, np.array(before), np.array(last), runs, np.array(after)))
-        rows.append(tuple(index))
-        steps.append(tuple(made))
-    return _Lattice(tuple(rows), tuple(steps))
-
-
-def _more(counts: tuple[int, ...], kind: int) -> tuple[int, ...]:
-    return (*counts[:kind], counts[kind] + 1, *counts[kind + 1 :])
-
-
-class _Subsets:
-    """The search over sets of nodes."""
-
-    def __init__(self, kinds: Sequence[Sequence[int]], lattice: _Lattice, uniform: bool) -> None:
-        self._kinds = kinds
-        self._lattice = lattice
-        self._uniform = uniform
-
-    @classmethod
-    def of(cls, ring: Ring, kinds: list[list[int]], *, named: bool) -> _Subsets | None:
-        """None where it would be too much. `named`: which node is the first and which the last counts also where all links are
-        the same."""
-        if not kinds:
-            return None
-        sizes = tuple(len(kind) for kind in kinds)
-        count = len(ring.nodes)
-        apart = ring._link[~np.eye(count, dtype=bool)]
-        uniform = not named and (not len(apart) or bool((apart == apart[0]).all()))
-        depth = ring._depth
-        states = 1
-        for size in sizes:
-            states *= min(size, depth) + 1
-        per_state = len(sizes) if uniform else len(sizes) ** 3 / 3
-        if states * per_state * ring._last > SUBSET_CELLS:
-            return None
-        return cls(kinds, _lattice(tuple(min(size, depth) for size in sizes), depth, uniform), uniform)
-
-    def _hop(self, ring: Ring) -> Ints:
-        """Between kinds; within a kind between two of it."""
-        firsts = [kind[0] for kind in self._kinds]
-        hop = ring._link[np.ix_(firsts, firsts)].copy()
-        for number, kind in enumerate(self._kinds):
-            hop[number, number] = ring._link[kind[0], kind[1]] if len(kind) > 1 else 0
-        if self._uniform and len(ring.nodes) > 1:
-            hop[:] = ring._link[0, 1]
-        return hop
-
-    def find(self, ring: Ring, reach: Ints, prices: _Prices | None) -> tuple[list[int], list[int]] | None:
-        last = ring._last
-        firsts = [kind[0] for kind in self._kinds]
-        cost, begin, finish = (part[firsts] for part in ring._costs_of(prices))
-        reach = reach[firsts]
-        hop = self._hop(ring)
-        levels: list[Ints] = []
-        level = np.full((len(firsts), last + 1), _INF, dtype=np.int64)
-        for kind in range(len(firsts)):
-            ends = np.arange(1, last + 1) <= reach[kind, 0]
-            level[kind, 1:][ends] = cost[kind, 1:][ends] - cost[kind, 0] + begin[kind]
-        levels.append(level)
-        best: tuple[int, int, int] | None = None
-        for depth, rows in enumerate(self._lattice.rows, 1):
-            if depth > 1:
-                levels.append(self._next(levels[-1], len(rows), self._lattice.steps[depth - 2], cost, reach, hop))
-            if ring.stages in (None, depth) and len(rows):
-                closed = self._closed(levels[-1][:, last], rows, depth, hop, finish)
-                row = int(closed.argmin())
-                if closed[row] < _INF and (best is None or closed[row] < best[0]):
-                    best = int(closed[row]), depth, row
-        if best is None:
-            return None
-        return self._trace(levels, best[1], best[2], cost, reach, hop, last)
-
-    def _next(self, level: Ints, count: int, steps: Sequence[_Step], cost: Ints, reach: Ints, hop: Ints) -> Ints:
-        following = np.full((count, level.shape[1]), _INF, dtype=np.int64)
-        for step in steps:
-            ways = level[step.before] + hop[step.last, step.kind][:, None]
-            entry = np.minimum.reduceat(ways, step.runs, axis=0)
-            entry = np.where(entry >= _INF, _INF, entry - cost[step.kind])
-            ends = _window_least(entry, reach[step.kind])
-            found = np.where(ends >= _INF >> 1, _INF, ends + cost[step.kind])
-            following[step.after] = np.minimum(following[step.after], found)
-        return following
-
-    def _closed(self, ends: Ints, rows: Sequence[tuple[tuple[int, ...], int, int]], depth: int, hop: Ints, finish: Ints) -> Ints:
-        if depth == 1:
-            return np.where(ends < _INF, ends + finish, _INF)
-        firsts, lasts = (np.array([row[part] for row in rows]) for part in (1, 2))
-        extra = hop[lasts, firsts] + (finish[lasts] if not self._uniform else 0)
-        return np.where(ends < _INF, ends + extra, _INF)
-
-    def _trace(
-        self, levels: Sequence[Ints], depth: int, row: int, cost: Ints, reach: Ints, hop: Ints, last: int
-    ) -> tuple[list[int], list[int]]:
-        """Back from the last layer: which kinds, and where their stages end."""
-        cut, kinds, ends = last, [], []
-        for level in range(depth - 1, 0, -1):
-            row, start, kind = self._step_back(levels, level, row, cut, cost, reach, hop)
-            kinds.append(kind)
-            ends.append(cut)
-            cut = start
-        counts = self._lattice.rows[0][row][0]
-        kinds.append(counts.index(1))
-        ends.append(cut)
-        members = [iter(kind) for kind in self._kinds]
-        return [next(members[kind]) for kind in reversed(kinds)], ends[::-1]
-
-    def _step_back(
-        self, levels: Sequence[Ints], level: int, row: int, cut: int, cost: Ints, reach: Ints, hop: Ints
-    ) -> tuple[int, int, int]:
-        value = levels[level][row, cut]
-        for step in self._lattice.steps[level - 1]:
-            for position in np.flatnonzero(step.after == row):
-                upto = step.runs[position + 1] if position + 1 < len(step.runs) else len(step.before)
-                for at in range(step.runs[position], upto):
-                    before = int(step.before[at])
-                    starts = np.flatnonzero(reach[step.kind][:cut] >= cut)
-                    found = (
-                        levels[level - 1][before, starts]
-                        + hop[step.last[at], step.kind]
-                        - cost[step.kind, starts]
-                        + cost[step.kind, cut]
-                    )
-                    exact = np.flatnonzero((found == value) & (levels[level - 1][before, starts] < _INF))
-                    if len(exact):
-                        return before, int(starts[exact[0]]), step.kind
-        raise AssertionError("a chain that was found cannot be traced back")

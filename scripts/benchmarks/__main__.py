@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from scripts.benchmarks import blocks, decode, embed, engine, memory, receipts, search, sync, verify
+from scripts.benchmarks import blocks, decode, embed, engine, memory, placement, receipts, search, sync, verify
 from scripts.benchmarks.result import Result
 
 SWARM: dict[str, Callable[[int, int, bool], Result]] = {"decode": decode.run, "receipts": receipts.run}
@@ -32,6 +32,10 @@ def main() -> int:
     memory.add_arguments(bench)
     bench = benches.add_parser("verify", parents=[common], help="what proving, replaying and checking cost")
     verify.add_arguments(bench)
+    bench = benches.add_parser(
+        "placement", parents=[common], help="plans beside the optimum and beside Petals' and prima.cpp's rules"
+    )
+    placement.add_arguments(bench)
     bench = benches.add_parser("blocks", parents=[common], help="checking blocks of the shared memory, beside skyfield")
     blocks.add_arguments(bench)
     bench = benches.add_parser("embed", parents=[common], help="the default embedder beside sentence-transformers")
@@ -50,6 +54,7 @@ def main() -> int:
             "embed": embed.run,
             "engine": engine.run,
             "memory": memory.run,
+            "placement": placement.run,
             "search": search.run,
             "sync": sync.run,
             "verify": verify.run,
