@@ -16,8 +16,8 @@ from nexus.swarm.membership import NodeRecord
 from nexus.swarm.placement import Candidate, Placement, place
 from nexus.swarm.routing import route
 
-# A route is taken if its step is predicted to take at most so much longer than a placement's, as one part in so many: whoever asks
-# waits for what has to be fetched, minutes for a gigabyte, and what nodes hold is for the layout to improve.
+# A route is taken if its step is predicted to take at most so many times what a placement's does: whoever asks waits for what has
+# to be fetched, minutes for a gigabyte, and what nodes hold is for the layout to improve.
 ROUTE_SLACK = 2
 
 
@@ -83,7 +83,7 @@ def choose(
         rtt_us=rtt_us,
         below=draws(seed),
     )
-    if routed is not None and routed.step_us <= placement.step_us * (1 + 1 / ROUTE_SLACK):
+    if routed is not None and routed.step_us <= placement.step_us * ROUTE_SLACK:
         return routed
     return placement
 

@@ -41,6 +41,8 @@ from nexus.swarm.placement import SHORTLIST, STREAMS, check_streams, shown_bytes
 # Replicas that must be, and that idle nodes bring it to, where no number is asked for.
 REPLICAS, REPLICAS_SPARE = 2, 3
 REPLICAS_MAX = 64
+# No node's word for how busy it is counts for more: it would have all the others hold its layers.
+DEMAND_MAX = 4.0
 # A replica that is busier than this share of its time wants another beside it; one is given up if the others stay below CALM.
 BUSY, CALM = 0.7, 0.35
 # While others can take them, no range takes longer than so many times what it would if the fastest nodes shared the model.
@@ -196,15 +198,13 @@ class _Planner:
         """By layer: as many replicas as were asked for, and as many as keep them from being busy."""
         busy = [0.0] * self._layers
         for seat in self._seats:
-            demand = min(max(seat.member.demand, 0.0), float(REPLICAS_MAX)) if math.isfinite(seat.member.demand) else 0.0
+            demand = min(max(seat.member.demand, 0.0), DEMAND_MAX) if math.isfinite(seat.member.demand) else 0.0
             for low, high in merged_ranges(seat.member.serving, self._layers):
                 for layer in range(low, high):
                     busy[layer] += demand
         self._busy = busy
         most = max(1, len(self._seats))
-        return [
-            min(max(self._replicas, math.ceil(share / BUSY - 1e-9)), max(self._replicas, min(most, REPLICAS_MAX))) for share in busy
-        ]
+        return [min(max(self._replicas, math.ceil(share / BUSY - 1e-9)), max(self._replicas, most)) for share in busy]
 
     # --- what fits ----------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 The layers are a graph: from where one stage ends, every node that holds the next layer leads on to any layer up to which it holds
 them, at the cost of the link to it and of its computing, shared with the sessions that it runs already. The way through it with the
-least predicted step time is the route (`nexus.swarm.chains`); a node is passed once.
+least predicted step time is the route (`nexus.swarm.chains`); a node is passed once. A way on which every node computes just the
+range that it holds is taken if it is not much slower (`nexus.swarm.whole`): only those who share a range share its weights and its
+batches.
 
 What nodes say of their load is some seconds old, and whoever asks in the meantime sees the same numbers: all would run to the same
 idle node. So every stage is then drawn anew among the nodes that could compute it as fast if all were idle: two at random, and the
@@ -19,9 +21,13 @@ from nexus.core.manifest import Manifest
 from nexus.swarm.chains import Chain, Ring, Stage, timing
 from nexus.swarm.costs import Candidate, RttUs, StageCosts, load_of, rtt_default, work_picoseconds
 from nexus.swarm.placement import SHORTLIST, SLACK, STREAMS, Placement, as_placement, check_streams, expected, in_preference
+from nexus.swarm.whole import fastest_of_whole
 
 # Of every layer so many holders are looked at before the rest of the shortlist is filled.
 HOLDERS = 2
+# A chain of whole fragments may be predicted to take longer than the fastest one, by one part in so many: its stages are loaded,
+# and their steps are batched with those of others.
+WHOLE_SLACK = 2
 
 
 def route(
@@ -47,6 +53,10 @@ def route(
     fastest = ring.fastest()
     if fastest is None:
         return None
+    whole = fastest_of_whole(costs, holders, rtt_us=rtt_us, streams=streams, stages=stages)
+    step_ps = ring.step_ps(fastest)
+    if whole is not None and ring.step_ps(whole) <= step_ps + step_ps // WHOLE_SLACK:
+        fastest = whole
     chain = _spread(costs, fastest, holders, coordinator, streams, rtt_us, below)
     predicted = timing(costs, chain, rtt_us)
     changed = sum(one.node.node != other.node.node for one, other in zip(chain, fastest, strict=True))
@@ -129,7 +139,11 @@ def _spread(
 
 
 def _can_take(costs: StageCosts, node: Candidate, stage: Stage) -> bool:
-    holds = any(low <= stage.start and stage.end <= high for low, high in node.held)
+    span = stage.start, stage.end
+    if span in stage.node.held:
+        holds = span in node.held  # a whole fragment, as everyone has it loaded who holds it
+    else:
+        holds = any(low <= stage.start and stage.end <= high for low, high in node.held)
     return holds and costs.memory(stage.start, stage.end) <= node.memory_bytes
 
 

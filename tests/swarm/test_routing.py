@@ -18,7 +18,8 @@ from nexus.core.manifest import Manifest
 from nexus.swarm.chains import PRECISION
 from nexus.swarm.costs import RttUs
 from nexus.swarm.placement import SLACK, Candidate, Placement, StageCosts
-from nexus.swarm.routing import route
+from nexus.swarm.routing import WHOLE_SLACK, route
+from nexus.swarm.whole import fastest_of_whole
 from tests.swarm.test_placement import ME, at_once, links, model, named, node, of_plan, shape, step_us
 
 
@@ -87,7 +88,7 @@ class TestLaws:
         held = {one.node: one.held for one in nodes}
         for stage in found.plan.stages:
             assert any(low <= stage.start and stage.end <= high for low, high in held[stage.node])
-        # What is drawn may be as much slower as nodes count as equal; without load nothing else may be.
+        # What is drawn may be as much slower as nodes count as equal, and whole fragments may be slower; without load nothing else.
         step = of_plan(manifest, nodes, found, streams, rtt_us)
         assert best <= step
         idle = [replace(one, load=0) for one in nodes]
@@ -95,8 +96,57 @@ class TestLaws:
         least = brute_force(manifest, idle, streams, rtt_us)
         assert calm is not None
         assert least is not None
-        limit = least * (1 + Fraction(1, PRECISION)) * (1 + Fraction(1, SLACK)) ** len(calm.plan.stages) + Fraction(1, 10**4)
+        limit = least * (1 + Fraction(1, PRECISION)) * (1 + Fraction(1, WHOLE_SLACK))
+        limit = limit * (1 + Fraction(1, SLACK)) ** len(calm.plan.stages) + Fraction(1, 10**4)
         assert of_plan(manifest, idle, calm, streams, rtt_us) <= limit
+
+    @settings(deadline=None, max_examples=150)
+    @given(nodes=holders(), streams=st.sampled_from([1, 4]), stages=st.sampled_from([None, 1, 2, 3]))
+    def test_a_chain_of_whole_fragments_is_the_fastest_of_them(
+        self, nodes: list[Candidate], streams: int, stages: int | None
+    ) -> None:
+        manifest = model([400, 200, 600, 400, 300])
+        costs = StageCosts(manifest, "float32", 0)
+        found = fastest_of_whole(costs, nodes, rtt_us=at_once, streams=streams, stages=stages)
+        chains = []
+        for count in range(1, len(nodes) + 1) if stages is None else [min(stages, len(nodes) + 1)]:
+            for order in permutations(range(len(nodes)), count):
+                spans = [(number, *nodes[number].held[0]) for number in order]
+                ends = [0, *(high for _, _, high in spans)]
+                if ends[-1] == manifest.layers and all(low == end for (_, low, _), end in zip(spans, ends, strict=False)):
+                    chains.append(spans)
+        fitting = [spans for spans in chains if all(costs.memory(low, high) <= nodes[n].memory_bytes for n, low, high in spans)]
+        assert (found is None) == (not fitting)
+        if found is not None:
+            number = {one.node: n for n, one in enumerate(nodes)}
+            taken = [(number[stage.node.node], stage.start, stage.end) for stage in found]
+            least = min(step_us(manifest, nodes, spans, streams, at_once) for spans in fitting)
+            # Times are counted in whole picoseconds, and speeds in a few bits.
+            assert step_us(manifest, nodes, taken, streams, at_once) <= least * (1 + Fraction(1, 32))
+
+
+def test_nodes_compute_what_they_have_loaded_unless_another_cut_is_much_faster() -> None:
+    whole = [node(1, held=((0, 3),)), node(2, held=((3, 6),)), node(3, held=((0, 4),)), node(4, held=((4, 6),))]
+    rng = random.Random(2)
+    for _ in range(20):
+        found = routed(model([400] * 6), whole, streams=1, below=rng.randrange)
+        assert found is not None
+        assert {(low, high) for _, low, high in shape(found)} in ({(0, 3), (3, 6)}, {(0, 4), (4, 6)})
+    slow = [node(1, speed=8, held=((0, 5),)), node(2, speed=800, held=((5, 6),)), node(3, speed=800, held=((1, 6),))]
+    found = routed(model([400] * 6), slow, streams=1)
+    assert found is not None
+    assert shape(found) == [(1, 0, 1), (3, 1, 6)]
+
+
+def test_replicas_are_drawn_among_those_that_hold_the_same_range() -> None:
+    rng = random.Random(5)
+    for loads, taken in (((1, 0), 3), ((0, 1), 2)):
+        replicas = [replace(node(number, held=((3, 6),)), load=load) for number, load in zip((2, 3), loads, strict=True)]
+        nodes = [node(1, held=((0, 3),)), *replicas, node(4, held=((2, 6),))]
+        for _ in range(20):
+            found = routed(model([400] * 6), nodes, streams=1, below=rng.randrange)
+            assert found is not None
+            assert shape(found) == [(1, 0, 3), (taken, 3, 6)]
 
 
 def test_nobody_holds_a_layer() -> None:
