@@ -60,6 +60,7 @@ from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
+from nexus.node.blobs_wire import blobs_of
 from nexus.node.capacity import Capacity
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.environment import SYSTEM, Environment
@@ -179,6 +180,10 @@ class Node:
             demand=lambda root: self._infer.sessions_on(root),
         )
         self._models.kept = self._fragments.kept
+        # Strangers may have this node fetch what they like: what its owner wants, and what is in use, is not evicted for it.
+        self._blobs.protect(self._named_roots)
+        self._blobs.protect(self._models.loaded_roots)
+        self._blobs.protect(self._fragments.pinned)
         self._sessions = sessions
         self._infer = InferService(
             transport,
@@ -347,6 +352,16 @@ class Node:
         ended = self._infer.end_sessions_with(node, reason) + self._runner.end_sessions_with(node, reason)
         if ended:
             log.warning("sessions_ended", because_of=peer_id, sessions=ended)
+
+    def _named_roots(self) -> list[bytes]:
+        """The blobs of every model that has a name here. From any thread."""
+        roots: list[bytes] = []
+        for model_root in self._catalog.names().values():
+            try:
+                roots += [blob.root for blob in blobs_of(self._catalog.manifest(model_root))]
+            except (NotFoundError, LocalError) as error:
+                log.warning("model_not_protected", model=model_root.hex()[:16], reason=error.cause)
+        return roots
 
     def _audit_sources(self, model_root: bytes) -> list[PeerAddress]:
         """Where the stages of a model may be, and its weights."""
