@@ -35,6 +35,7 @@ from nexus_cli import (
     run,
     settings,
     show,
+    simulate,
     sky,
     slashed,
     testnet,
@@ -83,6 +84,7 @@ for command in (
     engine.bench,
     testnet.testnet,
     attacks.attacks,
+    simulate.simulate,
     demo.demo,
 ):
     nexus.add_command(command)

@@ -5,6 +5,8 @@ A node's key is also its libp2p identity; its peer id is the base58 form that li
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import base58
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
@@ -16,6 +18,9 @@ PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 # libp2p peer id of an Ed25519 key: identity multihash (0x00, 36 bytes) of the protobuf {type: Ed25519, data: 32 bytes}.
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
+
+# Base58 of 36 bytes takes as long as verifying a tenth of a signature, and the same ids are asked for again and again.
+_IDS_KEPT = 8192
 
 
 class Identity:
@@ -53,11 +58,13 @@ def verify_digest(public_key: bytes, tag: str, digest: bytes, signature: bytes) 
         raise VerificationError(f"the {tag} is not signed by the key it names") from error
 
 
+@lru_cache(maxsize=_IDS_KEPT)
 def peer_id_of(public_key: bytes) -> str:
     """The libp2p peer id of a 32-byte Ed25519 public key."""
     return base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii")
 
 
+@lru_cache(maxsize=_IDS_KEPT)
 def public_key_of(peer_id: str) -> bytes:
     """The 32-byte Ed25519 key inside a peer id. Raises MalformedError for ids of other key types."""
     try:

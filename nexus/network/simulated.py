@@ -1,12 +1,14 @@
 """A network in memory, seeded: the same port, with delay, loss, partitions and crashes, under trio's MockClock in no time.
 
 Streams are what TCP makes of a lossy path: in order and reliable, or broken. A lost frame costs retransmission time-outs; a path
-that stays cut breaks its streams. Gossip may be lost. A partition stalls what crosses it, and breaks it after `break_after_s`.
-Every link draws from a generator of its own, so what one pair of nodes does never shifts what befalls another.
+that stays cut breaks its streams. Gossip may be lost, doubled and out of order. A partition, whole or of one direction, stalls what
+crosses it, and breaks it after `break_after_s`. Every link has conditions of its own and draws from a generator of its own, so what
+one pair of nodes does never shifts what befalls another.
 """
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import math
 import random
@@ -29,6 +31,17 @@ RETRANSMISSION_S = 0.2
 RETRANSMISSIONS_MAX = 6
 CONNECT_TIMEOUT_S = 10.0
 LOOKUP_HOPS = 3
+REORDERING_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Of one direction between two nodes. `delay_s`: one-way delay of a frame, drawn evenly from this range, so its width is the
+    jitter. `loss`: of a frame, in [0, 1). `bytes_per_s`: of each stream, None: no limit."""
+
+    delay_s: tuple[float, float]
+    loss: float = 0.0
+    bytes_per_s: float | None = None
 
 
 class _Link(Link):
@@ -45,18 +58,19 @@ class _Link(Link):
         network = self._network
         if not network.alive(*self._ends):
             return math.inf
-        delay_s = network.delay_s(self._rng)
-        if network.bytes_per_s is not None:
+        conditions = network.conditions(*self._ends)
+        delay_s = self._rng.uniform(*conditions.delay_s)
+        if conditions.bytes_per_s is not None:
             # Frames leave one after the other.
-            self._free_s = max(self._free_s, trio.current_time()) + size / network.bytes_per_s
+            self._free_s = max(self._free_s, trio.current_time()) + size / conditions.bytes_per_s
             delay_s += self._free_s - trio.current_time()
         for attempt in range(RETRANSMISSIONS_MAX + 1):
-            if self._rng.random() >= network.loss:
+            if self._rng.random() >= conditions.loss:
                 break
             delay_s += RETRANSMISSION_S * 2**attempt
         else:
             return math.inf
-        self._last_s = max(self._last_s, trio.current_time() + delay_s)
+        self._last_s = max(self._last_s, network.due_s(delay_s))
         network.record("frame", *self._ends, size, self._last_s)
         return self._last_s
 
@@ -64,7 +78,7 @@ class _Link(Link):
         await self._network.wait_passable(*self._ends)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Connection:
     """Between two live nodes; `source` dialled."""
 
@@ -95,25 +109,36 @@ class SimulatedNetwork:
         bytes_per_s: float | None = None,
         break_after_s: float = 30.0,
         provider_lifetime_s: float = 3600.0,
+        tick_s: float = 0.0,
     ) -> None:
-        """`seed`: a number, or a generator that one is drawn from. `delay_s`: one-way delay of a frame, drawn evenly from this
-        range. `loss`: of a frame, in [0, 1). `bytes_per_s`: of each direction of a stream, None: no limit. `break_after_s`:
-        a cut path breaks its connections after so long. `provider_lifetime_s`: of a record on the DHT."""
+        """`seed`: a number, or a generator that one is drawn from. `delay_s`, `loss`, `bytes_per_s`: see `Conditions`, of every
+        link that `set_link` gives no others. `break_after_s`: a cut path breaks its connections after so long.
+        `provider_lifetime_s`: of a record on the DHT. `tick_s`: what arrives does so at a multiple of this, so that more happens at
+        once and a run is faster; 0: whenever it does."""
         self._seed = seed.getrandbits(64) if isinstance(seed, random.Random) else seed
         self.delay_range_s = delay_s
         self.loss = loss
         self.bytes_per_s = bytes_per_s
         self.break_after_s = break_after_s
         self.provider_lifetime_s = provider_lifetime_s
+        self.tick_s = tick_s
+        # Shares of the gossip that arrive twice, and that arrive late, after what was sent later.
+        self.duplication = 0.0
+        self.reordering = 0.0
         self._nodes: dict[str, SimulatedTransport] = {}
         self._endpoints: dict[str, str] = {}
         self._connections: dict[tuple[str, str], _Connection] = {}
+        self._connections_of: dict[str, dict[_Connection, None]] = {}
+        self._conditions: dict[tuple[str, str], Conditions] = {}
+        self._blocked: frozenset[tuple[str, str]] = frozenset()
+        self._stopped: set[str] = set()
         self._groups: dict[str, int] = {}
         self._healed = trio.lowlevel.ParkingLot()
         self._epoch = 0
         self._providers: dict[bytes, dict[str, tuple[float, tuple[str, ...]]]] = {}
         self._counts: dict[tuple[str, ...], int] = {}
         self._hosts = 0
+        self._homes: dict[str, str] = {}  # a machine that comes back has the address that it had
         self._trace = hashlib.blake2b(digest_size=16)
         self.events = 0
 
@@ -139,8 +164,11 @@ class SimulatedNetwork:
         peer_id = identity.peer_id
         if peer_id in self._nodes:
             raise UsageError(f"peer {peer_id} is on the network already")
-        self._hosts += 1
-        endpoint = str(Endpoint("ip4", f"10.{self._hosts >> 16 & 255}.{self._hosts >> 8 & 255}.{self._hosts & 255}", 4001))
+        if peer_id not in self._homes:
+            self._hosts += 1
+            host = f"10.{self._hosts >> 16 & 255}.{self._hosts >> 8 & 255}.{self._hosts & 255}"
+            self._homes[peer_id] = str(Endpoint("ip4", host, 4001))
+        endpoint = self._homes[peer_id]
         async with background_nursery() as nursery:
             node = SimulatedTransport(self, peer_id, endpoint, nursery)
             self._nodes[peer_id] = node
@@ -160,59 +188,110 @@ class SimulatedNetwork:
     def partition(self, groups: Iterable[Iterable[str]]) -> None:
         """Only peers of one group reach one another; peers in none form one more group."""
         self._groups = {peer_id: number for number, group in enumerate(groups, 1) for peer_id in group}
-        self._epoch += 1
         self.record("partition", sorted(self._groups.items()))
-        cut = [connection for key, connection in self._connections.items() if not self.reaches(*key)]
-        if cut:
-            trio.lowlevel.spawn_system_task(self._break_later, cut, self._epoch)
-        self._healed.unpark_all()
+        self._cut()
+
+    def block(self, ways: Iterable[tuple[str, str]]) -> None:
+        """From now on nothing gets from the first of these to the second; the other way is as it was. Replaces what was blocked."""
+        self._blocked = frozenset(ways)
+        self.record("block", sorted(self._blocked))
+        self._cut()
 
     def heal(self) -> None:
         """Everyone reaches everyone."""
+        self._blocked = frozenset()
         self.partition(())
+
+    def set_link(self, source: str, target: str, conditions: Conditions | None) -> None:
+        """Conditions of one direction, from the next frame on; None: those of the network."""
+        if conditions is None:
+            self._conditions.pop((source, target), None)
+        else:
+            self._conditions[source, target] = conditions
+
+    def stop(self, peer_id: str) -> None:
+        """A stopped process (SIGSTOP): its connections stay, and what is sent to it waits; nothing new is answered. Whoever calls
+        this holds the node's own tasks, see `nexus.simulation.determinism`."""
+        self._stopped.add(peer_id)
+        self.record("stop", peer_id)
+
+    def resume(self, peer_id: str) -> None:
+        self._stopped.discard(peer_id)
+        self.record("resume", peer_id)
+        self._healed.unpark_all()
+
+    def _cut(self) -> None:
+        self._epoch += 1
+        cut = [connection for key, connection in self._connections.items() if not self._joined(*key)]
+        if cut:
+            trio.lowlevel.spawn_system_task(self._break_later, cut, self._epoch)
+        self._healed.unpark_all()
 
     async def _break_later(self, cut: Sequence[_Connection], epoch: int) -> None:
         await trio.sleep(self.break_after_s)
         for connection in cut:
             # A later change of the partition watches over what it cut itself.
-            if epoch == self._epoch and not self.reaches(connection.source, connection.target):
+            if epoch == self._epoch and not self._joined(connection.source, connection.target):
                 self._disconnect(connection, "the path has been cut for too long")
 
     def endpoint_of(self, peer_id: str) -> str:
         return self._node(peer_id).endpoint
 
-    def reaches(self, one: str, other: str) -> bool:
-        return self._groups.get(one, 0) == self._groups.get(other, 0)
+    def reaches(self, source: str, target: str) -> bool:
+        return self._groups.get(source, 0) == self._groups.get(target, 0) and (source, target) not in self._blocked
+
+    def _joined(self, one: str, other: str) -> bool:
+        return self.reaches(one, other) and self.reaches(other, one)
 
     def alive(self, *peer_ids: str) -> bool:
         return all(peer_id in self._nodes for peer_id in peer_ids)
 
-    async def wait_passable(self, one: str, other: str) -> None:
-        while not self.reaches(one, other) and self.alive(one, other):
+    async def wait_passable(self, source: str, target: str) -> None:
+        """Until a frame gets through."""
+        while not self.reaches(source, target) and self.alive(source, target):
+            await self._healed.park()
+
+    def answers(self, one: str, other: str) -> bool:
+        """Whether a question gets an answer: both ways are open and the process asked runs."""
+        return self._joined(one, other) and other not in self._stopped
+
+    async def wait_answers(self, one: str, other: str) -> None:
+        while not self.answers(one, other) and self.alive(one, other):
             await self._healed.park()
 
     # What the transports call.
 
-    def delay_s(self, rng: random.Random) -> float:
-        return rng.uniform(*self.delay_range_s)
+    def conditions(self, source: str, target: str) -> Conditions:
+        return self._conditions.get((source, target)) or Conditions(self.delay_range_s, self.loss, self.bytes_per_s)
+
+    def delay_s(self, rng: random.Random, source: str, target: str) -> float:
+        return rng.uniform(*self.conditions(source, target).delay_s)
+
+    def due_s(self, delay_s: float) -> float:
+        """When what takes `delay_s` from now on is there."""
+        due_s = trio.current_time() + delay_s
+        return math.ceil(due_s / self.tick_s) * self.tick_s if self.tick_s else due_s
+
+    def round_trip_s(self, rng: random.Random, one: str, other: str) -> float:
+        return self.delay_s(rng, one, other) + self.delay_s(rng, other, one)
 
     def connection(self, one: str, other: str) -> _Connection | None:
         return self._connections.get((one, other)) or self._connections.get((other, one))
 
     def connections_of(self, peer_id: str) -> list[_Connection]:
-        return [connection for key, connection in self._connections.items() if peer_id in key]
+        return list(self._connections_of.get(peer_id, ()))
 
     async def dial(self, source: SimulatedTransport, endpoint: str, expected: str) -> _Connection:
         found = self.connection(source.peer_id, expected)
         if found is not None:
             return found
         target = self._endpoints.get(endpoint)
-        if target is not None and not self.reaches(source.peer_id, target):
+        if target is not None and not self.answers(source.peer_id, target):
             with trio.move_on_after(CONNECT_TIMEOUT_S):
-                await self.wait_passable(source.peer_id, target)
-            if not self.reaches(source.peer_id, target):
+                await self.wait_answers(source.peer_id, target)
+            if not self.answers(source.peer_id, target):
                 raise UnreachableError(f"cannot reach {endpoint}: no answer in {CONNECT_TIMEOUT_S:g} s", peer=expected)
-        await trio.sleep(2 * self.delay_s(source.rng))
+        await trio.sleep_until(self.due_s(self.round_trip_s(source.rng, source.peer_id, expected)))
         target = self._endpoints.get(endpoint)
         if target is None:
             raise UnreachableError(f"cannot reach {endpoint}: connection refused", peer=expected)
@@ -223,6 +302,9 @@ class SimulatedNetwork:
         found = self.connection(source.peer_id, target)
         if found is None:
             found = self._connections[source.peer_id, target] = _Connection(source.peer_id, target, trio.current_time())
+            for peer_id in (source.peer_id, target):
+                self._connections_of.setdefault(peer_id, {})[found] = None
+                self._nodes[peer_id].connected = None
             self.record("connect", source.peer_id, target)
         return found
 
@@ -240,7 +322,8 @@ class SimulatedNetwork:
         connection.streams[here] = None
         connection.streams[there] = None
         self.record("stream", near.peer_id, far.peer_id, protocol.id)
-        far.serving.start(there, served, handler)
+        # As a task of the far node, not of whoever opened the stream.
+        far.context.copy().run(far.serving.start, there, served, handler)
         return here
 
     def drop(self, one: str, other: str) -> None:
@@ -276,17 +359,25 @@ class SimulatedNetwork:
                 if other not in hops and self.reaches(one, other):
                     hops[other] = hops[one] + 1
                     frontier.append(other)
+        due: list[tuple[float, str]] = []
         for peer_id in sorted(hops):
-            if hops[peer_id] and publisher.rng.random() >= self.loss:
-                delay_s = sum(self.delay_s(publisher.rng) for _ in range(hops[peer_id]))
-                trio.lowlevel.spawn_system_task(self._deliver, delay_s, peer_id, topic, Message(publisher.peer_id, data))
+            if not hops[peer_id] or publisher.rng.random() < self.loss:
+                continue
+            for _ in range(1 + (publisher.rng.random() < self.duplication)):
+                delay_s = sum(publisher.rng.uniform(*self.delay_range_s) for _ in range(hops[peer_id]))
+                if publisher.rng.random() < self.reordering:
+                    delay_s += publisher.rng.uniform(0, REORDERING_S)
+                due.append((self.due_s(delay_s), peer_id))
+        if due:
+            trio.lowlevel.spawn_system_task(self._deliver, sorted(due), topic, Message(publisher.peer_id, data))
 
-    async def _deliver(self, delay_s: float, peer_id: str, topic: str, message: Message) -> None:
-        await trio.sleep(delay_s)
-        node = self._nodes.get(peer_id)
-        if node is not None:
-            self.record("gossip", message.peer_id, peer_id, topic, len(message.data))
-            node.subscribers.deliver(topic, message)
+    async def _deliver(self, due: Sequence[tuple[float, str]], topic: str, message: Message) -> None:
+        for due_s, peer_id in due:
+            await trio.sleep_until(due_s)
+            node = self._nodes.get(peer_id)
+            if node is not None:
+                self.record("gossip", message.peer_id, peer_id, topic, len(message.data))
+                node.subscribers.deliver(topic, message)
 
     def _node(self, peer_id: str) -> SimulatedTransport:
         try:
@@ -303,6 +394,10 @@ class SimulatedNetwork:
 
     def _disconnect(self, connection: _Connection, reason: str) -> None:
         if self._connections.pop((connection.source, connection.target), None) is not None:
+            for peer_id in (connection.source, connection.target):
+                self._connections_of[peer_id].pop(connection, None)
+                if peer_id in self._nodes:
+                    self._nodes[peer_id].connected = None
             connection.broken(reason)
             self.record("disconnect", connection.source, connection.target, reason)
 
@@ -317,6 +412,9 @@ class SimulatedTransport:
         self.rng = network.rng_of("node", peer_id, network.count(peer_id))
         self.serving = Serving(peer_id, nursery, self._drop)
         self.subscribers = Subscribers()
+        # What a task of this node knows of where it runs, for the tasks that its handlers run in.
+        self.context = contextvars.copy_context()
+        self.connected: list[Connection] | None = None
         self._book = AddressBook()
 
     @property
@@ -352,6 +450,11 @@ class SimulatedTransport:
         return self._network.stream(connection, self, protocol)
 
     def connections(self) -> list[Connection]:
+        if self.connected is None:
+            self.connected = self._connected()
+        return list(self.connected)
+
+    def _connected(self) -> list[Connection]:
         found = []
         for connection in self._network.connections_of(self._peer_id):
             outbound = connection.source == self._peer_id
@@ -433,14 +536,14 @@ class SimulatedTransport:
         return connection
 
     async def _round_trip(self, peer_id: str) -> None:
-        await self._network.wait_passable(self._peer_id, peer_id)
-        await trio.sleep(self._network.delay_s(self.rng) + self._network.delay_s(self.rng))
+        await self._network.wait_answers(self._peer_id, peer_id)
+        await trio.sleep_until(self._network.due_s(self._network.round_trip_s(self.rng, self._peer_id, peer_id)))
         if not self._network.alive(self._peer_id, peer_id):
             raise UnreachableError(f"peer {peer_id} is not on the network", peer=peer_id)
 
     async def _lookup(self) -> None:
         self._check_alive()
-        await trio.sleep(sum(2 * self._network.delay_s(self.rng) for _ in range(LOOKUP_HOPS)))
+        await trio.sleep(sum(2 * self.rng.uniform(*self._network.delay_range_s) for _ in range(LOOKUP_HOPS)))
 
     def _check_alive(self) -> None:
         if not self._network.alive(self._peer_id):

@@ -21,7 +21,13 @@ from nexus.core.hashing import tagged_hash
 Cell = int | bytes | str
 
 BUSY_TIMEOUT_S = 2.0
+PRAGMAS = ("locking_mode=EXCLUSIVE", "synchronous=EXTRA", "journal_mode=WAL", "trusted_schema=OFF")
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """The one place where a file is opened: simulations put a disk of their own here, see `nexus.simulation.disk`."""
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def row_hash(table: str, *cells: Cell) -> bytes:
@@ -40,8 +46,8 @@ class Database:
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             path.touch(mode=0o600)
-            self._connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-            for pragma in ("locking_mode=EXCLUSIVE", "synchronous=EXTRA", "journal_mode=WAL", "trusted_schema=OFF"):
+            self._connection = connect(path)
+            for pragma in PRAGMAS:
                 self._connection.execute(f"PRAGMA {pragma}")
             self._check_version(version)
             self._connection.executescript(schema)

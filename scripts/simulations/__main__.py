@@ -20,6 +20,12 @@ from scripts.simulations.report import as_json, as_text
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["chaos"]:
+        # The same program as `nexus simulate chaos`, which an installed package has too.
+        from nexus_cli.main import main as nexus
+
+        sys.argv = ["nexus", "simulate", *sys.argv[1:]]
+        nexus()
     defaults = tomllib.loads(default_text())["audit"]
     parser = argparse.ArgumentParser(prog="scripts/simulate", description=__doc__)
     simulations = parser.add_subparsers(dest="simulation", required=True, metavar="NAME")
