@@ -655,7 +655,7 @@ class FastPathTransport:
                 log.info("no fast path to peer %s now: %s", peer_id, error.cause)
                 return None
             except UnreachableError as error:
-                if not self._ips_of(peer_id):
+                if all(connection.peer_id != peer_id for connection in self._below.connections()):
                     raise  # the peer itself is not to be reached, and no other way would do
                 reason = error.cause
             except (NexusError, OSError, EOFError, trio.EndOfChannel, trio.ClosedResourceError) as error:
@@ -684,7 +684,7 @@ class FastPathTransport:
                 return await self._greet(await _connected(ip, offer.port), peer_id, protocol, offer)
             except ConnectionRefusedError as error:
                 reasons.append(f"{ip} port {offer.port}: {_reason(error)}")
-        raise UnreachableError("; ".join(reasons) or "no address of the peer is known", peer=peer_id)
+        raise UnreachableError("; ".join(reasons) or "it is reached through a relay only", peer=peer_id)
 
     async def _greet(self, sock: socket.socket, peer_id: str, protocol: ProtocolSpec, offer: Offer) -> FastStream:
         tls = _Tls(sock, self._contexts.client, server=False)

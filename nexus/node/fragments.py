@@ -191,9 +191,9 @@ class Fragments:
 
     def pinned(self) -> set[bytes]:
         """Blobs that must not make room for others: of what is served or on its way, and of the two newest contents of every name
-        that this node publishes."""
+        that this node publishes. From any thread."""
         blobs: set[bytes] = set()
-        for work in self._works.values():
+        for work in list(self._works.values()):
             for root in self._roots(work.promise):
                 if (manifest := self._manifest_here(root)) is not None:
                     ranges = ranges_of(_within(work.promise.taken_of(root), manifest))

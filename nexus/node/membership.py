@@ -53,6 +53,7 @@ INTRODUCTIONS_MAX = 16
 ACQUAINTANCES_WANTED = 128
 STRANGERS_MAX = 256
 STRANGER_FORGOTTEN_S = 300.0
+STRANGER_AGAIN_S = 20.0
 CONTACTS_AT_ONCE = 8
 EXCHANGE_TIMEOUT_S = 15.0
 PROVIDE_TIMEOUT_S = 30.0
@@ -82,13 +83,20 @@ class News(Record):
     issued_ms: int = uint(2**53)
 
 
+@dataclass(slots=True)
+class _Stranger:
+    """A node that we were told of. `tried_s`: None until it was dialled."""
+
+    addresses: tuple[str, ...]
+    tried_s: float | None = None
+
+
 class Membership:
     """This node's view of the swarm.
 
     `describe`: what this node says of itself now; node key and issue time are filled in here. `now_ms`: Unix time. `is_slashed`:
     whether the node with this key is convicted: it is neither listed nor introduced to others. `also_provided`: DHT keys that other
-    services of this node want announced; they share one pace. `heard`: is told of every record that a node gave, `gone`: of nodes,
-    by public key, that could not be asked, or left.
+    services of this node want announced; they share one pace.
     """
 
     def __init__(
@@ -99,8 +107,6 @@ class Membership:
         now_ms: Callable[[], int],
         is_slashed: Callable[[bytes], bool] = lambda public_key: False,
         also_provided: Callable[[], Iterable[bytes]] = tuple,
-        heard: Callable[[NodeRecord], None] = lambda record: None,
-        gone: Callable[[bytes], None] = lambda public_key: None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -108,11 +114,9 @@ class Membership:
         self._now_ms = now_ms
         self._is_slashed = is_slashed
         self._also_provided = also_provided
-        self._heard = heard
-        self._gone = gone
         self._table = MemberTable()
         self._own: SignedNodeRecord | None = None
-        self._strangers: OrderedDict[str, float | None] = OrderedDict()
+        self._strangers: OrderedDict[str, _Stranger] = OrderedDict()
         self._in_contact: set[str] = set()
         self._changed = False
         self._wake = trio.Event()
@@ -125,22 +129,8 @@ class Membership:
 
     def find(self, node: bytes) -> PeerAddress | None:
         """Where a node is, by its own word."""
-        record = self.of(node)
-        return None if record is None else PeerAddress(record.peer_id, record.addresses)
-
-    def of(self, node: bytes) -> NodeRecord | None:
-        """What a node says of itself, by public key; also of a convicted one."""
-        return self._table.get(peer_id_of(node), self._now_ms())
-
-    def connected(self) -> list[NodeRecord]:
-        """Those that this node has a connection to."""
-        now_ms = self._now_ms()
-        peers = sorted({connection.peer_id for connection in self._transport.connections()})
-        found = (self._table.get(peer_id, now_ms) for peer_id in peers)
-        return [record for record in found if record is not None and not self._is_slashed(record.node)]
-
-    def _is_connected(self, peer_id: str) -> bool:
-        return any(connection.peer_id == peer_id for connection in self._transport.connections())
+        found = (record for record in self._table.live(self._now_ms()) if record.node == node)
+        return next((PeerAddress(record.peer_id, record.addresses) for record in found), None)
 
     def names(self) -> dict[str, str]:
         """What the other nodes call themselves, by peer id, convicted ones too."""
@@ -180,10 +170,8 @@ class Membership:
         try:
             with _deadline(peer_id):
                 record = await self._exchange(peer_id)
-        except NexusError as error:
-            lost = isinstance(error, UnreachableError) and not self._is_connected(peer_id)
-            if self._table.failed(peer_id) or lost:
-                self._gone(public_key_of(peer_id))
+        except NexusError:
+            self._table.failed(peer_id)
             raise
         self._strangers.pop(peer_id, None)
         return record
@@ -239,7 +227,6 @@ class Membership:
             error.peer = error.peer or stream.peer_id
             raise
         self._transport.learn(PeerAddress(stream.peer_id, record.addresses))
-        self._heard(record)
         for introduction in introductions.nodes:
             self._meet(introduction)
         return record
@@ -251,17 +238,24 @@ class Membership:
         return Introductions(tuple(Introduction(one.node, one.addresses[:4]) for one in known[:INTRODUCTIONS_MAX]))
 
     def _meet(self, introduction: Introduction) -> None:
-        """Remember to dial a node that a peer told us of, unless we know it or enough others. Costs at most one dial each."""
+        """Remember to dial a node that a peer told us of, unless we know it or enough others. Costs one dial each, and more
+        only where its addresses are new, now and then."""
         peer_id = peer_id_of(introduction.node)
-        if peer_id == self._transport.peer_id or peer_id in self._strangers or not introduction.addresses:
+        if peer_id == self._transport.peer_id or not introduction.addresses:
             return
         if self._is_slashed(introduction.node):
             return
+        known = self._strangers.get(peer_id)
+        if known is not None:
+            # One that took a relay after it could not be reached is tried again, though not as often as somebody says so.
+            waited_s = trio.current_time() - known.tried_s if known.tried_s is not None else 0.0
+            if known.addresses == introduction.addresses or waited_s < STRANGER_AGAIN_S:
+                return
         records = self.records()
         if len(records) >= ACQUAINTANCES_WANTED or any(record.node == introduction.node for record in records):
             return
         self._transport.learn(PeerAddress(peer_id, introduction.addresses))
-        self._strangers[peer_id] = None
+        self._strangers[peer_id] = _Stranger(introduction.addresses)
         while len(self._strangers) > STRANGERS_MAX:
             self._strangers.popitem(last=False)
 
@@ -285,9 +279,8 @@ class Membership:
             while True:
                 now_s, now_ms = trio.current_time(), self._now_ms()
                 before, connected = connected, {connection.peer_id for connection in self._transport.connections()}
-                for peer_id in sorted(before - connected):
-                    if self._table.disconnected(peer_id):
-                        self._gone(public_key_of(peer_id))
+                for peer_id in before - connected:
+                    self._table.disconnected(peer_id)
                 for peer_id in [*self._table.due(connected, now_s, now_ms), *self._new_strangers(now_s)]:
                     if len(self._in_contact) >= CONTACTS_AT_ONCE:
                         break
@@ -295,7 +288,7 @@ class Membership:
                     # `asked` here and not only in the task, so that the next round does not start it again.
                     self._table.asked(peer_id, now_s)
                     if peer_id in self._strangers:
-                        self._strangers[peer_id] = now_s
+                        self._strangers[peer_id].tried_s = now_s
                     await trio.lowlevel.checkpoint()
                 self._table.forget_gone(connected, now_s, now_ms)
                 await trio.sleep(POLL_S)
@@ -303,10 +296,12 @@ class Membership:
     def _new_strangers(self, now_s: float) -> list[str]:
         """Nodes that we were told of and never tried; those tried long ago are forgotten, and may be told of again."""
         for peer_id in [
-            one for one, tried in self._strangers.items() if tried is not None and now_s - tried >= STRANGER_FORGOTTEN_S
+            one
+            for one, known in self._strangers.items()
+            if known.tried_s is not None and now_s - known.tried_s >= STRANGER_FORGOTTEN_S
         ]:
             del self._strangers[peer_id]
-        return [peer_id for peer_id, tried in self._strangers.items() if tried is None]
+        return [peer_id for peer_id, known in self._strangers.items() if known.tried_s is None]
 
     async def _publish(self) -> None:
         """Tell the swarm when this node has something new to say, and now and then all the same: gossip may be lost."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from nexus.core.errors import CapacityError, ModelFormatError, NotFoundError, TimedOutError
+from nexus.core.errors import CapacityError, LocalError, ModelFormatError, NotFoundError, TimedOutError
 from nexus.core.manifest import EXACT_PLAN, FLOAT, Manifest, stage_pieces
 from nexus.network.transport import PeerAddress
 from nexus.node.blobs import Fetcher
@@ -71,6 +71,17 @@ class Models:
         self.kept: Callable[[], set[bytes]] = set  # models that stay known here though they may have no name
         self._slots: dict[StageKey, _Slot] = {}
         self._kv_bytes: dict[bytes, int] = {}
+
+    def loaded_roots(self) -> list[bytes]:
+        """The blobs of every stage that is loaded, or on its way. From any thread."""
+        roots: list[bytes] = []
+        for model_root, start, end, _ in list(self._slots):
+            try:
+                manifest = self.catalog.manifest(model_root)
+            except (NotFoundError, LocalError):
+                continue
+            roots += [blob.root for blob in (*manifest.files, *stage_pieces(manifest, start, end))]
+        return roots
 
     @property
     def memory_used_bytes(self) -> int:

@@ -60,11 +60,11 @@ from nexus.node.audit.answering import AuditAnswers
 from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
+from nexus.node.blobs_wire import blobs_of
 from nexus.node.capacity import Capacity
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.environment import SYSTEM, Environment
 from nexus.node.fragments import Fragments
-from nexus.node.health import Health
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
@@ -91,7 +91,7 @@ from nexus.storage.memory.store import MemoryStore
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
-from nexus.swarm.links import Coordinate, Links
+from nexus.swarm.links import Links
 from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, SPEED_MAX, UPLOAD_MAX, Holding, NodeRecord
 
 log = structlog.get_logger("nexus.node")
@@ -148,21 +148,7 @@ class Node:
         self._trust = trust
         self._trust.evidence.on_slashed.append(self._end_work_with)
         self._membership = Membership(
-            transport,
-            identity,
-            self._describe,
-            environment.now_ms,
-            trust.standings.is_slashed,
-            self._announced_memory,
-            self._note_heard,
-            self._note_gone,
-        )
-        self._health = Health(
-            transport,
-            self._links,
-            lambda: [record.node for record in self._membership.connected()],
-            lambda: (self._infer.partners() | self._runner.partners()) - {identity.public_key},
-            self._coordinate_of,
+            transport, identity, self._describe, environment.now_ms, trust.standings.is_slashed, self._announced_memory
         )
         self._capacity = Capacity(speeds, measure, self._is_idle, self._wait_idle, self._membership.announce_soon, environment.rng)
         self._blob_service = BlobService(
@@ -194,6 +180,10 @@ class Node:
             demand=lambda root: self._infer.sessions_on(root),
         )
         self._models.kept = self._fragments.kept
+        # Strangers may have this node fetch what they like: what its owner wants, and what is in use, is not evicted for it.
+        self._blobs.protect(self._named_roots)
+        self._blobs.protect(self._models.loaded_roots)
+        self._blobs.protect(self._fragments.pinned)
         self._sessions = sessions
         self._infer = InferService(
             transport,
@@ -257,7 +247,6 @@ class Node:
             environment,
             self._links.rtt_us,
             self._fragments.versions.current,
-            self._health,
         )
         self.fragments = Serving(
             self._fragments, self._runner.resolve, self._find_peer, self._take_in, self, self._membership.announce_soon
@@ -301,7 +290,6 @@ class Node:
             nursery.start_soon(self._keep_book)
             nursery.start_soon(self._capacity.run)
             await nursery.start(self._fragments.run)
-            nursery.start_soon(self._health.run)
             if self._memory is not None:
                 await nursery.start(self._memory.run)
             if self._options.audit.canary_every_s:
@@ -354,19 +342,8 @@ class Node:
         return self._infer.live.count + self._runner.live.count
 
     def _workers(self) -> list[NodeRecord]:
-        """The nodes that may be planned with: neither convicted nor suspended, neither stuck nor gone."""
-        return [record for record in self._trust.workers(self._membership.records()) if self._health.is_usable(record.node)]
-
-    def _note_heard(self, record: NodeRecord) -> None:
-        self._links.learn(record.node, record.coordinate)
-        self._health.heard(record.node)
-
-    def _note_gone(self, node: bytes) -> None:
-        self._health.unreachable(node)
-
-    def _coordinate_of(self, node: bytes) -> Coordinate | None:
-        record = self._membership.of(node)
-        return None if record is None else record.coordinate
+        """The nodes that may be planned with: neither convicted nor suspended."""
+        return self._trust.workers(self._membership.records())
 
     def _end_work_with(self, node: bytes) -> None:
         """A node was convicted: what runs with it ends here."""
@@ -375,6 +352,16 @@ class Node:
         ended = self._infer.end_sessions_with(node, reason) + self._runner.end_sessions_with(node, reason)
         if ended:
             log.warning("sessions_ended", because_of=peer_id, sessions=ended)
+
+    def _named_roots(self) -> list[bytes]:
+        """The blobs of every model that has a name here. From any thread."""
+        roots: list[bytes] = []
+        for model_root in self._catalog.names().values():
+            try:
+                roots += [blob.root for blob in blobs_of(self._catalog.manifest(model_root))]
+            except (NotFoundError, LocalError) as error:
+                log.warning("model_not_protected", model=model_root.hex()[:16], reason=error.cause)
+        return roots
 
     def _audit_sources(self, model_root: bytes) -> list[PeerAddress]:
         """Where the stages of a model may be, and its weights."""

@@ -8,6 +8,9 @@
 Every name comes from a root, never from a peer's text. A `.part` needs no record of what it holds: when it is opened again, each
 chunk on disk is hashed and counts if it is right, so a crash or a power loss at any point costs at most the chunks not yet synced.
 One process uses a store at a time (the daemon locks its data directory); threads may share it.
+
+The store is a cache with a quota. What does not fit makes room among what nobody protects (`protect`, `hold`), the blob that was
+used longest ago first. When a blob was used last is the time of change of its file, which nothing else here has a use for.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +35,10 @@ from nexus.storage.durable import replace_file, storage_error, sync_directory, w
 # Bounds the hash list of a blob (2 MiB) before any of it is asked for. The largest layers known need a third of it.
 BLOB_BYTES_MAX = 1 << 36
 _SIZE_BYTES = 8
+# How often a use of a blob is written down, at most. What was used a moment ago somebody may just be about to open: it stays.
+TOUCH_S = 5.0
+GRACE_S = 30.0
+_TOUCHED_MAX = 4096
 
 
 def chunk_length(size: int, index: int) -> int:
@@ -70,6 +80,14 @@ def _read_chunks(handle: int, size: int) -> Iterator[bytes]:
         yield os.pread(handle, chunk_length(size, index), index * CHUNK_BYTES)
 
 
+def _read_at(path: Path, length: int, offset: int) -> bytes:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(handle, length, offset)
+    finally:
+        os.close(handle)
+
+
 def _chunks_with_data(handle: int, size: int) -> Iterator[int]:
     """Chunks of a sparse file that hold anything at all, so that an almost empty download is not read through."""
     at = 0
@@ -93,7 +111,14 @@ class BlobStore:
         self._root = root
         self._quota_bytes = quota_bytes
         self._space = threading.Lock()
-        self._downloading: set[bytes] = set()
+        self._holding = threading.Lock()
+        self._downloading: dict[bytes, Partial | None] = {}
+        self._protectors: list[Callable[[], Iterable[bytes]]] = []
+        self._held: Counter[bytes] = Counter()
+        # Stored here in this run and not yet seen protected: an import has no model yet that its pieces belong to.
+        self._stored: set[bytes] = set()
+        self._touched_s: dict[bytes, float] = {}
+        self.evicted = 0
 
     @classmethod
     def open(cls, root: Path, quota_bytes: int | None = None) -> Self:
@@ -141,6 +166,7 @@ class BlobStore:
             if blob.root not in self._downloading:
                 self._file(blob.root, "part").unlink(missing_ok=True)
             sync_directory(self._root)
+            self._stored.add(blob.root)
             return blob
         except OSError as error:
             raise storage_error(error, self._root) from error
@@ -174,37 +200,56 @@ class BlobStore:
     def path(self, root: bytes) -> Path:
         """The file with exactly the blob's bytes, to be read and not changed. Raises NotFoundError."""
         self.size(root)
+        self._touch(root)
         return self._file(root, "blob")
+
+    def here(self, root: bytes) -> bool | bytes:
+        """True for a whole blob, False for none of it; for one on its way a byte per chunk, 1 where the chunk is here."""
+        partial = self._downloading.get(root)
+        return partial.here() if partial is not None else self.has(root)
 
     def roots(self) -> list[bytes]:
         """Every whole blob here, sorted."""
         return sorted(root for root in self._named("blob") if self.has(root))
 
+    def announced_size(self, root: bytes) -> int:
+        """Bytes of a blob that is here or on its way here with its hashes. Raises NotFoundError."""
+        partial = self._downloading.get(root)
+        return partial.blob.size if partial is not None and partial.hashes_known else self.size(root)
+
     def chunk_hashes(self, root: bytes) -> list[bytes]:
-        """Leaf hashes of every chunk, checked against the root. Raises NotFoundError, LocalError where they are damaged."""
-        size = self.size(root)
+        """Leaf hashes of every chunk, checked against the root; also of a blob on its way here. Raises NotFoundError, LocalError
+        where they are damaged."""
+        size = self.announced_size(root)
         hashes = self._read_hashes(root, size)
         if hashes is None:
             raise self._damaged(root)
         return hashes
 
     def read_chunk(self, root: bytes, index: int) -> bytes:
-        """One chunk, checked against its hash. Raises NotFoundError, MalformedError, LocalError where the disk changed it."""
-        size = self.size(root)
+        """One chunk, checked against its hash; also of a blob on its way here. Raises NotFoundError, MalformedError,
+        LocalError where the disk changed it."""
+        partial = self._downloading.get(root)
+        if partial is not None and not partial.has_chunk(index):
+            raise NotFoundError(f"chunk {index} of blob {root.hex()[:16]} is not here yet")
+        size = self.announced_size(root)
         length = chunk_length(size, index)
         try:
             with open(self._file(root, "hashes"), "rb") as file:
                 file.seek(_SIZE_BYTES + index * HASH_BYTES)
                 expected = file.read(HASH_BYTES)
-            with open(self._file(root, "blob"), "rb") as file:
-                file.seek(index * CHUNK_BYTES)
-                data = file.read(length)
+            try:
+                data = _read_at(self._file(root, "part" if partial is not None else "blob"), length, index * CHUNK_BYTES)
+            except FileNotFoundError:  # it has just become whole
+                data = _read_at(self._file(root, "blob"), length, index * CHUNK_BYTES)
         except FileNotFoundError:
             raise NotFoundError(f"blob {root.hex()[:16]} was just removed from this node") from None
         except OSError as error:
             raise storage_error(error, self._root) from error
         if leaf_hash(data) != expected:
             raise self._damaged(root)
+        if partial is None:
+            self._touch(root)
         return data
 
     def verify(self, root: bytes) -> None:
@@ -233,7 +278,7 @@ class BlobStore:
 
     def collect(self, keep: Collection[bytes]) -> int:
         """Remove every blob and download that is not in `keep` (a set of roots); the bytes freed."""
-        kept = frozenset(keep) | self._downloading
+        kept = frozenset(keep) | set(self._downloading)
         before = self.used_bytes()
         for root in sorted({*self._named("blob"), *self._named("part")} - kept):
             self.remove(root)
@@ -253,13 +298,37 @@ class BlobStore:
                         continue
         return total
 
+    def protect(self, roots: Callable[[], Iterable[bytes]]) -> None:
+        """What `roots` returns, asked each time when room is needed and from any thread, is not evicted: models that somebody
+        named, fragments that this node undertook to serve, layers that are loaded."""
+        self._protectors.append(roots)
+
+    @contextmanager
+    def hold(self, roots: Iterable[bytes]) -> Iterator[None]:
+        """While the context is open these are not evicted."""
+        held = list(roots)
+        with self._holding:
+            self._held.update(held)
+        try:
+            yield
+        finally:
+            with self._holding:
+                self._held.subtract(held)
+                self._held += Counter()  # drops those at zero
+
     def require_space(self, size: int) -> None:
-        """Raises CapacityError if `size` more bytes break the quota, LocalError if the disk cannot take them."""
-        if self._quota_bytes is not None and self.used_bytes() + size > self._quota_bytes:
-            raise CapacityError(
-                f"{size:,} bytes more do not fit: models take {self.used_bytes():,} of {self._quota_bytes:,} bytes",
-                "Raise serve.disk_max_bytes, or keep this model in another data directory (--home)",
-            )
+        """Make room for `size` more bytes. Raises CapacityError if what is protected leaves too little of the quota, LocalError if
+        the disk cannot take them."""
+        if self._quota_bytes is not None:
+            short = self.used_bytes() + size - self._quota_bytes
+            if short > 0:
+                freed = self._evict(short)
+                if freed < short:
+                    raise CapacityError(
+                        f"{size:,} bytes more do not fit: models take {self.used_bytes():,} of {self._quota_bytes:,} bytes, "
+                        "and all of it is named, served or in use",
+                        "Raise serve.disk_max_bytes, or remove a model",
+                    )
         try:
             self._prepare()
             disk = os.statvfs(self._root)
@@ -267,6 +336,60 @@ class BlobStore:
             raise storage_error(error, self._root) from error
         if size > disk.f_bavail * disk.f_frsize:
             raise storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self._root)
+
+    def require_room_for(self, blobs: Iterable[Blob]) -> None:
+        """The same for all that is still to come of these, of which some may be here in part."""
+        with self._space:
+            wanted = 0
+            for blob in blobs:
+                try:
+                    wanted += max(0, blob.size - self._file(blob.root, "part").stat().st_size)
+                except FileNotFoundError:
+                    wanted += blob.size
+                except OSError as error:
+                    raise storage_error(error, self._root) from error
+            self.require_space(wanted)
+
+    def _evict(self, wanted: int) -> int:
+        """Remove what was used longest ago until `wanted` bytes are free, or nothing if that cannot be; the bytes freed."""
+        protected = {root for roots in self._protectors for root in roots()}
+        self._stored -= protected
+        with self._holding:
+            kept = protected | self._stored | set(self._held) | set(self._downloading)
+        now_s = time.time()
+        idle: list[tuple[float, bytes, int]] = []
+        for suffix in ("blob", "part"):
+            for root in self._named(suffix) - kept:
+                try:
+                    status = self._file(root, suffix).stat()
+                except FileNotFoundError:
+                    continue
+                # Of a clock that was set back we know nothing: what was used in the future is as good as used long ago.
+                if not 0 <= now_s - status.st_mtime < GRACE_S:
+                    idle.append((status.st_mtime, root, status.st_size))
+        if sum(size for _, _, size in idle) < wanted:
+            return 0
+        freed = 0
+        for _, root, size in sorted(idle):
+            if freed >= wanted:
+                break
+            self.remove(root)
+            self.evicted += 1
+            freed += size
+        return freed
+
+    def _touch(self, root: bytes) -> None:
+        """It was used now."""
+        now_s = time.monotonic()
+        if now_s - self._touched_s.get(root, -TOUCH_S) < TOUCH_S:
+            return
+        if len(self._touched_s) >= _TOUCHED_MAX:
+            self._touched_s.clear()
+        self._touched_s[root] = now_s
+        try:
+            os.utime(self._file(root, "blob"))
+        except OSError:
+            return  # gone, or a disk that takes no more: then this use does not count
 
     def begin(self, blob: Blob) -> Partial:
         """Start or resume fetching a blob; close it in any case. Hashes what is already on disk, so keep it off the trio thread.
@@ -285,8 +408,9 @@ class BlobStore:
                 os.ftruncate(handle, blob.size)
             except OSError as error:
                 raise storage_error(error, self._root) from error
-            self._downloading.add(blob.root)
+            self._downloading[blob.root] = None
         partial = Partial(self, blob, handle)
+        self._downloading[blob.root] = partial
         try:
             hashes = self._read_hashes(blob.root, blob.size)
             if hashes is not None:
@@ -375,7 +499,7 @@ class Partial:
         self._store = store
         self._handle = handle
         self._hashes: list[bytes] | None = None
-        self._verified: set[int] = set()
+        self._here = bytearray(chunk_count(blob.size))
         self._open = True
 
     def __enter__(self) -> Self:
@@ -390,7 +514,15 @@ class Partial:
 
     @property
     def verified_bytes(self) -> int:
-        return sum(chunk_length(self.blob.size, index) for index in tuple(self._verified))
+        last = chunk_length(self.blob.size, len(self._here) - 1)
+        return self._here.count(1) * CHUNK_BYTES - (CHUNK_BYTES - last if self._here[-1] else 0)
+
+    def here(self) -> bytes:
+        """A byte per chunk, 1 where it is here and verified."""
+        return bytes(self._here)
+
+    def has_chunk(self, index: int) -> bool:
+        return 0 <= index < len(self._here) and self._here[index] == 1
 
     def accept_hashes(self, hashes: list[bytes]) -> None:
         """Take the leaf hashes of every chunk. Raises VerificationError unless they are the ones under the blob's root."""
@@ -408,11 +540,11 @@ class Partial:
         for index in _chunks_with_data(self._handle, self.blob.size):
             data = os.pread(self._handle, chunk_length(self.blob.size, index), index * CHUNK_BYTES)
             if leaf_hash(data) == hashes[index]:
-                self._verified.add(index)
+                self._here[index] = 1
 
     def missing(self) -> list[int]:
         """Chunks still to come, in order; all of them as long as the hashes are not known."""
-        return [index for index in range(chunk_count(self.blob.size)) if index not in self._verified]
+        return [index for index, here in enumerate(self._here) if not here]
 
     def write_chunk(self, index: int, data: bytes) -> None:
         """Keep one chunk. Raises VerificationError if it is not the right one, LocalError if the disk does not take it."""
@@ -425,11 +557,11 @@ class Partial:
             write_all(self._handle, data, index * CHUNK_BYTES)
         except OSError as error:
             raise storage_error(error, self._store._root) from error
-        self._verified.add(index)
+        self._here[index] = 1
 
     def commit(self) -> None:
         """Make it a whole blob, durably, and close. Raises LocalError; what was written stays to be resumed."""
-        if self._hashes is None or self.missing():
+        if self._hashes is None or not all(self._here):
             raise RuntimeError(f"{self.blob.name} still misses chunks")
         source, target = (self._store._file(self.blob.root, suffix) for suffix in ("part", "blob"))
         try:
@@ -445,4 +577,4 @@ class Partial:
         if self._open:
             self._open = False
             os.close(self._handle)
-            self._store._downloading.discard(self.blob.root)
+            self._store._downloading.pop(self.blob.root, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -321,3 +322,108 @@ class TestPartial:
 def test_chunk_lengths_add_up() -> None:
     for size in (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 5 * CHUNK_BYTES):
         assert sum(chunk_length(size, index) for index in range(chunk_count(size))) == size
+
+
+class TestEviction:
+    """A cache with a quota: what nobody protects makes room, the longest unused first."""
+
+    SIZE = 1000
+
+    def filled(self, tmp_path: Path, count: int = 4) -> tuple[BlobStore, list[Blob]]:
+        """So many blobs fill the store; an earlier process put them there, each used a minute after the one before."""
+        path = tmp_path / "cache"
+        first = BlobStore.open(path)
+        blobs = [first.put(str(number), self.SIZE, [bytes([number]) * self.SIZE]) for number in range(count)]
+        for number, blob in enumerate(blobs):
+            used_s = time.time() - 3600 + 60 * number
+            os.utime(first.path(blob.root), (used_s, used_s))
+        return BlobStore.open(path, count * self.SIZE), blobs
+
+    def roots(self, blobs: list[Blob]) -> list[bytes]:
+        return sorted(blob.root for blob in blobs)
+
+    def test_the_longest_unused_goes_first_and_no_more_than_needed(self, tmp_path: Path) -> None:
+        store, blobs = self.filled(tmp_path)
+        new = store.put("new", self.SIZE + 1, [b"n" * (self.SIZE + 1)])
+        assert store.roots() == self.roots([*blobs[2:], new])
+        assert store.evicted == 2
+
+    def test_use_counts_and_survives_a_restart(self, tmp_path: Path) -> None:
+        store, blobs = self.filled(tmp_path)
+        store.read_chunk(blobs[0].root, 0)
+        store.path(blobs[1].root)
+        again = BlobStore.open(tmp_path / "cache", 4 * self.SIZE)
+        again.put("new", self.SIZE, [b"n" * self.SIZE])
+        assert not again.has(blobs[2].root)
+        assert again.has(blobs[0].root)
+        assert again.has(blobs[1].root)
+
+    def test_what_is_protected_held_or_just_used_stays_and_then_nothing_is_evicted_in_vain(self, tmp_path: Path) -> None:
+        store, blobs = self.filled(tmp_path)
+        store.protect(lambda: [blobs[0].root])
+        store.path(blobs[2].root)
+        with store.hold([blobs[1].root]):
+            with pytest.raises(CapacityError, match="named, served or in use"):
+                store.put("new", 2 * self.SIZE, [b"n" * (2 * self.SIZE)])
+            assert store.roots() == self.roots(blobs)
+            store.put("new", self.SIZE, [b"n" * self.SIZE])
+            assert not store.has(blobs[3].root)
+        store.put("more", self.SIZE, [b"m" * self.SIZE])
+        assert not store.has(blobs[1].root)
+        assert store.has(blobs[0].root)
+
+    def test_pieces_of_an_import_stay_until_they_were_named_once(self, tmp_path: Path) -> None:
+        store = BlobStore.open(tmp_path / "cache", 2 * self.SIZE)
+        pieces = [store.put(str(number), self.SIZE, [bytes([number]) * self.SIZE]) for number in range(2)]
+        for piece in pieces:
+            os.utime(store.path(piece.root), (1, 1))
+        with pytest.raises(CapacityError):
+            store.require_space(1)
+        named = [piece.root for piece in pieces]
+        store.protect(lambda: named)
+        with pytest.raises(CapacityError):
+            store.require_space(1)
+        named.pop()
+        store.require_space(1)
+        assert store.roots() == [pieces[0].root]
+
+    def test_a_download_that_was_given_up_goes_too_and_one_under_way_does_not(self, tmp_path: Path) -> None:
+        path = tmp_path / "cache"
+        store = BlobStore.open(path, 3 * len(BIG))
+        given_up, under_way = blob_of(BIG, "a"), blob_of(b"x" + BIG[1:], "b")
+        store.begin(given_up).close()
+        partial = store.begin(under_way)
+        for blob in (given_up, under_way):
+            os.utime(path / f"{blob.root.hex()}.part", (1, 1))
+        store.require_space(2 * len(BIG))
+        assert not (path / f"{given_up.root.hex()}.part").exists()
+        assert (path / f"{under_way.root.hex()}.part").exists()
+        with pytest.raises(CapacityError):
+            store.require_space(3 * len(BIG))
+        partial.close()
+
+    def test_room_for_several_counts_what_is_here_of_them(self, tmp_path: Path) -> None:
+        store = BlobStore.open(tmp_path / "cache", 2 * len(BIG))
+        one, other = blob_of(BIG, "a"), blob_of(b"x" + BIG[1:], "b")
+        with store.begin(one):
+            store.require_room_for([one, other])
+            with pytest.raises(CapacityError):
+                store.require_room_for([one, other, blob_of(b"y")])
+
+    @settings(max_examples=30, deadline=None)
+    @given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3000)), max_size=12), protected=st.sets(st.integers(0, 5)))
+    def test_the_quota_holds_and_what_is_protected_stays(
+        self, tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]], protected: set[int]
+    ) -> None:
+        store = BlobStore.open(tmp_path_factory.mktemp("quota"), 6000)
+        roots: dict[int, bytes] = {}
+        store.protect(lambda: [root for number, root in roots.items() if number in protected])
+        for number, size in steps:
+            try:
+                roots[number] = store.put("x", size, [bytes([number]) * size]).root
+            except CapacityError:
+                continue
+            os.utime(store.path(roots[number]), (number + 1, number + 1))
+            store._stored.clear()
+            assert store.used_bytes() <= 6000
+            assert all(store.has(root) for key, root in roots.items() if key in protected)

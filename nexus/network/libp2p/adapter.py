@@ -66,6 +66,7 @@ NEGOTIATE_TIMEOUT_S = 10.0
 PING_TIMEOUT_S = 10.0
 FIND_TIMEOUT_S = 5.0
 PROVIDE_TIMEOUT_S = 10.0
+ASK_AROUND_TIMEOUT_S = 3.0
 # A peer takes 10 announcements in 10 s from one sender, and drops the rest without a word: stay below.
 PROVIDES_PER_S = 0.5
 PROVIDES_BURST = 4
@@ -305,10 +306,23 @@ class Libp2pTransport:
                 assert isinstance(muxed, YamuxConnection)
                 return muxed
             addresses = self._addresses_of(_id(peer_id))
-            if not addresses:
-                raise no_address(peer_id)
-            await self._dial(peer_id, addresses)
+            try:
+                if not addresses:
+                    raise no_address(peer_id)
+                await self._dial(peer_id, addresses)
+            except UnreachableError:
+                # Others may know better by now: a node that took another relay, or another address.
+                news = [address for address in await self._ask_around(peer_id) if address not in addresses]
+                if not news:
+                    raise
+                await self._dial(peer_id, news)
         raise UnreachableError(f"the connection to peer {peer_id} broke off at once", peer=peer_id)
+
+    async def _ask_around(self, peer_id: str) -> tuple[str, ...]:
+        """Where others last heard that a peer can be dialled. What a stranger claims of it is tried, and proves itself or not."""
+        with trio.move_on_after(ASK_AROUND_TIMEOUT_S):
+            return valid_addresses(await self._dht.addresses_of(_id(peer_id)))
+        return ()
 
     async def _dial(self, peer_id: str, addresses: list[str]) -> None:
         """Try addresses until one answers. Only one task at a time dials a peer."""

@@ -51,6 +51,7 @@ REQUESTS_BURST = 16
 ASK_TIMEOUT_S = 12.0
 DETAIL_CHARS_MAX = 120
 PROBE_TIMEOUT_S = 8.0
+GREETING_PATIENCE_S = 1.0
 
 
 class AutoNatService:
@@ -189,7 +190,8 @@ class Mirror:
         said = answer.dialResponse
         detail = "".join(one for one in said.statusText[:DETAIL_CHARS_MAX] if one.isprintable())
         if said.status == Message.OK:
-            if self._swarm.noise.greeted_s(peer_id) < began_s:
+            # Its last message of the handshake may come after its answer: they take different connections.
+            if not await self._swarm.noise.greeted_since(peer_id, began_s, GREETING_PATIENCE_S):
                 # It claims what did not happen here.
                 return DialBack(peer_id, address, "refused", "it says that it connected, but nothing arrived here")
             return DialBack(peer_id, address, "ok")

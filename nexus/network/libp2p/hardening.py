@@ -73,6 +73,7 @@ DHT_STREAM_S = 30.0
 DHT_STREAMS_AT_ONCE = 64
 DHT_MESSAGE_BYTES_MAX = 256 * 1024
 PROVIDERS_PER_PEER_MAX = 64
+ASKED_FOR_ADDRESSES = 6
 PROVIDED_KEYS_MAX = 16_384
 PROVIDER_RECORD_S = 2 * 3600
 GOSSIP_RPC_BYTES_MAX = 128 * 1024
@@ -484,6 +485,24 @@ class HardenedDht(KadDHT):
             fresh = [peer_id for peer_id in dict.fromkeys(closer) if peer_id not in asked and peer_id not in known]
             remaining = candidates[len(batch) :] + fresh
             candidates = sort_peer_ids_by_distance(key, remaining)[: kad_common.BUCKET_SIZE]
+
+    async def addresses_of(self, target: ID) -> list[str]:
+        """Where connected peers say that `target` can be dialled."""
+        found: list[str] = []
+        connected = sorted({conn.muxed_conn.peer_id for conn in self.host.get_network().get_connections()}, key=ID.to_bytes)
+        closest = sort_peer_ids_by_distance(target.to_bytes(), [peer_id for peer_id in connected if peer_id != target])
+
+        async def one(peer_id: ID) -> None:
+            reply = await self._ask(peer_id, KadMessage(type=KadMessage.FIND_NODE, key=target.to_bytes()))
+            if reply is not None and reply.type == KadMessage.FIND_NODE:
+                for peer in reply.closerPeers[: kad_common.BUCKET_SIZE + 1]:
+                    if peer.id == target.to_bytes():
+                        found.extend(_addresses(peer))
+
+        async with trio.open_nursery() as nursery:
+            for peer_id in closest[:ASKED_FOR_ADDRESSES]:
+                nursery.start_soon(one, peer_id)
+        return found
 
     async def _ask(self, peer_id: ID, message: KadMessage) -> KadMessage | None:
         """One request to one peer; None when it fails in any way or takes too long."""

@@ -268,11 +268,19 @@ class NoiseTransport(Transport):
     def __init__(self, key_pair: KeyPair, noise_privkey: PrivateKey) -> None:
         super().__init__(key_pair, noise_privkey=noise_privkey)
         self._scratch = bytearray(RECEIVE_BYTES)
+        self._greetings = trio.lowlevel.ParkingLot()
         self._greeted: OrderedDict[str, float] = OrderedDict()
 
     def greeted_s(self, peer_id: str) -> float:
         """When a peer last dialled this node directly and proved who it is; minus infinity where it never did."""
         return self._greeted.get(peer_id, -math.inf)
+
+    async def greeted_since(self, peer_id: str, since_s: float, patience_s: float) -> bool:
+        """Whether the peer has dialled this node since then; waits a little for what may be under way."""
+        with trio.move_on_after(patience_s):
+            while self.greeted_s(peer_id) < since_s:
+                await self._greetings.park()
+        return self.greeted_s(peer_id) >= since_s
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
         channel = self._take_over(conn, await super().secure_inbound(conn), is_initiator=False)
@@ -280,6 +288,7 @@ class NoiseTransport(Transport):
             peer_id = str(channel.get_remote_peer())
             self._greeted[peer_id] = trio.current_time()
             self._greeted.move_to_end(peer_id)
+            self._greetings.unpark_all()
             while len(self._greeted) > GREETED_MAX:
                 self._greeted.popitem(last=False)
         return channel

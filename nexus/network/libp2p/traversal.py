@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
+from libp2p.identity.identify_push.identify_push import push_identify_to_peer
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
 
@@ -50,6 +51,8 @@ MAPPING_PEERS = 3
 LOOKUP_EVERY_S = 30.0
 EXTERNAL_MAX = 2
 NETCHECK_TIMEOUT_S = 40.0
+PUSH_TIMEOUT_S = 5.0
+PUSHES_MAX = 64
 
 
 class _Sight:
@@ -99,7 +102,9 @@ class Traversal:
             RelayService(host, swarm, serve_relay, negotiate, self._direct_addresses) if serve_relay is not None else None
         )
         swarm.dial_circuit = self.relays.dial
+        self._host = host
         nursery.start_soon(self._look_forever)
+        nursery.start_soon(self._tell_forever)
         nursery.start_soon(self.relays.hold_forever, self._relay_candidates)
 
     def addresses(self) -> list[str]:
@@ -123,6 +128,26 @@ class Traversal:
                 if one.result == "ok" and parse_endpoint(one.address).host not in own:
                     found[one.address] = None
         return list(found)[:EXTERNAL_MAX]
+
+    async def _tell_forever(self) -> None:
+        """Tell connected peers where this node can be dialled when that has changed, so that they can tell others."""
+        told: list[str] = []
+        while True:
+            now = self.relays.addresses()
+            if now == told:
+                await self.relays.changed.wait()
+                continue
+            told = now
+            with trio.move_on_after(PUSH_TIMEOUT_S):
+                async with trio.open_nursery() as nursery:
+                    for peer_id in list(self._swarm.connections)[:PUSHES_MAX]:
+                        nursery.start_soon(self._push, peer_id)
+
+    async def _push(self, peer_id: ID) -> None:
+        try:
+            await push_identify_to_peer(self._host, peer_id)
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever a peer does with it
+            log.debug("peer %s takes no news of our addresses: %r", peer_id, error)
 
     # Looking around.
 

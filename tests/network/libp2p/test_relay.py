@@ -19,7 +19,7 @@ from nexus.core.keys import Identity
 from nexus.network.libp2p.adapter import Libp2pTransport
 from nexus.network.libp2p.circuit import HOP, STOP, RelayService, read_message, write_message
 from nexus.network.relaying import RelayLimits
-from nexus.network.transport import ProtocolSpec
+from nexus.network.transport import PeerAddress, ProtocolSpec
 from tests.network.libp2p.conftest import ECHO
 
 if TYPE_CHECKING:
@@ -82,6 +82,19 @@ async def test_a_peer_is_reached_through_a_relay(open_node: OpenNode) -> None:
         (seen,) = [one for one in stranger.connections() if one.peer_id == hidden.peer_id]
         assert seen.address == address.rpartition("/p2p/")[0]
         assert service_of(relay).ledger.circuits == 1
+
+
+async def test_others_tell_the_way_to_a_peer_that_took_a_relay(open_node: OpenNode) -> None:
+    """The stranger heard of the hidden node before it had a place at the relay, and knows only what does not work."""
+    async with relayed(open_node, RelayLimits()) as (relay, hidden, stranger):
+        await stranger.connect(relay.addresses[0])
+        stranger.learn(PeerAddress(hidden.peer_id, ("/ip4/127.0.0.1/tcp/1",)))
+        known = relay._swarm.peerstore
+        await until(lambda: any("p2p-circuit" in str(one) for one in known.addrs(ID.from_base58(hidden.peer_id))))
+        with trio.fail_after(DEADLINE_S):
+            stream = await stranger.open_stream(hidden.peer_id, ECHO)
+            await stream.send(b"found")
+            assert await stream.receive() == b"found"
 
 
 async def test_megabytes_through_a_relay(open_node: OpenNode) -> None:
