@@ -31,6 +31,7 @@ from nexus_cli import (
     netcheck,
     node,
     peers,
+    plan,
     receipts,
     run,
     settings,
@@ -52,7 +53,7 @@ nexus = NexusGroup(
     epilog="A first look at everything: nexus demo",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (fragments.serve, fragments.unserve, fragments.update, fragments.rollback):
+for part in (plan.model_plan, fragments.serve, fragments.unserve, fragments.update, fragments.rollback):
     model.model.add_command(part)
 nexus = click.version_option(package_name="nexus-swarm", prog_name="nexus")(nexus)
 for command in (

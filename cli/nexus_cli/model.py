@@ -238,28 +238,6 @@ def fidelity_rows(found: Fidelity) -> list[tuple[str, str]]:
     return [*rows, ("worst layer", f"{worst.name}, its own error is {worst.error:.2%}")]
 
 
-@model.command("plan")
-@click.argument("name")
-@click.option("--stages", type=click.IntRange(1, 256), help="Split over this many nodes. [default: the node decides]")
-@pass_shared
-def model_plan(shared: Shared, name: str, stages: int | None) -> None:
-    """Show who would hold which layers of NAME, and why."""
-    from nexus.gateway.wire import to_json
-    from nexus.node.api import PlanView
-    from nexus_cli.client import connected
-
-    path = plan_path(name, stages)
-    with connected(shared) as daemon:
-        view = daemon.get_as(PlanView, path)
-    if shared.json:
-        show.print_json({"plan": to_json(view)})
-        return
-    print_plan(shared, view)
-    click.echo(f"plan {view.plan_root.hex()}")
-    if view.reason:
-        show.paragraph(shared, view.reason)
-
-
 def plan_path(name: str, stages: int | None) -> str:
     from nexus_cli.client import model_path
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from nexus.core.errors import CapacityError, UsageError
 from nexus.core.keys import public_key_of
-from nexus.gateway import fragments, memory, requests
+from nexus.gateway import fragments, memory, planning, requests
 from nexus.gateway.exchange import EventStream, JsonResponse, guarded, http_error, read_body
 from nexus.gateway.fields import parse_object
 from nexus.gateway.wire import to_json
@@ -183,6 +183,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("POST", "/v0/slashed/resume", Control.resume_burning),
     ("GET", "/v0/ledger", Control.ledger),
     *fragments.ROUTES,
+    *planning.ROUTES,
     *memory.ROUTES,
     ("POST", "/v0/stop", Control.stop),
     ("GET", "/livez", Control.livez),

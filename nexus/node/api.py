@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nexus.core.fidelity import Fidelity
 from nexus.core.manifest import Manifest
@@ -18,6 +18,9 @@ from nexus.node.netcheck import NetcheckView
 from nexus.node.progress import Notice, Progress
 from nexus.proof.bundle import AnswerProof, Bundle
 from nexus.proof.solver import Proven
+
+if TYPE_CHECKING:
+    from nexus.node.planning import PlanReport, PlanRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +418,11 @@ class NodeApi(Protocol):
         ...
 
     async def plan(self, model: str, stages: int | None) -> PlanView: ...
+
+    async def plan_report(self, request: PlanRequest) -> PlanReport:
+        """The plan that would run now, or over imagined machines, with what is predicted of it. Raises UsageError for a set of
+        machines that contradicts itself, CapacityError that says what is missing where the model has no room."""
+        ...
 
     async def judge(self, model: str, nodes: int | None) -> JudgementView:
         """Prove the plan that would run now, or with `nodes` nodes like this one. Raises VerificationError where it does not

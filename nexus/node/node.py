@@ -72,6 +72,7 @@ from nexus.node.memory.service import Memory, open_memory
 from nexus.node.models import Models
 from nexus.node.netcheck import NetcheckService, NetcheckView
 from nexus.node.options import NodeOptions
+from nexus.node.planning import PlanReport, PlanRequest, imagined, members_of, report
 from nexus.node.progress import Notice, Progress
 from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.node.serving import Serving
@@ -710,6 +711,16 @@ class Node:
     async def plan(self, model: str, stages: int | None) -> PlanView:
         name, manifest = await self._runner.manifest(model)
         return self._runner.plan_view(name, manifest, await self._runner.place(manifest, stages))
+
+    async def plan_report(self, request: PlanRequest) -> PlanReport:
+        name, manifest = await self._runner.manifest(request.model)
+        context = min(manifest.context, PLANNED_TOKENS)
+        if request.machines is not None:
+            return await trio.to_thread.run_sync(imagined, request, manifest, name, context)
+        # What would run now, shown with as many sessions as were asked about.
+        placement = replace(await self._runner.place(manifest, request.stages), streams=request.streams)
+        members = members_of(self._runner.in_reach(), manifest)
+        return await trio.to_thread.run_sync(report, request, manifest, name, placement, members, context, self._links.rtt_us)
 
     async def judge(self, model: str, nodes: int | None) -> JudgementView:
         name, manifest = await self._runner.manifest(model)

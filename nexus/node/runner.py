@@ -28,7 +28,7 @@ from nexus.core.errors import (
 )
 from nexus.core.hashing import leaf_hash
 from nexus.core.keys import Identity, peer_id_of, public_key_of
-from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest, stage_pieces
+from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest
 from nexus.core.plan import DTYPES, Plan
 from nexus.models import BUILTIN_NAMES
 from nexus.network.transport import PeerAddress, Transport
@@ -43,7 +43,6 @@ from nexus.node.api import (
     Planned,
     PlanView,
     StageSummary,
-    StageView,
     Token,
 )
 from nexus.node.audit.sessions import SessionAudits
@@ -54,6 +53,7 @@ from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
 from nexus.node.models import Models
 from nexus.node.placing import candidates_of, choose, held_ranges
+from nexus.node.planning import plan_view
 from nexus.node.progress import Notice, Progress
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
@@ -269,27 +269,12 @@ class Runner:
 
     def plan_view(self, name: str, manifest: Manifest, placement: Placement) -> PlanView:
         names = {record.node: record.name for record in (self._own(), *self._records())}
-        return PlanView(
-            model=name,
-            model_root=manifest.root,
-            plan_root=placement.plan.root,
-            stages=tuple(
-                StageView(
-                    stage=number,
-                    peer_id=peer_id_of(stage.node),
-                    name=names.get(stage.node, ""),
-                    start=stage.start,
-                    end=stage.end,
-                    weight_bytes=sum(piece.size for piece in stage_pieces(manifest, stage.start, stage.end)),
-                    memory_bytes=memory,
-                    reason=reason,
-                )
-                for number, (stage, memory, reason) in enumerate(
-                    zip(placement.plan.stages, placement.memory_bytes, placement.reasons, strict=True)
-                )
-            ),
-            reason=placement.reason,
-        )
+        return plan_view(name, manifest, placement, names)
+
+    def in_reach(self) -> list[NodeRecord]:
+        """This node and those that plans are made of now."""
+        own = self._own()
+        return [own, *(record for record in self._present() if record.node != own.node)]
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events of one generation. Closing the generator cancels the work on every stage."""

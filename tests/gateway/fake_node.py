@@ -49,6 +49,7 @@ from nexus.node.api import (
     Token,
 )
 from nexus.node.netcheck import ClockView, NetcheckView
+from nexus.node.planning import FragmentView, LayersView, PlanReport, PlanRequest, imagined
 from nexus.node.progress import Notice, Progress
 from nexus.proof.accounts import Fork, Share, SignedEntry
 from nexus.proof.bundle import Bundle, make_requests
@@ -293,6 +294,16 @@ class FakeNode:
         if stages is not None and stages > 2:
             raise CapacityError(f"there are 2 nodes, not {stages}", "Ask for fewer stages")
         return plan_view()
+
+    async def plan_report(self, request: PlanRequest) -> PlanReport:
+        if request.machines is not None:
+            return imagined(request, manifest(), request.model, 8)
+        view = await self.plan(request.model, request.stages)
+        layers = (LayersView(0, 1, 2, 2, 2), LayersView(1, 2, 1, 1, 2))
+        fragments = (FragmentView(FIRST.peer_id, "node-0", 0, 2, 2000, "serves it already"),)
+        short = ("layer 1 has 1 of 2 replicas: 2.0 KiB missing",)
+        rates = (view, request.streams, 20_000.0, 8_000.0, 1, 32_000.0, 50.0, 125.0)
+        return PlanReport(*rates, 8000, 1 << 20, 2000, layers, fragments, short)
 
     async def judge(self, model: str, nodes: int | None) -> JudgementView:
         if model == "broken":
