@@ -1,4 +1,4 @@
-"""`nexus model plan`: what is predicted and what is missing, also for machines that a file describes; what is wrong with a bad file."""
+"""`nexus model plan`: what is predicted, what is missing, also for machines that a file describes; what a bad file has wrong."""
 
 from __future__ import annotations
 
