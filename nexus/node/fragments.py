@@ -284,7 +284,6 @@ class Fragments:
             raise NotAllowedError("this node serves no stages", "Set serve.enabled = true and start it again")
         if self.leaving:
             raise NotAllowedError("this node is draining", "Call that off first, or start it again")
-        await self._meet()
         before = self._works.get(name)
         if publisher is None:
             publisher = before.promise.publisher if before else self.versions.choose_publisher(name, root)
@@ -322,8 +321,8 @@ class Fragments:
             yield event
         yield self.view(name)
 
-    async def _meet(self) -> None:
-        """Ask the others anew before something is undertaken: what they serve since a moment ago counts too."""
+    async def meet(self) -> None:
+        """Ask the others anew before something is undertaken or given up: what they serve since a moment ago counts too."""
         limiter = trio.CapacityLimiter(ASK_AT_ONCE)
 
         async def ask(peer_id: str) -> None:
@@ -537,13 +536,15 @@ class Fragments:
         root, promise = manifest.root, work.promise
         replicas = self._goal()
         taken = _within(promise.taken_of(root), manifest)
+        own = self._identity.public_key
+        found = await self._layout(work, manifest)
+        others = ((one.start, one.end) for one in found.fragments if one.node != own)
+        planned = replica_counts(manifest.layers, ([one] for one in others))
         if not promise.auto:
             wanted = _within(frozenset(range(promise.start, promise.end)), manifest)
-            work.wanted[root], work.laid_out = wanted, None
+            work.wanted = {root: wanted}
             await self._change(work, root, lambda before: before | wanted)
-            return [replicas] * manifest.layers
-        found = await self._layout(work, manifest)
-        own = self._identity.public_key
+            return planned
         wanted = layers_of((one.start, one.end) for one in found.fragments if one.node == own)
         current = work.wanted.get(root, taken)
         if not taken or work.settled < work.asked:
@@ -557,8 +558,7 @@ class Fragments:
             current = wanted
             await self._change(work, root, lambda before: before | wanted)
         work.wanted = {root: current}
-        others = ((one.start, one.end) for one in found.fragments if one.node != own)
-        return replica_counts(manifest.layers, ([one] for one in others))
+        return planned
 
     def _goal(self) -> int:
         """On how many nodes each layer has to be before one lets go of it."""
@@ -631,7 +631,10 @@ class Fragments:
             domain=domain_of(record.addresses),
         )
         # So many sessions keep a node busy all of its time; more of them wait for each other.
-        return Member(candidate, disk, serving, serving if fixed else None, record.load / STREAMS)
+        pinned = serving if fixed else None
+        if own and fixed:
+            pinned = ranges_of(_within(frozenset(range(promise.start, promise.end)), manifest))
+        return Member(candidate, disk, serving, pinned, record.load / STREAMS)
 
     async def _fetch(self, work: _Work, manifest: Manifest, taken: frozenset[int], missing: frozenset[int]) -> None:
         most = work.promise.disk_max

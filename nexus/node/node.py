@@ -336,7 +336,7 @@ class Node:
         self._refusing = self._infer.draining = refused
 
     def hand_over(self) -> None:
-        """Until coordinators can go on elsewhere, what runs here runs to its end."""
+        self._infer.hand_over()
 
     @property
     def running(self) -> int:

@@ -17,6 +17,7 @@ from nexus.models import BUILTIN_NAMES
 from nexus.node.fragments import Fragments
 from nexus.node.fragments_api import DEADLINE_MAX_S, DrainView, ServeRequest, ServingView, VersionView
 from nexus.node.progress import Notice, Progress
+from nexus.storage.catalog import check_name
 from nexus.swarm.fragments import Publication
 
 log = structlog.get_logger("nexus.serving")
@@ -61,6 +62,8 @@ class Serving:
         self._announce = announce
 
     async def serve(self, request: ServeRequest) -> AsyncGenerator[Progress | Notice | ServingView, None]:
+        check_name(request.name)
+        await self._fragments.meet()
         publisher = None if request.publisher is None else public_key_of(self._find_peer(request.publisher))
         root = self._fragments.names().get(request.name)
         if root is None and publisher is not None:
@@ -116,11 +119,12 @@ class Serving:
             raise UsageError(f"the deadline is {deadline_s:g} s", f"Give 0 to {DEADLINE_MAX_S:g} seconds")
         until_s = trio.current_time() + deadline_s
         self._fragments.leaving = True
-        self._announce()
         done = False
         told: DrainView | None = None
         handed_over = False
         try:
+            self._announce()
+            await self._fragments.meet()
             while not done:
                 models = tuple(await self._fragments.hand_over())
                 left_s = max(0.0, until_s - trio.current_time())

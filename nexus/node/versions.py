@@ -98,7 +98,7 @@ class Versions:
     def own(self) -> dict[str, list[Publication]]:
         """What this node published, by name, the oldest versions first."""
         own = self._identity.public_key
-        return {name: [one.publication for one in kept] for (key, name), kept in self._kept.items() if key == own}
+        return {name: [one.publication for one in kept] for (key, name), kept in list(self._kept.items()) if key == own}
 
     def newest(self, publisher: bytes, name: str) -> Publication | None:
         """The version that counts, of those that are kept here."""

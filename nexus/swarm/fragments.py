@@ -166,12 +166,13 @@ class VersionState:
 
 
 def version_to_use(versions: Iterable[VersionState]) -> VersionState | None:
-    """The version that a request for the name gets: the newest that is served in whole; where none is, the newest that is held in
-    whole, then the newest. None without any."""
+    """The version that a request for the name gets: the newest that is served in whole. Where none is, as far as is known here, the
+    newest that is held in whole, those first that anybody serves; then the newest. None without any."""
     newest_first = sorted(versions, key=lambda one: (-one.version, one.model_root))
     served = (one for one in newest_first if is_covered(one.served))
-    held = (one for one in newest_first if is_covered(one.held))
-    return next(served, next(held, next(iter(newest_first), None)))
+    held = [one for one in newest_first if is_covered(one.held)]
+    begun = (one for one in held if any(one.served))
+    return next(served, next(begun, next(iter(held), next(iter(newest_first), None))))
 
 
 def may_retire(old: Sequence[int], new: Sequence[int], replicas: int) -> bool:

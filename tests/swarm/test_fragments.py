@@ -105,6 +105,8 @@ def test_a_request_gets_the_newest_version_that_is_served_in_whole() -> None:
     # Where nobody serves the name, what is held counts, and then the newest, of which nothing may be known.
     idle = VersionState(1, R1, served=(0, 0), held=(1, 1))
     assert version_to_use([idle, new]) == new
+    begun = VersionState(1, R1, served=(1, 0), held=(1, 1))
+    assert version_to_use([begun, VersionState(2, R2, served=(0, 0), held=(1, 1))]) == begun
     assert version_to_use([idle, VersionState(2, R2, served=(0, 0), held=(1, 0))]) == idle
     assert version_to_use([VersionState(1, R1, (), ()), VersionState(2, R2, (), ())]).version == 2  # type: ignore[union-attr]
     assert version_to_use([]) is None

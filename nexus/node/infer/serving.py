@@ -24,7 +24,7 @@ from nexus.core.errors import (
     VerificationError,
 )
 from nexus.core.keys import Identity, peer_id_of
-from nexus.core.manifest import CAUSAL, Manifest
+from nexus.core.manifest import CAUSAL, EXACT, Manifest
 from nexus.core.plan import Plan
 from nexus.core.record import Record
 from nexus.network.transport import PeerAddress, Stream, Transport
@@ -186,6 +186,15 @@ class InferService:
         ended = [served for served in self._served.values() if public_key in served.nodes]
         for served in ended:
             served.fail(error)
+        return len(ended)
+
+    def hand_over(self) -> int:
+        """End the sessions that others coordinate because this node leaves: they go on over other nodes, from the last window that
+        was signed. How many. Those in floating point run to their end here: on another node they may come out otherwise."""
+        own = self._identity.public_key
+        ended = [served for served in self._served.values() if served.may_move and served.coordinator != own]
+        for served in ended:
+            served.fail(NotAllowedError("this node is leaving", "Go on without it"))
         return len(ended)
 
     def sessions_on(self, model_root: bytes) -> int:
@@ -392,6 +401,8 @@ class _Served:
         self._token_kv_bytes = _kv_bytes(manifest, opened.plan, opened.stage)
         self.nodes = frozenset({opened.terms.coordinator, *(stage.node for stage in opened.plan.stages)})
         self.model_root = opened.plan.model_root
+        self.coordinator = opened.terms.coordinator
+        self.may_move = manifest.profile == EXACT
         self.step = 0
 
     async def run(self) -> None:
