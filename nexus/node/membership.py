@@ -96,7 +96,8 @@ class Membership:
 
     `describe`: what this node says of itself now; node key and issue time are filled in here. `now_ms`: Unix time. `is_slashed`:
     whether the node with this key is convicted: it is neither listed nor introduced to others. `also_provided`: DHT keys that other
-    services of this node want announced; they share one pace.
+    services of this node want announced; they share one pace. `heard`: is told of every record that a node gave, `gone`: of nodes,
+    by public key, that could not be asked, or left.
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Membership:
         now_ms: Callable[[], int],
         is_slashed: Callable[[bytes], bool] = lambda public_key: False,
         also_provided: Callable[[], Iterable[bytes]] = tuple,
+        heard: Callable[[NodeRecord], None] = lambda record: None,
+        gone: Callable[[bytes], None] = lambda public_key: None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -114,6 +117,8 @@ class Membership:
         self._now_ms = now_ms
         self._is_slashed = is_slashed
         self._also_provided = also_provided
+        self._heard = heard
+        self._gone = gone
         self._table = MemberTable()
         self._own: SignedNodeRecord | None = None
         self._strangers: OrderedDict[str, _Stranger] = OrderedDict()
@@ -129,8 +134,22 @@ class Membership:
 
     def find(self, node: bytes) -> PeerAddress | None:
         """Where a node is, by its own word."""
-        found = (record for record in self._table.live(self._now_ms()) if record.node == node)
-        return next((PeerAddress(record.peer_id, record.addresses) for record in found), None)
+        record = self.of(node)
+        return None if record is None else PeerAddress(record.peer_id, record.addresses)
+
+    def of(self, node: bytes) -> NodeRecord | None:
+        """What a node says of itself, by public key; also of a convicted one."""
+        return self._table.get(peer_id_of(node), self._now_ms())
+
+    def connected(self) -> list[NodeRecord]:
+        """Those that this node has a connection to."""
+        now_ms = self._now_ms()
+        peers = sorted({connection.peer_id for connection in self._transport.connections()})
+        found = (self._table.get(peer_id, now_ms) for peer_id in peers)
+        return [record for record in found if record is not None and not self._is_slashed(record.node)]
+
+    def _is_connected(self, peer_id: str) -> bool:
+        return any(connection.peer_id == peer_id for connection in self._transport.connections())
 
     def names(self) -> dict[str, str]:
         """What the other nodes call themselves, by peer id, convicted ones too."""
@@ -170,8 +189,10 @@ class Membership:
         try:
             with _deadline(peer_id):
                 record = await self._exchange(peer_id)
-        except NexusError:
-            self._table.failed(peer_id)
+        except NexusError as error:
+            lost = isinstance(error, UnreachableError) and not self._is_connected(peer_id)
+            if self._table.failed(peer_id) or lost:
+                self._gone(public_key_of(peer_id))
             raise
         self._strangers.pop(peer_id, None)
         return record
@@ -227,6 +248,7 @@ class Membership:
             error.peer = error.peer or stream.peer_id
             raise
         self._transport.learn(PeerAddress(stream.peer_id, record.addresses))
+        self._heard(record)
         for introduction in introductions.nodes:
             self._meet(introduction)
         return record
@@ -279,8 +301,9 @@ class Membership:
             while True:
                 now_s, now_ms = trio.current_time(), self._now_ms()
                 before, connected = connected, {connection.peer_id for connection in self._transport.connections()}
-                for peer_id in before - connected:
-                    self._table.disconnected(peer_id)
+                for peer_id in sorted(before - connected):
+                    if self._table.disconnected(peer_id):
+                        self._gone(public_key_of(peer_id))
                 for peer_id in [*self._table.due(connected, now_s, now_ms), *self._new_strangers(now_s)]:
                     if len(self._in_contact) >= CONTACTS_AT_ONCE:
                         break

@@ -65,6 +65,7 @@ from nexus.node.capacity import Capacity
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.environment import SYSTEM, Environment
 from nexus.node.fragments import Fragments
+from nexus.node.health import Health
 from nexus.node.infer.serving import InferService
 from nexus.node.judge import Judge, imagined_placement
 from nexus.node.membership import Membership
@@ -92,7 +93,7 @@ from nexus.storage.memory.store import MemoryStore
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
-from nexus.swarm.links import Links
+from nexus.swarm.links import Coordinate, Links
 from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, SPEED_MAX, UPLOAD_MAX, Holding, NodeRecord
 
 log = structlog.get_logger("nexus.node")
@@ -149,7 +150,21 @@ class Node:
         self._trust = trust
         self._trust.evidence.on_slashed.append(self._end_work_with)
         self._membership = Membership(
-            transport, identity, self._describe, environment.now_ms, trust.standings.is_slashed, self._announced_memory
+            transport,
+            identity,
+            self._describe,
+            environment.now_ms,
+            trust.standings.is_slashed,
+            self._announced_memory,
+            self._note_heard,
+            self._note_gone,
+        )
+        self._health = Health(
+            transport,
+            self._links,
+            lambda: [record.node for record in self._membership.connected()],
+            lambda: (self._infer.partners() | self._runner.partners()) - {identity.public_key},
+            self._coordinate_of,
         )
         self._capacity = Capacity(speeds, measure, self._is_idle, self._wait_idle, self._membership.announce_soon, environment.rng)
         self._blob_service = BlobService(
@@ -291,6 +306,7 @@ class Node:
             nursery.start_soon(self._keep_book)
             nursery.start_soon(self._capacity.run)
             await nursery.start(self._fragments.run)
+            nursery.start_soon(self._health.run)
             if self._memory is not None:
                 await nursery.start(self._memory.run)
             if self._options.audit.canary_every_s:
@@ -343,8 +359,19 @@ class Node:
         return self._infer.live.count + self._runner.live.count
 
     def _workers(self) -> list[NodeRecord]:
-        """The nodes that may be planned with: neither convicted nor suspended."""
-        return self._trust.workers(self._membership.records())
+        """The nodes that may be planned with: neither convicted nor suspended, neither stuck nor gone."""
+        return [record for record in self._trust.workers(self._membership.records()) if self._health.is_usable(record.node)]
+
+    def _note_heard(self, record: NodeRecord) -> None:
+        self._links.learn(record.node, record.coordinate)
+        self._health.heard(record.node)
+
+    def _note_gone(self, node: bytes) -> None:
+        self._health.unreachable(node)
+
+    def _coordinate_of(self, node: bytes) -> Coordinate | None:
+        record = self._membership.of(node)
+        return None if record is None else record.coordinate
 
     def _end_work_with(self, node: bytes) -> None:
         """A node was convicted: what runs with it ends here."""

@@ -165,6 +165,10 @@ class Runner:
         self.live = Live()
         self.comeback_s = COMEBACK_S
 
+    def partners(self) -> set[bytes]:
+        """The nodes of all sessions that run for this node's users, by public key."""
+        return {node for coordinator in self._running for node in coordinator.nodes}
+
     async def resolve(self, name: str) -> tuple[str, bytes]:
         """The model that `name` stands for: of a name with versions the one that counts now, otherwise a local name or root, else a
         built-in, else what a peer announces.

@@ -222,19 +222,28 @@ class MemberTable:
         self._member(peer_id).asked_s = now_s
         self._trim(peer_id)
 
-    def failed(self, peer_id: str) -> None:
-        """It came to nothing. After FAILURES_MAX in a row the node is no member any more."""
+    def failed(self, peer_id: str) -> bool:
+        """It came to nothing. After FAILURES_MAX in a row the node is no member any more; whether it was one until now."""
         member = self._members.get(peer_id)
-        if member is not None:
-            member.failures += 1
-            if member.failures >= FAILURES_MAX:
-                member.signed = None
+        if member is None:
+            return False
+        member.failures += 1
+        if member.failures < FAILURES_MAX or member.signed is None:
+            return False
+        member.signed = None
+        return True
 
-    def disconnected(self, peer_id: str) -> None:
-        """The connection to it ended: ask at once whether it is still there."""
+    def disconnected(self, peer_id: str) -> bool:
+        """The connection to it ended. One that was leaving has left, then this is True; another is asked at once whether it is
+        still there."""
         member = self._members.get(peer_id)
-        if member is not None:
-            member.asked_s = None
+        if member is None:
+            return False
+        if member.signed is not None and member.signed.record.leaving:
+            member.signed = None
+            return True
+        member.asked_s = None
+        return False
 
     def get(self, peer_id: str, now_ms: int) -> NodeRecord | None:
         """The peer's live record."""

@@ -155,6 +155,11 @@ class Coordinator:
         assert self._bundle is not None
         await emit(Ended(self._bundle, self._machine.receipts_verified, tuple(self._reports), self._traces))
 
+    @property
+    def nodes(self) -> frozenset[bytes]:
+        """Of its plan, by public key."""
+        return frozenset(stage.node for stage in self._plan.stages)
+
     def end_with(self, public_key: bytes, error: NexusError) -> bool:
         """If this node is a stage of the session, end it for this reason: `run` raises it, with `failed_stage` set. An answer
         that is verified already stands. Returns whether it is a stage."""

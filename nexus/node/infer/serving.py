@@ -201,6 +201,10 @@ class InferService:
         """Stages of that model that run here now."""
         return sum(served.model_root == model_root for served in self._served.values())
 
+    def partners(self) -> set[bytes]:
+        """The nodes of all sessions that run here, by public key."""
+        return {node for served in self._served.values() for node in served.nodes}
+
     def took_part(self, session: bytes) -> bool:
         """Whether this node served in that session, now or a short while ago."""
         return trio.current_time() - self._recent.get(session, -math.inf) <= RECENT_S
