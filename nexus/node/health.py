@@ -59,6 +59,10 @@ class Health:
         """Whether plans may count on it."""
         return is_usable(self._table.state(node))
 
+    def stuck(self) -> frozenset[bytes]:
+        """Nodes that are connected and do not answer."""
+        return self._table.stuck()
+
     def heard(self, node: bytes) -> None:
         """It answered something else than a heartbeat, first-hand."""
         self._noted(node, self._table.heard(node, trio.current_time()))

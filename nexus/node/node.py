@@ -263,6 +263,7 @@ class Node:
             environment,
             self._links.rtt_us,
             self._fragments.versions.current,
+            self._health,
         )
         self.fragments = Serving(
             self._fragments, self._runner.resolve, self._find_peer, self._take_in, self, self._membership.announce_soon

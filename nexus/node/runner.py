@@ -48,6 +48,7 @@ from nexus.node.api import (
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.environment import SYSTEM, Environment
 from nexus.node.failover import Absent, Course, Job, Part, PartAudit
+from nexus.node.health import Health
 from nexus.node.infer.coordinator import Coordinator, Ended, SessionEvent, StageProgress
 from nexus.node.infer.messages import PAYLOAD_MAX
 from nexus.node.live import Live
@@ -84,6 +85,8 @@ DOUBT_S = 600.0
 EVENTS_MAX = 64
 # What a session may grow to is planned for; a longer answer is refused by the stage whose memory it would not fit.
 PLANNED_TOKENS = 2048
+# So long a request waits for nodes that are stuck, where nothing can be planned without them.
+PATIENCE_S, PATIENCE_STEP_S = 10.0, 1.0
 
 
 # Pays for a session: the prices of its nodes, and who forfeited the pay.
@@ -138,6 +141,7 @@ class Runner:
         environment: Environment = SYSTEM,
         rtt_us: RttUs = rtt_default,
         current: Callable[[str], Awaitable[bytes | None]] | None = None,
+        health: Health | None = None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -156,6 +160,7 @@ class Runner:
         self._rng = environment.rng
         self._rtt_us = rtt_us
         self._current = current
+        self._health = health
         self._running: set[Coordinator] = set()
         self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
@@ -207,7 +212,8 @@ class Runner:
         """Records of nodes that have not just failed to answer."""
         now_s = trio.current_time()
         self._gone = {node: (until_s, issued_ms) for node, (until_s, issued_ms) in self._gone.items() if until_s > now_s}
-        return [record for record in self._records() if self._gone.get(record.node, (0.0, -1))[1] < record.issued_ms]
+        present = [record for record in self._records() if self._gone.get(record.node, (0.0, -1))[1] < record.issued_ms]
+        return present if self._health is None else [record for record in present if self._health.is_usable(record.node)]
 
     def sources(self, model_root: bytes) -> list[PeerAddress]:
         """Peers that announce pieces of a model."""
@@ -234,6 +240,23 @@ class Runner:
         return await self._place(manifest, stages, without)
 
     async def _place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
+        """A plan of nodes that answer now. Where nothing can be planned because some are stuck, they are waited for a little."""
+        patient_until_s = trio.current_time() + PATIENCE_S
+        while True:
+            try:
+                placement = await self._search(manifest, stages, without)
+            except (CapacityError, UsageError):
+                if self._health is None or not self._health.stuck() - without or trio.current_time() >= patient_until_s:
+                    raise
+                await trio.sleep(PATIENCE_STEP_S)
+                continue
+            others = {stage.node for stage in placement.plan.stages} - {self._identity.public_key}
+            silent = frozenset() if self._health is None else await self._health.check(sorted(others))
+            if not silent or trio.current_time() >= patient_until_s:
+                return placement
+            log.info("planned_again", without=[peer_id_of(node) for node in sorted(silent)], reason="they do not answer")
+
+    async def _search(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
         """Nodes that leave get no part, unless others would have to fetch for it first what these still serve."""
         own = self._own()
         records = [own, *(record for record in self._present() if record.node != own.node and record.node not in without)]

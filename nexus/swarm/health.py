@@ -82,6 +82,9 @@ class HealthTable:
         """Nodes that plans do without."""
         return frozenset(node for node, vitals in self._vitals.items() if not is_usable(vitals.state))
 
+    def stuck(self) -> frozenset[bytes]:
+        return frozenset(node for node, vitals in self._vitals.items() if vitals.state == STUCK)
+
     def asked(self, node: bytes, now_s: float) -> None:
         """A heartbeat is on its way."""
         self._entry(node).asked_s = now_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from nexus.core.errors import CapacityError, NotAllowedError, UsageError, Verifi
 from nexus.core.keys import public_key_of
 from nexus.core.manifest import Manifest
 from nexus.core.plan import Plan
+from nexus.node import runner as runner_module
 from nexus.node.api import Finished, GenerateRequest, Planned, Token
 from nexus.node.attacks import Means, conduct_of
 from nexus.node.audit.asking import Auditor
 from nexus.node.audit.sessions import SessionAudits
+from nexus.node.environment import SYSTEM, Environment
 from nexus.node.infer.coordinator import Coordinator
 from nexus.node.runner import Runner
 from nexus.proof.audit import StageAudit
@@ -111,6 +114,7 @@ async def home(
             audits,
             convicted,
             settle,
+            environment=Environment(lambda: NOW_MS, random.Random(1), SYSTEM.perf_counter),  # the same plans in every run
         )
         try:
             yield Home(nodes, runner, audits, noted, judged, unpaid, proofs)
@@ -313,3 +317,48 @@ async def test_who_spoils_a_session_is_avoided_as_long_as_others_suffice(tiny: t
         for stages, avoided in ((2, True), (3, False)):
             plan = (await here.runner.place(tiny[0], stages)).plan
             assert (identity(1).public_key not in {stage.node for stage in plan.stages}) == avoided
+
+
+class Silence:
+    """Health of nodes of which some are believed to be well and do not answer when they are asked, for so many seconds."""
+
+    def __init__(self, silent: set[bytes], for_s: float = float("inf")) -> None:
+        self.silent, self.until_s = silent, trio.current_time() + for_s
+        self.noticed: set[bytes] = set()
+
+    async def check(self, nodes: Sequence[bytes]) -> frozenset[bytes]:
+        await trio.lowlevel.checkpoint()
+        self.noticed |= self.silent & set(nodes)
+        return frozenset(node for node in nodes if not self.is_usable(node))
+
+    def is_usable(self, node: bytes) -> bool:
+        return node not in self.noticed or trio.current_time() >= self.until_s
+
+    def stuck(self) -> frozenset[bytes]:
+        return frozenset(node for node in self.noticed if not self.is_usable(node))
+
+
+async def test_nodes_that_do_not_answer_get_no_part_and_nobody_waits_for_them(
+    tiny: tuple[Manifest, Folder], tmp_path: Path
+) -> None:
+    async with home(tiny, tmp_path, others=4) as here:
+        silence = Silence({identity(number).public_key for number in (1, 3)})
+        here.runner._health = silence  # type: ignore[assignment]
+        with trio.fail_after(5):
+            placement = await here.runner.place(tiny[0], 2)
+        assert {stage.node for stage in placement.plan.stages} == {identity(number).public_key for number in (2, 4)}
+
+
+async def test_where_nothing_can_be_planned_without_them_stuck_nodes_are_waited_for_and_then_it_is_said(
+    tiny: tuple[Manifest, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {identity(number).public_key for number in (1, 2)}
+    monkeypatch.setattr(runner_module, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(runner_module, "PATIENCE_STEP_S", 0.1)
+    async with home(tiny, tmp_path) as here:
+        here.runner._health = Silence(both, for_s=0.5)  # type: ignore[assignment]
+        placement = await here.runner.place(tiny[0], 2)
+        assert {stage.node for stage in placement.plan.stages} == both
+        here.runner._health = Silence(both)  # type: ignore[assignment]
+        with trio.fail_after(5), pytest.raises((CapacityError, UsageError)):
+            await here.runner.place(tiny[0], 2)
