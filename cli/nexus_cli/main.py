@@ -39,6 +39,7 @@ from nexus_cli import (
     simulate,
     sky,
     slashed,
+    swarm,
     testnet,
     witness,
 )
@@ -66,6 +67,7 @@ for command in (
     fragments.drain,
     peers.peers,
     peers.ping,
+    swarm.swarm,
     netcheck.netcheck,
     doctor.doctor,
     model.model,

@@ -23,6 +23,7 @@ from nexus.gateway.exchange import EventStream, JsonResponse, guarded, http_erro
 from nexus.gateway.fields import parse_object
 from nexus.gateway.wire import to_json
 from nexus.node.api import NodeApi
+from nexus.node.swarm_view import NODES_MAX, NODES_SHOWN
 
 API_VERSION = "v0"
 
@@ -72,6 +73,9 @@ class Control:
     async def ping(self, request: Request) -> Response:
         peer = requests.parse_ping(await read_body(request))
         return JsonResponse({"peer": peer, "rtt_s": await self.node.ping(peer)})
+
+    async def swarm(self, request: Request) -> Response:
+        return JsonResponse(to_json(await self.node.swarm(_whole_number(request, "limit", NODES_MAX) or NODES_SHOWN)))
 
     async def netcheck(self, request: Request) -> Response:
         return JsonResponse(to_json(await self.node.netcheck()))
@@ -164,6 +168,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("GET", "/v0/peers", Control.peers),
     ("POST", "/v0/peers", Control.add_peer),
     ("POST", "/v0/ping", Control.ping),
+    ("GET", "/v0/swarm", Control.swarm),
     ("POST", "/v0/netcheck", Control.netcheck),
     ("GET", "/v0/models", Control.models),
     ("POST", "/v0/models", Control.add_model),

@@ -16,6 +16,7 @@ from nexus.node.fragments_api import DrainView, FragmentsApi, ServingView, Versi
 from nexus.node.memory.api import AddedView, ExportPart, MemoryApi, ReindexView, VerifyView
 from nexus.node.netcheck import NetcheckView
 from nexus.node.progress import Notice, Progress
+from nexus.node.swarm_view import SwarmView
 from nexus.proof.bundle import AnswerProof, Bundle
 from nexus.proof.solver import Proven
 
@@ -385,6 +386,10 @@ class NodeApi(Protocol):
     def status(self) -> NodeStatus: ...
 
     async def peers(self) -> list[PeerView]: ...
+
+    async def swarm(self, limit: int) -> SwarmView:
+        """Every node that is known, at most `limit` of them listed, and the replicas of every model."""
+        ...
 
     async def add_peer(self, address: str) -> PeerView:
         """Dial a multiaddr, remember it in the address book, return what the peer says of itself."""

@@ -79,6 +79,7 @@ from nexus.node.runner import PLANNED_TOKENS, Runner
 from nexus.node.serving import Serving
 from nexus.node.signing import DurableSigner
 from nexus.node.suspensions import Suspensions
+from nexus.node.swarm_view import SwarmView, swarm_view
 from nexus.node.trust import Trust, open_trust
 from nexus.node.witness import Witnesses
 from nexus.proof.audit import StageAudit
@@ -93,6 +94,7 @@ from nexus.storage.memory.store import MemoryStore
 from nexus.storage.peers import AddressBook, KnownPeer
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.audit_policy import AuditPolicy
+from nexus.swarm.fragments import REPLICAS
 from nexus.swarm.links import Coordinate, Links
 from nexus.swarm.membership import HOLDINGS_MAX, LOAD_MAX, SPEED_MAX, UPLOAD_MAX, Holding, NodeRecord
 
@@ -470,6 +472,30 @@ class Node:
             memory_used_bytes=self._models.memory_used_bytes,
             memory_limit_bytes=self._options.memory_max_bytes,
         )
+
+    async def swarm(self, limit: int) -> SwarmView:
+        """As this node sees it now. Connected nodes that were not heard of lately are asked first, so that none is shown as alive
+        that has just stopped."""
+        records = self._membership.records()
+        await self._health.check([record.node for record in self._membership.connected()])
+        return swarm_view(
+            self._describe(),
+            records,
+            self._health.vitals,
+            self._links.rtt_us,
+            self._links.measured_us,
+            self._layers_of,
+            self._options.replicas or REPLICAS,
+            trio.current_time(),
+            limit,
+        )
+
+    def _layers_of(self, model_root: bytes) -> int | None:
+        """How many layers a model has, where its manifest is here."""
+        try:
+            return self._catalog.manifest(model_root).layers if self._catalog.has(model_root) else None
+        except LocalError:
+            return None
 
     async def peers(self) -> list[PeerView]:
         """Connected peers, with round trips measured now."""

@@ -67,6 +67,8 @@ def test_a_bad_setting_names_file_key_and_fix(cli: Cli, home: Home) -> None:
         ("peers",),
         ("peers", "add", PEER),
         ("ping", "x"),
+        ("swarm", "status"),
+        ("swarm", "watch"),
         ("model", "list"),
         ("model", "show", "x"),
         ("model", "plan", "x"),

@@ -51,14 +51,17 @@ from nexus.node.api import (
 from nexus.node.netcheck import ClockView, NetcheckView
 from nexus.node.planning import FragmentView, LayersView, PlanReport, PlanRequest, imagined
 from nexus.node.progress import Notice, Progress
+from nexus.node.swarm_view import SwarmView, swarm_view
 from nexus.proof.accounts import Fork, Share, SignedEntry
 from nexus.proof.bundle import Bundle, make_requests
 from nexus.proof.evidence import FORK, Evidence, verify_evidence
 from nexus.proof.receipts import FLOAT, MICRO, WINDOW, Receipt, SignedReceipt, Terms, payload_root, tokens_to_bytes
 from nexus.proof.solver import Proven
+from nexus.swarm.health import Vitals
 from nexus.swarm.ledger import Account, Cost, pay_entry
 from tests.gateway.fake_fragments import FakeFragments
 from tests.gateway.fake_memory import FakeMemory
+from tests.swarm.node_records import holding, node_record
 
 COORDINATOR, FIRST, SECOND = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
 _HOME, _SEEN = Endpoint("ip4", "192.168.1.4", 4510), Endpoint("ip4", "198.51.100.7", 4510)
@@ -84,6 +87,20 @@ NETCHECK = NetcheckView(
     (ClockView(FIRST.peer_id, -120, 4),),
     ((FIRST.peer_id, "evil\x1b[31m"),),
     ("Forward the port.",),
+)
+SWARM = swarm_view(
+    node_record(COORDINATOR.public_key, name="own", models=(holding("nano", b"n" * 32, (0, 6)),)),
+    [
+        node_record(FIRST.public_key, name="node\x1b[31m", load=3, models=(holding("nano", b"n" * 32, (0, 4), serving=((0, 2),)),)),
+        node_record(SECOND.public_key, name="", leaving=1, models=(holding("rare", b"r" * 32, (0, 2)),)),
+    ],
+    lambda node: Vitals("alive", 0.0, 8.0) if node == FIRST.public_key else Vitals(),
+    lambda one, other: 20_000,
+    lambda node: 20_000 if node == FIRST.public_key else None,
+    lambda root: 6 if root == b"n" * 32 else None,
+    2,
+    10.0,
+    256,
 )
 FIDELITY = Fidelity(
     "held_out.txt",
@@ -238,6 +255,7 @@ class FakeNode:
         self.burned = False
         self.memory = FakeMemory()
         self.fragments = FakeFragments()
+        self.seen = SWARM
         self.idle = trio.Event()
         self.requests: list[GenerateRequest | EmbedRequest | FidelityRequest] = []
 
@@ -252,6 +270,9 @@ class FakeNode:
         return [
             PeerView(FIRST.peer_id, "node\x1b[31m", "nexus/0.1.0", ("/ip4/192.0.2.1/tcp/4510",), "out", None, 2**30, ("nano 0-1",))
         ]
+
+    async def swarm(self, limit: int) -> SwarmView:
+        return replace(self.seen, nodes=self.seen.nodes[:limit])
 
     async def add_peer(self, address: str) -> PeerView:
         if "192.0.2.9" in address:

@@ -54,6 +54,7 @@ async def test_everything_that_can_be_read(path: Path, node: FakeNode) -> None:
             "/v0/status",
             "/v0/id",
             "/v0/peers",
+            "/v0/swarm?limit=1",
             "/v0/models",
             "/v0/models/nano",
             "/v0/models/nano/plan",
