@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from scripts.benchmarks import blocks, decode, embed, engine, memory, placement, receipts, search, sync, verify
+from scripts.benchmarks import blocks, decode, embed, engine, memory, placement, receipts, search, sync, transfer, verify
 from scripts.benchmarks.result import Result
 
 SWARM: dict[str, Callable[[int, int, bool], Result]] = {"decode": decode.run, "receipts": receipts.run}
@@ -44,6 +44,8 @@ def main() -> int:
     sync.add_arguments(bench)
     bench = benches.add_parser("search", parents=[common], help="the memory's search beside usearch, chroma and lancedb")
     search.add_arguments(bench)
+    bench = benches.add_parser("transfer", parents=[common], help="a gigabyte between two nodes, beside plain TLS")
+    transfer.add_arguments(bench)
     options = parser.parse_args()
     if options.bench in SWARM:
         rounds = min(options.rounds, 3) if options.quick else options.rounds
@@ -57,6 +59,7 @@ def main() -> int:
             "placement": placement.run,
             "search": search.run,
             "sync": sync.run,
+            "transfer": transfer.run,
             "verify": verify.run,
         }[options.bench](options)
     if options.json:
