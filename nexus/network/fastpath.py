@@ -682,7 +682,7 @@ class FastPathTransport:
         for ip in self._ips_of(peer_id):
             try:
                 return await self._greet(await _connected(ip, offer.port), peer_id, protocol, offer)
-            except ConnectionRefusedError as error:
+            except OSError as error:
                 reasons.append(f"{ip} port {offer.port}: {_reason(error)}")
         raise UnreachableError("; ".join(reasons) or "it is reached through a relay only", peer=peer_id)
 

@@ -261,6 +261,17 @@ class TestFallingBack:
             assert not isinstance(await a.open_stream(b.peer_id, ECHO), FastStream)
             assert isinstance(await b.open_stream(a.peer_id, ECHO), FastStream)
 
+    async def test_a_peer_behind_a_relay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its connection leads to no address of its own."""
+        async with fast() as a, fast() as b:
+            await join(a, b)
+            direct = a.connections()
+            circuit = [replace(one, address=f"{one.address}/p2p/{b.peer_id}/p2p-circuit") for one in direct]
+            monkeypatch.setattr(a._below, "connections", lambda: circuit)
+            stream = await a.open_stream(b.peer_id, ECHO)
+            assert not isinstance(stream, FastStream)
+            await check_echo(stream)
+
     async def test_a_peer_that_is_gone_is_unreachable_and_not_avoided(self) -> None:
         async with fast() as a:
             with pytest.raises(UnreachableError):
