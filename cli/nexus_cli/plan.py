@@ -69,9 +69,9 @@ def model_plan(
 def _facts(report: PlanReport) -> list[tuple[str, str]]:
     slowest = report.plan.stages[report.slowest]
     bound = "the ring" if report.latency_us >= report.streams * report.slowest_us else "the slowest stage"
-    together = f"{report.streams_tokens_per_s:.3g} with {show.count(report.streams, 'session')} at once"
+    together = f"{_rate(report.streams_tokens_per_s)} with {show.count(report.streams, 'session')} at once"
     return [
-        ("tokens/s", f"{report.tokens_per_s:.3g} for one session alone, {together} (predicted)"),
+        ("tokens/s", f"{_rate(report.tokens_per_s)} for one session alone, {together} (predicted)"),
         ("a step", f"{show.duration(report.step_us / 1e6)}, bound by {bound}"),
         ("slowest stage", f"{report.slowest}, {show.duration(report.slowest_us / 1e6)} on {slowest.name or slowest.peer_id}"),
         ("memory", f"{show.size(report.memory_bytes)} of {show.size(report.memory_offered_bytes)} that serving nodes offer"),
@@ -79,6 +79,10 @@ def _facts(report: PlanReport) -> list[tuple[str, str]]:
         ("held by", _by_layers(report.layers, "held")),
         ("could be", _by_layers(report.layers, "planned")),
     ]
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
 
 
 def _by_layers(layers: tuple[LayersView, ...], field: str) -> str:

@@ -771,8 +771,7 @@ class Node:
         context = min(manifest.context, PLANNED_TOKENS)
         if request.machines is not None:
             return await trio.to_thread.run_sync(imagined, request, manifest, name, context)
-        # What would run now, shown with as many sessions as were asked about.
-        placement = replace(await self._runner.place(manifest, request.stages), streams=request.streams)
+        placement = await self._runner.place(manifest, request.stages, streams=request.streams)
         members = members_of(self._runner.in_reach(), manifest)
         return await trio.to_thread.run_sync(report, request, manifest, name, placement, members, context, self._links.rtt_us)
 

@@ -13,7 +13,7 @@ from nexus.core.hashing import tagged_hash
 from nexus.core.manifest import Manifest
 from nexus.swarm.costs import RttUs
 from nexus.swarm.membership import NodeRecord
-from nexus.swarm.placement import Candidate, Placement, place
+from nexus.swarm.placement import STREAMS, Candidate, Placement, place
 from nexus.swarm.routing import route
 
 # A route is taken if its step is predicted to take at most so many times what a placement's does: whoever asks waits for what has
@@ -67,12 +67,15 @@ def choose(
     stages: int | None,
     dtype: str,
     context: int,
+    streams: int = STREAMS,
     rtt_us: RttUs,
     seed: bytes,
 ) -> Placement:
     """The route, or the placement where there is no route or a much slower one. `seed`: random bytes that the route's draws come
     from. Raises what `place` raises."""
-    placement = place(manifest, candidates, coordinator=coordinator, stages=stages, dtype=dtype, context=context, rtt_us=rtt_us)
+    placement = place(
+        manifest, candidates, coordinator=coordinator, stages=stages, dtype=dtype, context=context, streams=streams, rtt_us=rtt_us
+    )
     routed = route(
         manifest,
         candidates,
@@ -80,6 +83,7 @@ def choose(
         stages=stages,
         dtype=dtype,
         context=context,
+        streams=streams,
         rtt_us=rtt_us,
         below=draws(seed),
     )

@@ -64,7 +64,7 @@ from nexus.proof.receipts import SPEC, STEPS_MAX, WINDOW, Terms, millionths, tok
 from nexus.swarm.audit_policy import can_audit, other_nodes
 from nexus.swarm.costs import RttUs, rtt_default
 from nexus.swarm.membership import NodeRecord
-from nexus.swarm.placement import Placement
+from nexus.swarm.placement import STREAMS, Placement
 from nexus.swarm.session import Result
 
 if TYPE_CHECKING:
@@ -227,24 +227,26 @@ class Runner:
         found, root = await self.resolve(name)
         return found, await self._models.manifest(root, self.sources(root))
 
-    async def place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset()) -> Placement:
+    async def place(
+        self, manifest: Manifest, stages: int | None, without: frozenset[bytes] = frozenset(), streams: int = STREAMS
+    ) -> Placement:
         """Who computes what, over the nodes known now. Those in whose sessions something did not hold get no part while the others
         can do without them: it may be their neighbours that cheat."""
         now_s = trio.current_time()
         self._doubted = {node: until_s for node, until_s in self._doubted.items() if until_s > now_s}
         if self._doubted:
             try:
-                return await self._place(manifest, stages, without | self._doubted.keys())
+                return await self._place(manifest, stages, without | self._doubted.keys(), streams)
             except (CapacityError, UsageError):
                 log.info("doubted_nodes_planned_with", nodes=[peer_id_of(node) for node in sorted(self._doubted)])
-        return await self._place(manifest, stages, without)
+        return await self._place(manifest, stages, without, streams)
 
-    async def _place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
+    async def _place(self, manifest: Manifest, stages: int | None, without: frozenset[bytes], streams: int) -> Placement:
         """A plan of nodes that answer now. Where nothing can be planned because some are stuck, they are waited for a little."""
         patient_until_s = trio.current_time() + PATIENCE_S
         while True:
             try:
-                placement = await self._search(manifest, stages, without)
+                placement = await self._search(manifest, stages, without, streams)
             except (CapacityError, UsageError):
                 if self._health is None or not self._health.stuck() - without or trio.current_time() >= patient_until_s:
                     raise
@@ -256,28 +258,35 @@ class Runner:
                 return placement
             log.info("planned_again", without=[peer_id_of(node) for node in sorted(silent)], reason="they do not answer")
 
-    async def _search(self, manifest: Manifest, stages: int | None, without: frozenset[bytes]) -> Placement:
+    async def _search(self, manifest: Manifest, stages: int | None, without: frozenset[bytes], streams: int) -> Placement:
         """Nodes that leave get no part, unless others would have to fetch for it first what these still serve."""
         own = self._own()
         records = [own, *(record for record in self._present() if record.node != own.node and record.node not in without)]
         if not any(record.leaving for record in records):
-            return await self._choose(manifest, records, own.node, stages)
+            return await self._choose(manifest, records, own.node, stages, streams)
         staying: Placement | None = None
         failure: NexusError | None = None
         try:
-            staying = await self._choose(manifest, records, own.node, stages)
+            staying = await self._choose(manifest, records, own.node, stages, streams)
         except (CapacityError, UsageError) as error:
             failure = error
         if staying is not None and not any(staying.fetch_bytes):
             return staying
         try:
-            with_leaving = await self._choose(manifest, records, own.node, stages, leaving=True)
+            with_leaving = await self._choose(manifest, records, own.node, stages, streams, leaving=True)
         except (CapacityError, UsageError) as error:
             raise failure or error from error
         return with_leaving if staying is None or not any(with_leaving.fetch_bytes) else staying
 
     async def _choose(
-        self, manifest: Manifest, records: Sequence[NodeRecord], coordinator: bytes, stages: int | None, *, leaving: bool = False
+        self,
+        manifest: Manifest,
+        records: Sequence[NodeRecord],
+        coordinator: bytes,
+        stages: int | None,
+        streams: int,
+        *,
+        leaving: bool = False,
     ) -> Placement:
         tokens, dtype = min(manifest.context, PLANNED_TOKENS), DTYPES[manifest.profile][0]
         # Off the trio thread: with many unlike nodes the search takes a noticeable part of a second.
@@ -289,6 +298,7 @@ class Runner:
             stages=stages,
             dtype=dtype,
             context=tokens,
+            streams=streams,
             rtt_us=self._rtt_us,
             seed=self._rng.randbytes(16),
         )

@@ -8,13 +8,14 @@ from fractions import Fraction
 from itertools import combinations, pairwise, permutations
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nexus.core.errors import CapacityError, MalformedError, UsageError
 from nexus.core.manifest import EMBEDDING, HEAD, Blob, Manifest, layer_name, stage_pieces
+from nexus.swarm import subsets
 from nexus.swarm.chains import PRECISION
-from nexus.swarm.costs import RttUs
+from nexus.swarm.costs import RTT_MAX_US, SPEED_MAX, RttUs
 from nexus.swarm.placement import SHORTLIST, SLACK, Candidate, Placement, StageCosts, _shortlist, place
 
 ME = bytes([1]) * 32
@@ -389,3 +390,103 @@ def test_a_swarm_of_unlike_nodes_is_placed_well(count: int, streams: int) -> Non
     work = StageCosts(manifest, "float32", 0).work(0, 80)
     ideal = max(work / max(one.speed for one in nodes), streams * work / sum(one.speed for one in nodes))
     assert placement.step_us < 1.35 * ideal
+
+
+class TestStepTime:
+    def test_a_machine_that_is_far_away_only_slows_the_chain_and_is_left_out(self) -> None:
+        nodes = [node(1, speed=1000), node(2, speed=1000), node(3, speed=1000)]
+
+        def rtt_us(one: bytes, other: bytes) -> int:
+            return 200_000 if bytes([3]) * 32 in (one, other) else 10
+
+        manifest = model([400_000] * 12, head=0)
+        assert {number for number, _, _ in shape(plan(manifest, nodes, rtt_us=rtt_us))} == {1, 2}
+        assert len(shape(plan(manifest, nodes))) == 3
+
+    def test_more_streams_are_worth_more_stages(self) -> None:
+        nodes = [node(n, speed=1000) for n in range(1, 9)]
+        counts = [
+            len(plan(model([400_000] * 16), nodes, streams=streams, rtt_us=lambda a, b: 100).plan.stages) for streams in (1, 2, 64)
+        ]
+        assert counts == sorted(counts)
+        assert (counts[0], counts[-1]) == (1, 8)
+
+    def test_a_loaded_node_gets_less(self) -> None:
+        nodes = [replace(node(1, speed=1024), load=3), node(2, speed=1024)]
+        got = {number: end - start for number, start, end in shape(plan(model([4000] * 10, head=0), nodes))}
+        assert got == {1: 2, 2: 8}
+
+    def test_what_is_predicted_is_what_the_definition_says(self) -> None:
+        nodes = [node(1, speed=1024), node(2, speed=512)]
+        made = plan(model([409_600] * 6, head=0), nodes, stages=2, streams=4, rtt_us=lambda one, other: 300)
+        assert sorted(made.compute_us) == [400.0, 400.0]
+        assert (made.latency_us, made.slowest_us, made.step_us) == (1100.0, 400.0, 1600.0)
+        assert made.tokens_per_s == pytest.approx(1e6 / 1100)
+        assert made.streams_tokens_per_s == pytest.approx(4e6 / 1600)
+
+    @pytest.mark.parametrize("streams", [0, -1, 1 << 17])
+    def test_streams_out_of_bounds_are_refused(self, streams: int) -> None:
+        with pytest.raises(UsageError, match="streams"):
+            plan(model([400]), [node(1)], streams=streams)
+
+
+class TestLies:
+    def test_a_speed_that_no_machine_has_counts_as_none_at_all(self) -> None:
+        liar, honest = node(2, speed=SPEED_MAX + 1), node(3, speed=2000)
+        placement = plan(model([400_000] * 4), [liar, honest], streams=1)
+        assert shape(placement) == [(3, 0, 4)]
+        alone = plan(model([400_000] * 4), [liar], streams=1)
+        assert "speed assumed, not measured" in alone.reasons[0]
+        assert alone.compute_us == plan(model([400_000] * 4), [replace(liar, speed=0)], streams=1).compute_us
+
+    @pytest.mark.parametrize(("claimed", "counts"), [(-(10**9), 0), (10**18, RTT_MAX_US)])
+    def test_round_trips_count_within_bounds(self, claimed: int, counts: int) -> None:
+        nodes = [node(1, memory=1000, speed=1000), node(2, memory=1000, speed=1000)]
+        made = plan(model([400] * 4), nodes, rtt_us=lambda one, other: claimed)
+        assert made.latency_us == pytest.approx(counts, abs=10)
+
+    @pytest.mark.parametrize("load", [-5, 10**30])
+    def test_an_absurd_load_has_a_bounded_effect(self, load: int) -> None:
+        made = plan(model([400] * 4), [replace(node(1), load=load)])
+        assert 0 < made.latency_us <= 1001 * plan(model([400] * 4), [node(1)]).latency_us
+
+    def test_a_model_of_absurd_size_does_not_overflow(self) -> None:
+        made = plan(
+            model([1 << 60] * 8, embedding=1 << 60), [node(1, memory=1 << 70, speed=1), node(2, memory=1 << 70, speed=10**6)]
+        )
+        assert shape(made) == [(2, 0, 8)]
+
+
+class TestSearchOverLayers:
+    """What is used where there are many nodes, on cases that the other search would take."""
+
+    @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(manifest=models(), nodes=swarms(nodes_max=6, held=True), stages=st.none() | st.integers(1, 4), links=links())
+    def test_its_plans_are_valid_and_fit(
+        self, monkeypatch: pytest.MonkeyPatch, manifest: Manifest, nodes: list[Candidate], stages: int | None, links: RttUs
+    ) -> None:
+        assume(stages is None or stages <= min(len(nodes), manifest.layers))
+        best = brute_force(manifest, nodes, stages, 4, links)
+        with monkeypatch.context() as patched:
+            patched.setattr(subsets, "SUBSET_CELLS", 0)
+            try:
+                placement = plan(manifest, nodes, stages, rtt_us=links)
+            except CapacityError:
+                return  # it may miss what hardly fits
+        assert best is not None
+        assert best <= of_plan(manifest, nodes, placement, 4, links)
+        assert stages in (None, len(placement.plan.stages))
+        memory = {one.node: one.memory_bytes for one in nodes}
+        for stage, needed in zip(placement.plan.stages, placement.memory_bytes, strict=True):
+            assert needed <= memory[stage.node]
+
+    def test_with_room_it_comes_near_the_best(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nodes = [node(n, speed=100 + 13 * n) for n in range(1, 9)]
+        manifest = model([400_000] * 16)
+
+        def rtt_us(one: bytes, other: bytes) -> int:
+            return 40 * abs(one[0] - other[0])
+
+        best = plan(manifest, nodes, rtt_us=rtt_us).step_us
+        monkeypatch.setattr(subsets, "SUBSET_CELLS", 0)
+        assert plan(manifest, nodes, rtt_us=rtt_us).step_us <= 1.02 * best
