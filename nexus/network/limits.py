@@ -12,6 +12,7 @@ from nexus.network.transport import ProtocolSpec
 PEERS_REMEMBERED = 1024
 KEYS_MAX = 4096
 STRIKES_MAX = 10
+FRAMES_BURST = 2
 STRIKES_FORGOTTEN_S = 60.0
 
 
@@ -74,6 +75,7 @@ class TokenTable:
 class _Use:
     streams: int = 0
     bytes: TokenBucket | None = None
+    frames: TokenBucket | None = None
 
 
 @dataclass(slots=True)
@@ -101,13 +103,19 @@ class PeerLimits:
         self._use(peer_id, protocol).streams -= 1
 
     def delay_s(self, peer_id: str, protocol: ProtocolSpec, size: int, now_s: float) -> float:
-        """Seconds that reading has to pause after `size` more bytes from the peer."""
-        if protocol.bytes_per_peer_s is None:
-            return 0.0
-        use = self._use(peer_id, protocol)
-        if use.bytes is None:
-            use.bytes = TokenBucket(protocol.bytes_per_peer_s, protocol.bytes_per_peer_s, now_s)
-        return use.bytes.take(size, now_s)
+        """Seconds that reading has to pause after one more frame, of `size` bytes, from the peer."""
+        pause_s = 0.0
+        if protocol.bytes_per_peer_s is not None:
+            use = self._use(peer_id, protocol)
+            if use.bytes is None:
+                use.bytes = TokenBucket(protocol.bytes_per_peer_s, protocol.bytes_per_peer_s, now_s)
+            pause_s = use.bytes.take(size, now_s)
+        if protocol.frames_per_peer_s is not None:
+            use = self._use(peer_id, protocol)
+            if use.frames is None:
+                use.frames = TokenBucket(protocol.frames_per_peer_s, FRAMES_BURST * protocol.frames_per_peer_s, now_s)
+            pause_s = max(pause_s, use.frames.take(1, now_s))
+        return pause_s
 
     def strike(self, peer_id: str, now_s: float) -> bool:
         """Note that a peer broke the rules. True once it did so too often: drop it."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nexus.network.reachability import Netcheck
 
 
-FRAME_MAX = 64 * 1024 * 1024
+FRAME_MAX = 48 * 1024 * 1024
 GOSSIP_BYTES_MAX = 1024
 PROVIDER_KEY_BYTES = 32
 
@@ -31,7 +31,8 @@ class ProtocolSpec:
     `first_frame_max`: the same for the first frame of whoever opens the stream, which says what it is about (None: `frame_max`).
     `read_timeout_s`: a stream on which the reader waits longer than this is reset (None: the service sets its own deadlines).
     `streams_per_peer_max`: open inbound streams of this protocol per peer; one more is reset.
-    `bytes_per_peer_s`: sustained inbound bytes per second and peer; above it reading slows down (None: no limit).
+    `bytes_per_peer_s`, `frames_per_peer_s`: sustained inbound bytes and frames per second and peer; above it reading slows down
+    (None: no limit).
     `bulk`: its streams carry much, so they may go another way than the rest (`nexus.network.fastpath`).
     """
 
@@ -41,6 +42,7 @@ class ProtocolSpec:
     streams_per_peer_max: int = 16
     first_frame_max: int | None = None
     bytes_per_peer_s: int | None = None
+    frames_per_peer_s: int | None = None
     bulk: bool = False
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexus.network.limits import PEERS_REMEMBERED, STRIKES_FORGOTTEN_S, STRIKES_MAX, PeerLimits, TokenBucket
+from nexus.network.limits import PEERS_REMEMBERED, STRIKES_FORGOTTEN_S, STRIKES_MAX, PeerLimits, TokenBucket, TokenTable
 from nexus.network.transport import ProtocolSpec
 
 SPEC = ProtocolSpec("/t/1", frame_max=1, streams_per_peer_max=2, bytes_per_peer_s=100)
@@ -64,3 +64,20 @@ def test_strikes_add_up_and_fade() -> None:
     for number in range(3 * PEERS_REMEMBERED):
         slow.strike(str(number), 0.0)
     assert len(slow._strikes) <= PEERS_REMEMBERED
+
+
+def test_frames_are_paced_as_well_as_bytes() -> None:
+    limits, spec = PeerLimits(), ProtocolSpec("/t/1", frame_max=10, bytes_per_peer_s=1000, frames_per_peer_s=5)
+    assert [limits.delay_s("p", spec, 1, 0.0) for _ in range(10)] == [0.0] * 10
+    assert limits.delay_s("p", spec, 1, 0.0) == 0.2
+    assert limits.delay_s("q", spec, 2000, 0.0) == 1.0
+
+
+def test_a_table_of_buckets_is_bounded_and_counts_for_all_keys_or_none() -> None:
+    table = TokenTable(1.0, 2.0, keys_max=3)
+    assert [table.may(("a", "b"), 0.0) for _ in range(3)] == [True, True, False]
+    assert not table.may(("b", "c"), 0.0)
+    assert table.may(("c",), 0.0)
+    for number in range(10):
+        table.may((str(number),), 0.0)
+    assert len(table) == 3

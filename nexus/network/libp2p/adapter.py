@@ -86,12 +86,13 @@ _NEGOTIATION_LINE_MAX = 1024
 @dataclass(frozen=True, slots=True)
 class Caps:
     """`connections`: of this node. `connections_per_ip`: inbound, from one IP address. `streams_per_connection`: each way.
-    `buffered_bytes`: received and not yet read by anyone, over all connections."""
+    `buffered_bytes`: received and not yet read by anyone, over all connections; `buffered_bytes_per_peer`: of one peer."""
 
     connections: int = 256
     connections_per_ip: int = 64
     streams_per_connection: int = 128
     buffered_bytes: int = 256 << 20
+    buffered_bytes_per_peer: int = 56 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class Libp2pTransport:
         self._subscribers = Subscribers()
         self._topics: dict[str, int] = {}
         caps = options.caps
-        self._budget = Budget(caps.buffered_bytes, caps.streams_per_connection)
+        self._budget = Budget(caps.buffered_bytes, caps.streams_per_connection, caps.buffered_bytes_per_peer)
         self._swarm = HardenedSwarm(
             key_pair_of(identity),
             self._budget,

@@ -28,6 +28,7 @@ class FrameStream:
         self._protocol = protocol
         self._limits = limits
         self._partial = bytearray()
+        self._paced = protocol.bytes_per_peer_s is not None or protocol.frames_per_peer_s is not None
         self._frame_max = protocol.frame_max if muxed.outbound else protocol.first_frame_max or protocol.frame_max
 
     @property
@@ -52,9 +53,7 @@ class FrameStream:
     async def receive(self) -> bytes:
         frame = await self._next()
         self._frame_max = self._protocol.frame_max
-        if self._protocol.bytes_per_peer_s is not None and (
-            pause_s := self._limits.delay_s(self._peer_id, self._protocol, len(frame), trio.current_time())
-        ):
+        if self._paced and (pause_s := self._limits.delay_s(self._peer_id, self._protocol, len(frame), trio.current_time())):
             await trio.sleep(pause_s)
         return frame
 

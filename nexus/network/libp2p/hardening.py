@@ -58,6 +58,8 @@ from nexus.network.addresses import Circuit, is_circuit, parse_address
 from nexus.network.libp2p.noise import NoiseTransport
 from nexus.network.libp2p.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from nexus.network.libp2p.yamux import Budget, YamuxConnection, YamuxStream
+from nexus.network.limits import TokenTable
+from nexus.network.reachability import LOOPBACK, scope_of
 from nexus.network.transport import GOSSIP_BYTES_MAX
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,18 @@ LIBRARY_STREAMS_PER_PEER = {
     "/libp2p/circuit/relay/0.2.0/stop": 72,
 }
 LIBRARY_STREAMS_PER_PEER_DEFAULT = 3
+# Reads per second and peer by the library's handlers, over all its streams of a protocol: a message takes two or three.
+READS_PER_S = {KAD_PROTOCOL: 100.0, GOSSIP_PROTOCOLS[0]: 600.0, GOSSIP_PROTOCOLS[1]: 600.0}
+READS_PER_S_DEFAULT = 50.0
+READS_BURST = 10.0  # seconds of it
+CONNECTIONS_PER_PEER_MAX = 6
+PROVIDED_PER_PEER_MAX = 1024
+PROVIDERS_PER_IP_MAX = 8
+GOSSIP_TOPIC_CHARS_MAX = 256
+# Messages per second that one forwarder hands on, and that one publisher is behind, over all topics.
+GOSSIP_FORWARDED_PER_S = 400.0
+GOSSIP_PUBLISHED_PER_S = 20.0
+GOSSIP_BURST = 10.0  # seconds of it
 PEERS_TRACKED_MAX = 4096
 
 
@@ -213,6 +227,10 @@ class HardenedSwarm(Swarm):
         return self._shunned.get(peer_id, 0.0) > trio.current_time()
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        held = [conn for conn in self.get_connections(muxed_conn.peer_id) if not conn.is_closed]
+        if direction == "inbound" and len(held) >= CONNECTIONS_PER_PEER_MAX:
+            await muxed_conn.close()
+            raise SwarmException(f"peer {muxed_conn.peer_id} has {len(held)} connections already")
         if direction == "inbound" and self.shuns(muxed_conn.peer_id):
             await muxed_conn.close()
             raise SwarmException(f"peer {muxed_conn.peer_id} was dropped a while ago")
@@ -347,6 +365,8 @@ class HardenedHost(BasicHost):
     def set_stream_handler(self, protocol_id: TProtocol, stream_handler: StreamHandlerFn) -> None:
         """For the library's own protocols. An idle DHT stream holds one of 12 places for ever there: here it has a deadline."""
         cap = LIBRARY_STREAMS_PER_PEER.get(protocol_id, LIBRARY_STREAMS_PER_PEER_DEFAULT)
+        rate = READS_PER_S.get(protocol_id, READS_PER_S_DEFAULT)
+        reads = TokenTable(rate, READS_BURST * rate)
         deadline_s = DHT_STREAM_S if protocol_id == KAD_PROTOCOL else float("inf")
 
         async def bounded(stream: INetStream) -> None:
@@ -355,6 +375,10 @@ class HardenedHost(BasicHost):
                 await stream.reset()
                 return
             self._per_peer[key] += 1
+            muxed = stream.muxed_stream  # type: ignore[attr-defined]
+            if isinstance(muxed, YamuxStream):
+                peer = (str(key[0]),)
+                muxed.pace = lambda: reads.delay_s(peer, 1, trio.current_time())
             try:
                 with trio.move_on_after(deadline_s) as scope:
                     await stream_handler(stream)
@@ -362,7 +386,6 @@ class HardenedHost(BasicHost):
                     await stream.reset()
             finally:
                 # The library's handlers leave their side open when they return.
-                muxed = stream.muxed_stream  # type: ignore[attr-defined]
                 if isinstance(muxed, YamuxStream):
                     muxed.abandon()
                 self._per_peer[key] -= 1
@@ -409,13 +432,50 @@ class HardenedProviders(ProviderStore):
     def __init__(self, host: IHost) -> None:
         super().__init__(host)
         self.providers = OrderedDict()
+        self._keys_of: OrderedDict[str, OrderedDict[bytes, None]] = OrderedDict()
 
     def add_provider(self, key: bytes, provider: PeerInfo) -> None:
+        """The library bounds providers per key (20). Here: keys in all, keys of one peer, and the peers of one IP address behind a
+        key, or one machine would fill it with identities of its own. What expired makes room first."""
+        self.get_providers(key)  # drops what has expired
+        peer_id = str(provider.peer_id)
+        host = self._host_of(provider.peer_id)
+        if host:
+            others = [one for one in self.providers.get(key, {}) if one != peer_id]
+            if sum(self._host_of(ID.from_base58(one)) == host for one in others) >= PROVIDERS_PER_IP_MAX:
+                return
+        keys = self._keys_of.setdefault(peer_id, OrderedDict())
+        keys[key] = None
+        keys.move_to_end(key)
+        self._keys_of.move_to_end(peer_id)
+        if len(keys) > PROVIDED_PER_PEER_MAX:
+            oldest, _ = keys.popitem(last=False)
+            self._forget(oldest, peer_id)
+        while len(self._keys_of) > PEERS_TRACKED_MAX:
+            gone, its_keys = self._keys_of.popitem(last=False)
+            for its_key in its_keys:
+                self._forget(its_key, gone)
         super().add_provider(key, PeerInfo(provider.peer_id, list(provider.addrs)[:8]))
         assert isinstance(self.providers, OrderedDict)
         self.providers.move_to_end(key)
         while len(self.providers) > PROVIDED_KEYS_MAX:
             self.providers.popitem(last=False)
+
+    def _forget(self, key: bytes, peer_id: str) -> None:
+        records = self.providers.get(key)
+        if records is not None:
+            records.pop(peer_id, None)
+            if not records:
+                del self.providers[key]
+
+    def _host_of(self, peer_id: ID) -> str:
+        """The IP address that a peer is connected from; "" where it is not, or is on this machine."""
+        for conn in self.host.get_network().get_connections(peer_id):
+            muxed = conn.muxed_conn
+            address = muxed.get_remote_address() if isinstance(muxed, YamuxConnection) else None
+            if address is not None and scope_of(address[0]) != LOOPBACK:
+                return address[0]
+        return ""
 
     async def _republish_provider_records(self) -> None:
         return  # the adapter renews, paced
@@ -584,10 +644,28 @@ class HardenedPubsub(Pubsub):
             max_subscriptions_per_rpc=64,
         )
 
+        self._forwarded = TokenTable(GOSSIP_FORWARDED_PER_S, GOSSIP_BURST * GOSSIP_FORWARDED_PER_S)
+        self._published = TokenTable(GOSSIP_PUBLISHED_PER_S, GOSSIP_BURST * GOSSIP_PUBLISHED_PER_S)
+
+    def handle_subscription(self, origin_id: ID, sub_message: rpc_pb2.RPC.SubOpts) -> None:
+        """The library bounds how many topics a peer subscribes to, and not how long their names are."""
+        if len(sub_message.topicid) <= GOSSIP_TOPIC_CHARS_MAX:
+            super().handle_subscription(origin_id, sub_message)
+
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         if len(msg.data) > GOSSIP_BYTES_MAX or len(msg.topicIDs) != 1 or len(msg.seqno) != 8:
             self.router.scorer.on_invalid_message(msg_forwarder, "")  # type: ignore[attr-defined]
             return
+        now_s = trio.current_time()
+        if msg_forwarder != self.my_id:
+            if msg.topicIDs[0] not in self.topic_ids:
+                return  # nothing that this node listens to: it is kept and passed on by those who do
+            if not self._forwarded.may((str(msg_forwarder),), now_s):
+                self.router.scorer.penalize_behavior(msg_forwarder, 1.0)  # type: ignore[attr-defined]
+                return
+            # Of a publisher that floods others are to blame as little as this node would be.
+            if not self._published.may((msg.from_id.hex(),), now_s):
+                return
         try:
             await super().push_msg(msg_forwarder, msg)
         except Exception as error:  # noqa: BLE001 - the boundary: see the class

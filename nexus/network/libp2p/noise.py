@@ -43,6 +43,7 @@ RECEIVE_BYTES = 192 * 1024
 PENDING_HIGH_BYTES = 128 * 1024
 PENDING_MAX_BYTES = 4 << 20
 WRITE_STALL_S = 30.0
+UNACKNOWLEDGED_MS = 45_000
 GREETED_MAX = 4096
 _nonce = struct.Struct("<4xQ").pack
 _length = struct.Struct(">H")
@@ -315,6 +316,9 @@ class NoiseTransport(Transport):
             sock.setblocking(False)
             if not circuit:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):
+                    # A way that has become one-way: what we send arrives nowhere, though the peer's bytes still come.
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
             return SecureChannel(
                 sock=sock,
                 local_peer=self.local_peer,

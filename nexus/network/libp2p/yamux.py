@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -57,6 +57,8 @@ CONTROL_FRAMES_PER_S = 5_000
 CONTROL_FRAMES_BURST = 20_000
 ORPHAN_BYTES_PER_S = 4 << 20  # for streams that we reset a moment ago
 ORPHAN_BYTES_BURST = 16 << 20
+REFUSED_STREAMS_PER_S = 20
+REFUSED_STREAMS_BURST = 500
 PING_AFTER_S = 15.0
 DEAD_AFTER_S = 45.0
 LINGER_S = 10.0
@@ -71,12 +73,28 @@ class ProtocolError(Exception):
 
 @dataclass(slots=True)
 class Budget:
-    """Bytes that all connections of a node together may buffer, and the streams that one connection may have."""
+    """Bytes that all connections of a node together, and those of one peer, may buffer, and the streams that one connection may
+    have. `peer_bytes_max` leaves room for the longest frame (FRAME_MAX) and little more."""
 
     bytes_max: int
     streams_max: int
+    peer_bytes_max: int = 56 << 20
     used: int = 0
+    peers: Counter[ID] = field(default_factory=Counter)
     connections: dict[YamuxConnection, None] = field(default_factory=dict)
+
+    def account(self, peer_id: ID, size: int) -> None:
+        """`size` more bytes of a peer are buffered; negative: fewer."""
+        self.used += size
+        self.peers[peer_id] += size
+        if not self.peers[peer_id]:
+            del self.peers[peer_id]
+
+    def enforce_peer(self, peer_id: ID) -> None:
+        """Over what one peer may have, all its connections go."""
+        if self.peers.get(peer_id, 0) > self.peer_bytes_max:
+            for conn in [conn for conn in self.connections if conn.peer_id == peer_id]:
+                conn.drop("it makes this node buffer more than one peer may")
 
     def enforce(self) -> None:
         """Over the bound, the connection that holds most of it goes, not the one that happened to fill it."""
@@ -108,6 +126,8 @@ class YamuxStream(IMuxedStream):
         self._chunks: deque[bytes | bytearray] = deque()
         self._reader: trio.lowlevel.Task | None = None
         self.deadline_s = math.inf
+        # Seconds to wait before each read: how the library's handlers, which read message by message, are slowed down.
+        self.pace: Callable[[], float] | None = None
         self._late = False
         self._credit = trio.lowlevel.ParkingLot()
         self._writing = trio.Lock()
@@ -131,7 +151,7 @@ class YamuxStream(IMuxedStream):
             # A million frames of one byte shall not become a million objects.
             self._chunks.append(bytearray(chunk))
         self.buffered += size
-        self.conn.budget.used += size
+        self.conn.budget.account(self.conn.peer_id, size)
         self._wake_reader()
 
     def grant(self, credit: int) -> None:
@@ -157,7 +177,7 @@ class YamuxStream(IMuxedStream):
             self._credit.unpark_all()
 
     def _drop_buffer(self) -> None:
-        self.conn.budget.used -= self.buffered
+        self.conn.budget.account(self.conn.peer_id, -self.buffered)
         self.buffered = 0
         self._chunks.clear()
 
@@ -182,13 +202,14 @@ class YamuxStream(IMuxedStream):
 
     def hold(self, size: int) -> None:
         """The reader keeps `size` bytes that it took, of a frame that is not whole yet: they count as buffered."""
-        self.conn.budget.used += size - self.held
+        self.conn.budget.account(self.conn.peer_id, size - self.held)
         self.held = size
+        self.conn.budget.enforce_peer(self.conn.peer_id)
         self.conn.budget.enforce()
 
     def _consumed(self, size: int) -> None:
         self.buffered -= size
-        self.conn.budget.used -= size
+        self.conn.budget.account(self.conn.peer_id, -size)
         if self.receive_closed:
             return
         if self.received > GROW_AFTER_BYTES and self.window < WINDOW_GROWN_BYTES:
@@ -232,6 +253,8 @@ class YamuxStream(IMuxedStream):
 
     async def read(self, n: int | None = None) -> bytes:
         """At least one byte and at most n. Raises MuxedStreamEOF or MuxedStreamReset."""
+        if self.pace is not None and (pause_s := self.pace()):
+            await trio.sleep(pause_s)
         while not self._chunks:
             if self.broken and not self.ended:
                 raise MuxedStreamReset
@@ -339,7 +362,8 @@ class YamuxStream(IMuxedStream):
 
     def __del__(self) -> None:
         # A stream that is dropped unread gives its bytes back.
-        self.conn.budget.used -= self.buffered
+        if self.buffered:
+            self.conn.budget.account(self.conn.peer_id, -self.buffered)
 
     def set_deadline(self, ttl: int) -> None:
         raise NotImplementedError("deadlines are cancel scopes")
@@ -383,6 +407,7 @@ class YamuxConnection(IMuxedConn):
         self._body_flags = 0
         now_s = self.opened_s
         self._control = TokenBucket(CONTROL_FRAMES_PER_S, CONTROL_FRAMES_BURST, now_s)
+        self._refused = TokenBucket(REFUSED_STREAMS_PER_S, REFUSED_STREAMS_BURST, now_s)
         self._orphans = TokenBucket(ORPHAN_BYTES_PER_S, ORPHAN_BYTES_BURST, now_s)
         self._heard_s = now_s
         self._now_s = now_s
@@ -527,6 +552,7 @@ class YamuxConnection(IMuxedConn):
                 raise ProtocolError("it sends to streams that are over")
         elif size:
             stream.feed(piece)
+            self.budget.enforce_peer(self.peer_id)
             if self.budget.used > self.budget.bytes_max:
                 self.budget.enforce()
         if not self._body_left:
@@ -543,6 +569,8 @@ class YamuxConnection(IMuxedConn):
         if stream is not None or stream_id == 0 or stream_id % 2 == self._next_id % 2:
             raise ProtocolError(f"it opened stream {stream_id}, which is not its to open")
         if self._inbound >= self.budget.streams_max:
+            if self._refused.take(1, self._now_s):
+                raise ProtocolError("it opens more streams than it may, again and again")
             self.send_control(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         self._inbound += 1
