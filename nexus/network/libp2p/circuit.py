@@ -114,6 +114,7 @@ def peer_id_of(message: PeerId) -> str:
 async def _pump(near: trio.SocketStream, far: YamuxStream) -> None:
     """Carry bytes both ways until both ends have ended, or one breaks."""
     ended = 0
+    far.pace = None  # that was for messages; a circuit's bytes are bounded otherwise
 
     async def up() -> None:
         while data := await near.receive_some(CHUNK_BYTES):
@@ -457,6 +458,7 @@ class RelayService:
     async def _carry(self, near: YamuxStream, far: YamuxStream, source: Client, target: Client) -> None:
         """Both ways, until one breaks, the time is up or one way has carried all it may."""
         ended = 0
+        near.pace = None  # that was for messages; the ledger paces what is carried
 
         async def carry(one: YamuxStream, other: YamuxStream, scope: trio.CancelScope) -> None:
             nonlocal ended

@@ -112,6 +112,17 @@ async def test_megabytes_through_a_relay(open_node: OpenNode) -> None:
                 assert await stream.receive() == data
 
 
+async def test_thousands_of_small_messages_through_a_relay(open_node: OpenNode) -> None:
+    """What paces the messages of the library's protocols must not pace what a circuit carries."""
+    async with relayed(open_node, RelayLimits()) as (_, hidden, stranger):
+        await stranger.connect(through(hidden))
+        stream = await stranger.open_stream(hidden.peer_id, ECHO)
+        with trio.fail_after(2 * DEADLINE_S):
+            for number in range(3000):
+                await stream.send(b"%d" % number)
+                assert await stream.receive() == b"%d" % number
+
+
 async def test_a_direct_connection_is_used_before_one_through_a_relay(open_node: OpenNode) -> None:
     async with relayed(open_node, RelayLimits()) as (relay, hidden, stranger):
         await stranger.connect(through(hidden))
