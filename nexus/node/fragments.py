@@ -317,6 +317,8 @@ class Fragments:
             self._nursery.start_soon(self._keep, work)
         work.changed.set()
         self._members.announce()
+        for text in self.versions.others_followed(name, publisher):
+            yield Notice(text)
         async for event in self._follow(work):
             yield event
         yield self.view(name)

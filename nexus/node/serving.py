@@ -67,8 +67,7 @@ class Serving:
         publisher = None if request.publisher is None else public_key_of(self._find_peer(request.publisher))
         root = self._fragments.names().get(request.name)
         if root is None and publisher is not None:
-            known = self._fragments.versions.known(publisher, request.name)
-            root = known[-1].publication.model_root if known else None
+            root = self._fragments.versions.root_of(publisher, request.name)
         if root is None:
             _, root = await self._resolve(request.name)
         async with aclosing(self._fragments.serve(request, root, publisher)) as events:

@@ -139,6 +139,15 @@ class Versions:
                 found.setdefault(signed.publication.version, signed)
         return [found[version] for version in sorted(found)]
 
+    def root_of(self, publisher: bytes, name: str) -> bytes | None:
+        """What a name means by the word of its publisher: the newest version, or what it holds under that name where it has made
+        none. None where that is not known."""
+        known = self.known(publisher, name)
+        if known:
+            return known[-1].publication.model_root
+        own = {one.model_root for record, one in self.announced(name) if record.node == publisher}
+        return own.pop() if len(own) == 1 else None
+
     async def learn(self, publisher: bytes, name: str) -> None:
         """Keep what is new of the versions of a name that is followed. Raises LocalError, CapacityError."""
         kept = self._kept.get((publisher, name), [])
@@ -200,6 +209,18 @@ class Versions:
                 f"{len(publishers)} nodes have a model {name!r}", f"Say whose versions count: --publisher, of {listed}"
             )
         return publishers.pop() if publishers else b""
+
+    def others_followed(self, name: str, publisher: bytes) -> list[str]:
+        """What to know for a node that follows this publisher: that others who serve the name follow another one."""
+        announced = [one for _, one in self.announced(name) if one.serving or one.memory_bytes]
+        others = sorted({one.publisher for one in announced if one.publisher} - {publisher})
+        who = f"the versions of {peer_id_of(publisher)}" if publisher else "no versions"
+        if publisher == self._identity.public_key:
+            who = "only what is published here"
+        return [
+            f"others serve {name!r} as {peer_id_of(other)} publishes it; this node follows {who}: --publisher changes that"
+            for other in others[:4]
+        ]
 
     async def current(self, name: str) -> bytes | None:
         """The model that a name means for a request now: the newest version that is served in whole, or as `version_to_use` says.
