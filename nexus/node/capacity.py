@@ -24,6 +24,9 @@ AGAIN_LATEST_S = 3600.0
 KEPT = 4
 # Others are told of a speed that differs by more than this, as a share.
 NOTED_CHANGE = 0.125
+# Others are told of the load when it has changed by a step, so seldom, and all nodes together so often at most.
+LOAD_EVERY_S = 2.0
+LOADS_PER_S = 20
 # Less than so many bytes tell nothing of a link: they go into buffers.
 UPLOAD_SAMPLE_BYTES = 2 << 20
 # A faster transfer counts at once, a slower one by so much: it may be whoever reads that is slow.
@@ -130,3 +133,35 @@ class Capacity:
 
 def _differs(now: int, told: int) -> bool:
     return abs(now - told) > NOTED_CHANGE * told
+
+
+def load_step(sessions: int) -> int:
+    """0, 1, 2, 4, 8, ...: steps that others are told of."""
+    return 1 << (sessions.bit_length() - 1) if sessions else 0
+
+
+class LoadNews:
+    """Has others told how loaded this node is. `sessions`: how many run; `members`: how many nodes would hear of it. `changed`: is
+    called when others are to be told. Call `note` whenever a session begins or ends."""
+
+    def __init__(self, sessions: Callable[[], int], members: Callable[[], int], changed: Callable[[], None]) -> None:
+        self._sessions = sessions
+        self._members = members
+        self._changed = changed
+        self._event = trio.Event()
+
+    def note(self) -> None:
+        self._event.set()
+
+    async def run(self) -> None:
+        told = 0
+        while True:
+            await self._event.wait()
+            self._event = trio.Event()
+            step = load_step(self._sessions())
+            if step != told:
+                told = step
+                self._changed()
+                await trio.sleep(max(LOAD_EVERY_S, self._members() / LOADS_PER_S))
+                # What happened meanwhile is looked at now.
+                self._event.set()

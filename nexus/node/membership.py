@@ -2,13 +2,18 @@
 
 On contact each side sends its own signed record, the dialler first, and then up to INTRODUCTIONS_MAX addresses of nodes that it
 knows. A record counts only from the node that it is about, so nobody can speak for another; an introduction is only a hint where
-to dial. Gossip carries no records: just who has a new one, and of when.
+to dial. Gossip is signed by whoever publishes it: a node publishes its own record there if it is small, else only that it has a
+new one. Those that hear of a node for the first time publish theirs soon, each at another moment: whoever joins, or comes back
+after a partition, knows everybody within seconds, and nobody has to dial everybody.
+
+Nodes that were lost are dialled again one by one, so that the parts of a swarm find each other when a partition ends.
 
 What this node holds is announced on the DHT under one key per model, paced and renewed.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,9 +33,10 @@ from nexus.core.errors import (
     UnreachableError,
     UsageError,
 )
+from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity, peer_id_of, public_key_of
-from nexus.core.record import Record, many, nested, raw, text, uint
-from nexus.network.transport import Message, PeerAddress, ProtocolSpec, Stream, Transport
+from nexus.core.record import MessageSet, Record, many, nested, raw, text, uint
+from nexus.network.transport import GOSSIP_BYTES_MAX, Message, PeerAddress, ProtocolSpec, Stream, Transport
 from nexus.swarm.membership import (
     PROVIDE_PACE_S,
     RECORD_BYTES_MAX,
@@ -61,6 +67,13 @@ PUBLISH_TIMEOUT_S = 10.0
 POLL_S = 1.0
 GOSSIP_EVERY_S = 120.0
 GOSSIP_SOONEST_S = 1.0
+# Whoever hears of a new node publishes its own record within so many seconds: later where there are more, so that not all speak at
+# once.
+INTRODUCED_S, INTRODUCED_NODES_PER_S, INTRODUCED_MAX_S = 2.0, 50, 20.0
+# Of lost nodes one is dialled every so often, the one tried longest ago.
+LOST_MAX = 256
+LOST_EVERY_S = 5.0
+LOST_FORGOTTEN_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,16 @@ class News(Record):
     """Gossip: the publisher has a record of that time."""
 
     issued_ms: int = uint(2**53)
+
+
+@dataclass(frozen=True, slots=True)
+class Told(Record):
+    """Gossip: the publisher's record."""
+
+    signed: SignedNodeRecord = nested(SignedNodeRecord)
+
+
+GOSSIP = MessageSet(News, Told)
 
 
 @dataclass(slots=True)
@@ -125,6 +148,10 @@ class Membership:
         self._in_contact: set[str] = set()
         self._changed = False
         self._wake = trio.Event()
+        self._publish_again_s = math.inf
+        self._urgent = False
+        self._lost: OrderedDict[str, tuple[float, tuple[str, ...]]] = OrderedDict()  # since when, and where they were
+        self._lost_tried_s = -math.inf
         self._provided_s: dict[bytes, float] = {}
         self._tried_s: dict[bytes, float] = {}
 
@@ -177,7 +204,7 @@ class Membership:
 
     def announce_soon(self) -> None:
         """What this node offers has changed: tell the others."""
-        self._changed = True
+        self._changed = self._urgent = True
         self._wake.set()
 
     async def refresh(self, peer_id: str) -> NodeRecord:
@@ -190,8 +217,12 @@ class Membership:
             with _deadline(peer_id):
                 record = await self._exchange(peer_id)
         except NexusError as error:
+            known = self._table.get(peer_id, self._now_ms())
             lost = isinstance(error, UnreachableError) and not self._is_connected(peer_id)
-            if self._table.failed(peer_id) or lost:
+            dropped = self._table.failed(peer_id)
+            if dropped and known is not None:
+                self._note_lost(peer_id, known.addresses)
+            if dropped or lost:
                 self._gone(public_key_of(peer_id))
             raise
         self._strangers.pop(peer_id, None)
@@ -242,13 +273,13 @@ class Membership:
     async def _receive(self, stream: Stream) -> NodeRecord:
         try:
             signed = SignedNodeRecord.from_bytes(await stream.receive())
+            is_new = self._table.get(stream.peer_id, self._now_ms()) is None
             record = self._table.accept(signed, stream.peer_id, self._now_ms())
             introductions = Introductions.from_bytes(await stream.receive())
         except PeerError as error:
             error.peer = error.peer or stream.peer_id
             raise
-        self._transport.learn(PeerAddress(stream.peer_id, record.addresses))
-        self._heard(record)
+        self._note_member(record, is_new)
         for introduction in introductions.nodes:
             self._meet(introduction)
         return record
@@ -281,6 +312,23 @@ class Membership:
         while len(self._strangers) > STRANGERS_MAX:
             self._strangers.popitem(last=False)
 
+    def _note_member(self, record: NodeRecord, is_new: bool) -> None:
+        """A node gave its record."""
+        self._lost.pop(record.peer_id, None)
+        self._transport.learn(PeerAddress(record.peer_id, record.addresses))
+        self._heard(record)
+        if is_new and self._publish_again_s == math.inf:
+            # It may know as little of this node. Not all that hear of it speak at the same moment.
+            spread_s = min(INTRODUCED_S + len(self._table) / INTRODUCED_NODES_PER_S, INTRODUCED_MAX_S)
+            drawn = tagged_hash("introduce", self._identity.public_key, record.node)
+            self._publish_again_s = trio.current_time() + spread_s * int.from_bytes(drawn[:4], "little") / 2**32
+            self._wake.set()
+
+    def _note_lost(self, peer_id: str, addresses: tuple[str, ...]) -> None:
+        self._lost[peer_id] = (trio.current_time(), addresses)
+        while len(self._lost) > LOST_MAX:
+            self._lost.popitem(last=False)
+
     # --- what goes on in the background ---------------------------------------------------------------------------------------
 
     async def _contact(self, peer_id: str) -> None:
@@ -304,7 +352,7 @@ class Membership:
                 for peer_id in sorted(before - connected):
                     if self._table.disconnected(peer_id):
                         self._gone(public_key_of(peer_id))
-                for peer_id in [*self._table.due(connected, now_s, now_ms), *self._new_strangers(now_s)]:
+                for peer_id in [*self._table.due(connected, now_s, now_ms), *self._new_strangers(now_s), *self._next_lost(now_s)]:
                     if len(self._in_contact) >= CONTACTS_AT_ONCE:
                         break
                     nursery.start_soon(self._contact, peer_id)
@@ -315,6 +363,19 @@ class Membership:
                     await trio.lowlevel.checkpoint()
                 self._table.forget_gone(connected, now_s, now_ms)
                 await trio.sleep(POLL_S)
+
+    def _next_lost(self, now_s: float) -> list[str]:
+        """The lost node to dial now, if it is time for one."""
+        if not self._lost or now_s - self._lost_tried_s < LOST_EVERY_S:
+            return []
+        self._lost_tried_s = now_s
+        peer_id, (since_s, addresses) = self._lost.popitem(last=False)
+        if now_s - since_s > LOST_FORGOTTEN_S:
+            return []
+        self._lost[peer_id] = (since_s, addresses)
+        # Again each time: the transport forgets addresses that fail.
+        self._transport.learn(PeerAddress(peer_id, addresses))
+        return [peer_id]
 
     def _new_strangers(self, now_s: float) -> list[str]:
         """Nodes that we were told of and never tried; those tried long ago are forgotten, and may be told of again."""
@@ -327,19 +388,29 @@ class Membership:
         return [peer_id for peer_id, known in self._strangers.items() if known.tried_s is None]
 
     async def _publish(self) -> None:
-        """Tell the swarm when this node has something new to say, and now and then all the same: gossip may be lost."""
+        """Tell the swarm when this node has something new to say, or somebody new to say it to, and now and then all the same:
+        gossip may be lost."""
         while True:
-            self._wake = trio.Event()
+            self._urgent, self._publish_again_s = False, math.inf
             if self._transport.connections():
-                news = News(self.own().record.issued_ms)
-                try:
-                    with trio.move_on_after(PUBLISH_TIMEOUT_S):
-                        await self._transport.publish(TOPIC, news.to_bytes())
-                except (PeerError, TimedOutError, CapacityError) as error:
-                    log.info("gossip_failed", reason=error.cause)
+                await self._publish_own()
+            latest_s = trio.current_time() + GOSSIP_EVERY_S
             await trio.sleep(GOSSIP_SOONEST_S)
-            with trio.move_on_after(GOSSIP_EVERY_S):
-                await self._wake.wait()
+            while not self._urgent and trio.current_time() < min(latest_s, self._publish_again_s):
+                self._wake = trio.Event()
+                with trio.move_on_at(min(latest_s, self._publish_again_s)):
+                    await self._wake.wait()
+
+    async def _publish_own(self) -> None:
+        own = self.own()
+        data = GOSSIP.pack(Told(own))
+        if len(data) > GOSSIP_BYTES_MAX:
+            data = GOSSIP.pack(News(own.record.issued_ms))
+        try:
+            with trio.move_on_after(PUBLISH_TIMEOUT_S):
+                await self._transport.publish(TOPIC, data)
+        except (PeerError, TimedOutError, CapacityError) as error:
+            log.info("gossip_failed", reason=error.cause)
 
     async def _listen(self, messages: trio.MemoryReceiveChannel[Message]) -> None:
         async with trio.open_nursery() as nursery:
@@ -349,18 +420,36 @@ class Membership:
                     await trio.lowlevel.checkpoint()
 
     def _is_news(self, message: Message) -> bool:
-        """Whether a message is a reason to ask its publisher for its record."""
+        """Take in what a message says; whether it is a reason to ask its publisher for its record."""
+        if message.peer_id == self._transport.peer_id:
+            return False
         try:
-            news = News.from_bytes(message.data)
             public_key_of(message.peer_id)
+            said = GOSSIP.unpack(message.data)
         except MalformedError:
             return False
         known = self._table.get(message.peer_id, self._now_ms())
-        if message.peer_id == self._transport.peer_id or (known is not None and known.issued_ms >= news.issued_ms):
+        issued_ms = said.signed.record.issued_ms if isinstance(said, Told) else said.issued_ms if isinstance(said, News) else 0
+        if known is not None and known.issued_ms >= issued_ms:
+            return False
+        if isinstance(said, Told):
+            self._take_told(said.signed, message.peer_id, known is None)
             return False
         # What comes too soon after the last time, or while others are asked, is not forgotten.
         self._table.told(message.peer_id)
         return self._table.may_ask(message.peer_id, trio.current_time())
+
+    def _take_told(self, signed: SignedNodeRecord, peer_id: str, is_new: bool) -> None:
+        if self._is_slashed(signed.record.node):
+            return
+        try:
+            record = self._table.accept(signed, peer_id, self._now_ms())
+        except PeerError as error:
+            log.info("gossip_refused", peer_id=peer_id, reason=error.cause, fix=error.fix)
+            return
+        self._table.asked(peer_id, trio.current_time())
+        self._strangers.pop(peer_id, None)
+        self._note_member(record, is_new)
 
     async def _provide(self) -> None:
         """Announce on the DHT every model that this node holds some of, and what else is wanted, one key at a time, as soon as

@@ -61,7 +61,7 @@ from nexus.node.audit.asking import Auditor, Callbacks
 from nexus.node.audit.sessions import SessionAudits
 from nexus.node.blobs import BlobService, Fetcher
 from nexus.node.blobs_wire import blobs_of
-from nexus.node.capacity import Capacity
+from nexus.node.capacity import Capacity, LoadNews
 from nexus.node.cheating import HONEST, Conduct
 from nexus.node.environment import SYSTEM, Environment
 from nexus.node.fragments import Fragments
@@ -215,6 +215,10 @@ class Node:
             conduct=conduct,
             perf_counter=environment.perf_counter,
         )
+        self._load_news = LoadNews(
+            lambda: self._infer.live.count, lambda: len(self._membership.records()), self._membership.announce_soon
+        )
+        self._infer.live.on_change.append(self._load_news.note)
         self._audit_answers = AuditAnswers(transport, identity, self._models, sessions, conduct.show)
         self._suspensions = Suspensions(transport, identity.public_key, trust.standings, environment.now_ms)
         self._witnesses = Witnesses(
@@ -310,6 +314,7 @@ class Node:
             nursery.start_soon(self._capacity.run)
             await nursery.start(self._fragments.run)
             nursery.start_soon(self._health.run)
+            nursery.start_soon(self._load_news.run)
             if self._memory is not None:
                 await nursery.start(self._memory.run)
             if self._options.audit.canary_every_s:

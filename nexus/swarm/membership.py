@@ -33,7 +33,7 @@ CLOCK_SKEW_MS = 5 * 60 * 1000
 RENEW_AFTER_MS = 60 * 1000
 MEMBERS_MAX = 4096
 # How often a peer is asked for its record: while connected, while not, and at the least, whatever gossip says.
-REFRESH_CONNECTED_S = 60.0
+REFRESH_CONNECTED_S = 150.0
 REFRESH_OTHERS_S = 180.0
 REFRESH_SOONEST_S = 5.0
 # One failure may be a hiccup and is tried again soon; two in a row and the node is gone from the table.
@@ -216,6 +216,9 @@ class MemberTable:
         member.has_news = False
         self._trim(peer_id)
         return member.signed.record
+
+    def __len__(self) -> int:
+        return len(self._members)
 
     def asked(self, peer_id: str, now_s: float) -> None:
         """A request for the peer's record begins."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import trio
@@ -11,7 +12,7 @@ import trio.testing
 
 from nexus.engine.exact import native
 from nexus.engine.speed import Speeds, measure_speeds
-from nexus.node.capacity import AGAIN_LATEST_S, UPLOAD_SAMPLE_BYTES, Capacity, UploadMeter
+from nexus.node.capacity import AGAIN_LATEST_S, LOAD_EVERY_S, UPLOAD_SAMPLE_BYTES, Capacity, LoadNews, UploadMeter, load_step
 from nexus.node.live import Live
 
 Clock = trio.testing.MockClock
@@ -140,3 +141,34 @@ def test_receivers_at_the_same_time_are_counted_together() -> None:
             uploads.now_s += 1024 / 20e6
             uploads.meter.sent(1024)
     assert uploads.meter.bytes_per_s == pytest.approx(20e6, rel=0.01)
+
+
+def test_load_is_told_in_steps() -> None:
+    assert [load_step(sessions) for sessions in (0, 1, 2, 3, 4, 7, 8, 9)] == [0, 1, 2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("members", [3, 1000])
+async def test_a_load_that_wavers_is_told_seldom_and_at_last_right(
+    nursery: trio.Nursery, autojump_clock: Clock, members: int
+) -> None:
+    live, told = Live(), list[tuple[float, int]]()
+    news = LoadNews(lambda: live.count, lambda: members, lambda: told.append((trio.current_time(), live.count)))
+    live.on_change.append(news.note)
+    nursery.start_soon(news.run)
+    await trio.testing.wait_all_tasks_blocked()
+    with live.one():
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == [(0.0, 1)]
+        for _ in range(1000):
+            with live.one():
+                await trio.sleep(0.1)
+            await trio.sleep(0.1)
+        await trio.sleep(100)
+        assert load_step(told[-1][1]) == 1
+    await trio.sleep(100)
+    assert told[-1][1] == 0
+    assert all(later[0] - earlier[0] >= max(LOAD_EVERY_S, members / 20) - 1e-6 for earlier, later in pairwise(told))
+    count, seconds = len(told), told[-1][0]
+    assert count <= 3 + seconds / LOAD_EVERY_S
+    await trio.sleep(3600)
+    assert len(told) == count
