@@ -65,7 +65,7 @@ def lines(view: NetcheckView) -> list[str]:
         out.append(f"address    {check.address}  ({check.origin})")
         out += [f"           {line}" for line in _tried(check, names)]
     for one in found.observations:
-        how = f"from port {one.local.port} of this machine" if one.reused else "of its own"
+        how = f"from port {one.local.port} of this machine" if one.reused else "on a connection made for something else"
         out.append(
             f"seen       {_name(one.peer_id, names)} at {one.peer_ip} sees this node at {one.seen.host} port {one.seen.port}, {how}"
         )

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import tomllib
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from nexus.core.errors import UsageError
 from nexus.core.keys import Identity
+from nexus.network.relaying import relay_limits
 from nexus_config import settings
 from nexus_config.settings import check_multiaddr, control_socket, default_home, default_text, load, node_options, parse_size
 
@@ -186,3 +188,34 @@ def test_a_rate_is_bytes_per_second_or_no_limit(tmp_path: Path, raw: str, rate: 
 def test_what_is_no_rate_is_refused_with_the_form(tmp_path: Path, raw: object) -> None:
     with pytest.raises(UsageError, match="bytes per second"):
         load({"network.upload_max": raw}, {}, tmp_path)
+
+
+RELAY = Identity(b"\7" * 32).peer_id
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        (f"/ip4/192.0.2.1/tcp/4510/p2p/{RELAY}/p2p-circuit/p2p/{PEER}", True),
+        (f"/ip4/192.0.2.1/tcp/4510/p2p/{RELAY}/p2p-circuit", False),
+        (f"/ip4/192.0.2.1/tcp/4510/p2p-circuit/p2p/{PEER}", False),
+        (f"/ip4/192.0.2.1/tcp/99999/p2p/{RELAY}/p2p-circuit/p2p/{PEER}", False),
+        (f"/ip4/192.0.2.1/tcp/4510/p2p/{RELAY}/p2p-circuit/p2p/Qm123", False),
+    ],
+)
+def test_a_peer_behind_a_relay_can_be_named(text: str, good: bool) -> None:
+    with nullcontext() if good else pytest.raises(ValueError, match=r"expected|port|peer"):
+        assert check_multiaddr(text, with_peer=True) == text
+    with pytest.raises(ValueError, match="expected"):
+        check_multiaddr(text, with_peer=False)
+
+
+def test_being_a_relay_is_a_choice_with_limits(tmp_path: Path) -> None:
+    assert node_options(load({}, {}, tmp_path)[0], tmp_path).relay is None
+    flags = {"network.relay": "on", "network.relay_circuit_bytes": "64MiB", "network.relay_peer_rate": 0}
+    relay = node_options(load(flags, {}, tmp_path)[0], tmp_path).relay
+    assert relay is not None
+    assert (relay.reservations, relay.circuits, relay.circuit_bytes, relay.circuit_s) == (128, 64, 64 << 20, 3600.0)
+    assert relay.bytes_per_peer_s >= 1 << 40  # no limit
+    limits = relay_limits(**asdict(relay))
+    assert (limits.reservations_per_ip, limits.circuits_per_peer, limits.circuits_per_ip) == (16, 16, 32)
