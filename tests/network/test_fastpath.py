@@ -524,3 +524,15 @@ async def test_too_many_offers_are_declined() -> None:
         assert isinstance(answers[-1], Declined)
         assert all(isinstance(answer, Offer) for answer in answers[:-1])
         await check_echo(await a.open_stream(b.peer_id, ECHO))
+
+
+async def test_a_peer_that_is_reached_through_a_relay_only_gets_plain_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for one that cannot be reached at all: no address of its connections is an IP address."""
+    relay = Identity(os.urandom(32)).peer_id
+    async with fast() as a, fast() as b:
+        await join(a, b)
+        direct = a._below.connections
+        circuit = f"/ip4/192.0.2.1/tcp/4510/p2p/{relay}/p2p-circuit"
+        monkeypatch.setattr(a._below, "connections", lambda: [replace(one, address=circuit) for one in direct()])
+        await check_echo(await a.open_stream(b.peer_id, ECHO))
+        assert (a.opened_fast, a.opened_below) == (0, 1)
