@@ -13,7 +13,7 @@ from nexus.core.hashing import tagged_hash
 from nexus.core.manifest import Manifest
 from nexus.swarm.costs import RttUs
 from nexus.swarm.membership import NodeRecord
-from nexus.swarm.placement import STREAMS, Candidate, Placement, place
+from nexus.swarm.placement import STREAMS, Candidate, Placement, least_step_us, place
 from nexus.swarm.routing import route
 
 # A route is taken if its step is predicted to take at most so many times what a placement's does: whoever asks waits for what has
@@ -73,9 +73,6 @@ def choose(
 ) -> Placement:
     """The route, or the placement where there is no route or a much slower one. `seed`: random bytes that the route's draws come
     from. Raises what `place` raises."""
-    placement = place(
-        manifest, candidates, coordinator=coordinator, stages=stages, dtype=dtype, context=context, streams=streams, rtt_us=rtt_us
-    )
     routed = route(
         manifest,
         candidates,
@@ -86,6 +83,20 @@ def choose(
         streams=streams,
         rtt_us=rtt_us,
         below=draws(seed),
+    )
+    if routed is not None:
+        least_us = least_step_us(manifest, candidates, dtype=dtype, context=context, streams=streams)
+        if routed.step_us <= least_us * ROUTE_SLACK:
+            return routed  # whatever a placement finds: to search for it takes longer than the route did
+    placement = place(
+        manifest,
+        candidates,
+        coordinator=coordinator,
+        stages=stages,
+        dtype=dtype,
+        context=context,
+        streams=streams,
+        rtt_us=rtt_us,
     )
     if routed is not None and routed.step_us <= placement.step_us * ROUTE_SLACK:
         return routed

@@ -25,7 +25,17 @@ from nexus.core.errors import CapacityError, UsageError
 from nexus.core.manifest import Manifest
 from nexus.core.plan import STAGES_MAX, Plan, PlanStage
 from nexus.swarm.chains import Chain, Ring, Stage, Timing
-from nexus.swarm.costs import SPEED_MAX, Candidate, RttUs, StageCosts, merged_ranges, rtt_default, speed_of, stage_picoseconds
+from nexus.swarm.costs import (
+    SPEED_MAX,
+    Candidate,
+    RttUs,
+    StageCosts,
+    load_of,
+    merged_ranges,
+    rtt_default,
+    speed_of,
+    stage_picoseconds,
+)
 
 __all__ = ["SHORTLIST", "SLACK", "STREAMS", "Candidate", "Placement", "StageCosts", "place", "stage_picoseconds"]
 
@@ -121,6 +131,13 @@ def as_placement(
         slowest_us=predicted.slowest_ps / 10**6,
         slowest=predicted.slowest,
     )
+
+
+def least_step_us(manifest: Manifest, nodes: Sequence[Candidate], *, dtype: str, context: int, streams: int) -> float:
+    """What no plan over the serving nodes goes below: all layers on the fastest with no link, or shared by all in proportion."""
+    work = StageCosts(manifest, dtype, context).work(0, manifest.layers)
+    speeds = [speed_of(node) / (1 + load_of(node)) for node in nodes if node.serves]
+    return max(work / max(speeds), streams * work / sum(speeds)) if speeds else 0.0
 
 
 def check_streams(streams: int) -> None:
