@@ -25,8 +25,8 @@ INPUT_BYTES_MAX = 4 * 1024 * 1024
 
 
 @click.command(cls=NexusCommand)
-@click.argument("name")
-@click.argument("prompt")
+@click.argument("name", required=False)
+@click.argument("prompt", required=False)
 @click.option("--max-tokens", type=int, help="Tokens of the answer at most. [default: 128]")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token; higher is more varied. [default: 0]")
 @click.option("--top-k", type=int, help="Sample among so many of the likeliest tokens; 0 is all. [default: 0]")
@@ -39,11 +39,12 @@ INPUT_BYTES_MAX = 4 * 1024 * 1024
 @click.option("--receipts", type=click.Path(path_type=Path, dir_okay=False), help="Write the proof bundle to this file.")
 @click.option("--no-receipts", is_flag=True, help="Ask the nodes to sign nothing: the answer cannot be verified.")
 @click.option("--verify", type=click.Choice(MODES), help="How the answer is audited. [default: audit.policy of the settings]")
+@click.option("--resume", metavar="ID", help="Go on with the answer of this id, which broke off, instead of asking.")
 @pass_shared
 def run(
     shared: Shared,
-    name: str,
-    prompt: str,
+    name: str | None,
+    prompt: str | None,
     max_tokens: int | None,
     temperature: float | None,
     top_k: int | None,
@@ -56,38 +57,59 @@ def run(
     receipts: Path | None,
     no_receipts: bool,
     verify: str | None,
+    resume: str | None,
 ) -> None:
-    """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input."""
+    """Answer PROMPT with model NAME, token by token. A prompt of - is read from standard input.
+
+    The answer goes on when nodes that compute it go away, and when the daemon is started again in the middle of it."""
     from nexus.gateway.wire import to_json
     from nexus.node.api import Finished, Planned, Token
     from nexus.node.progress import Notice, Progress
     from nexus_cli.client import connected
     from nexus_cli.receipts import check_writable, write_proof
+    from nexus_cli.resuming import answer_events
 
     if receipts is not None and no_receipts:
         raise click.UsageError("--receipts and --no-receipts exclude each other")
     if no_receipts and verify not in (None, OFF):
         raise click.UsageError(f"--verify {verify} needs the receipts that --no-receipts leaves out")
-    text = read_input() if prompt == "-" else check_text(prompt, "the prompt")
+    if resume is None and (name is None or prompt is None):
+        raise click.UsageError("give the NAME of a model and a PROMPT, or the ID of an answer with --resume")
+    if resume is not None and name is not None:
+        raise click.UsageError("an answer that is taken up again has its model and prompt already: give --resume ID alone")
     if receipts is not None:
         check_writable(receipts)
-    body: dict[str, Json] = {"model": name, "prompt": text, "stop": [check_text(entry, "--stop") for entry in stop]}
-    body |= {
+    body: dict[str, Json] = {
         "max_tokens": max_tokens,
         "temperature": check_finite(temperature, "--temperature"),
         "top_k": top_k,
         "top_p": check_finite(top_p, "--top-p"),
         "min_p": check_finite(min_p, "--min-p"),
         "repetition_penalty": check_finite(repetition_penalty, "--repetition-penalty"),
+        "seed": seed,
+        "stages": stages,
+        "verify": verify,
     }
-    body |= {"seed": seed, "stages": stages, "receipts": not no_receipts, "verify": verify}
+    if name is not None and prompt is not None:
+        text = read_input() if prompt == "-" else check_text(prompt, "the prompt")
+        path = "/v0/run"
+        body |= {
+            "model": name,
+            "prompt": text,
+            "stop": [check_text(entry, "--stop") for entry in stop],
+            "receipts": not no_receipts,
+        }
+    elif stop or no_receipts or any(value is not None for value in body.values()):
+        raise click.UsageError("--resume goes on as the answer began: leave the options of the answer out")
+    else:
+        path, body = "/v0/run/resume", {"answer": resume}
     tokens: list[Token] = []
     notices: list[str] = []
     writer = Writer()
     planned: Planned | None = None
     finished: Finished | None = None
     with connected(shared, None) as daemon, waiting(shared) as progress:
-        for event in daemon.stream("/v0/run", body):
+        for event in answer_events(daemon, path, body):
             match event:
                 case Planned():
                     planned = event
@@ -121,7 +143,7 @@ def run(
             click.echo(show.printable(notice), err=True)
         click.echo(closing_line(done, asked_for_receipts=not no_receipts), err=True)
         report_audit(done)
-    if not no_receipts:
+    if not no_receipts and (resume is None or done.receipts):
         check_verified(done)
     check_audit(done, verify)
 

@@ -109,6 +109,11 @@ class Control:
         self.check_accepting()
         return EventStream(self.node.generate(wanted))
 
+    async def resume(self, request: Request) -> Response:
+        wanted = requests.parse_resume(await read_body(request))
+        self.check_accepting()
+        return EventStream(self.node.resume(wanted))
+
     async def embed(self, request: Request) -> Response:
         wanted = requests.parse_embed(await read_body(request))
         self.check_accepting()
@@ -177,6 +182,7 @@ ROUTES: tuple[tuple[str, str, Callable[[Control, Request], Awaitable[Response]]]
     ("GET", "/v0/models/{name}/judgement", Control.judge),
     ("POST", "/v0/models/{name}/fidelity", Control.fidelity),
     ("POST", "/v0/run", Control.run),
+    ("POST", "/v0/run/resume", Control.resume),
     ("POST", "/v0/embed", Control.embed),
     ("GET", "/v0/audits", Control.sessions),
     ("GET", "/v0/audits/{session}", Control.session),

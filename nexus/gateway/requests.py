@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from nexus.gateway.fields import (
 )
 from nexus.gateway.wire import Json
 from nexus.models import BUILTIN_NAMES
-from nexus.node.api import EmbedRequest, FidelityRequest, GenerateRequest
+from nexus.node.api import EmbedRequest, FidelityRequest, GenerateRequest, ResumeRequest
 from nexus.proof.receipts import REPETITION_PENALTY_MAX, REPETITION_PENALTY_MIN, STEPS_MAX, TEMPERATURE_MAX, TOP_K_MAX
 
 TEXTS_MAX = 1024
@@ -63,6 +64,19 @@ def parse_generate(body: bytes) -> GenerateRequest:
         receipts=read_boolean(given, "receipts", default.receipts),
         verify=_mode(given, "verify"),
     )
+
+
+def parse_resume(body: bytes) -> ResumeRequest:
+    value = parse_object(body, "answer", "tokens")
+    answer = value.get("answer")
+    if not isinstance(answer, str) or re.fullmatch("[0-9a-fA-F]{8,64}", answer) is None:
+        raise UsageError(f"answer is {shown(answer)}", "Give at least 8 hex digits of the id that the answer began with")
+    tokens = value.get("tokens", [])
+    if not isinstance(tokens, list) or len(tokens) > STEPS_MAX:
+        raise UsageError("tokens is not a list of token ids", "Send those that came, in order")
+    if any(type(token) is not int or not 0 <= token < 2**32 for token in tokens):
+        raise UsageError("tokens has an entry that is no token id", "Send those that came, in order")
+    return ResumeRequest(answer, tuple(tokens))
 
 
 def parse_embed(body: bytes) -> EmbedRequest:

@@ -132,6 +132,14 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeRequest:
+    """`answer`: the id that `Planned` gave, or its beginning. `tokens`: what the reader has of it already."""
+
+    answer: str
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedRequest:
     """`verify`: how the answer is audited, one of `nexus.core.audits.MODES`; None: as the settings say."""
 
@@ -155,8 +163,11 @@ class FidelityRequest:
 # What happens while a request runs, in order: Planned, any Progress, then Token or Embedding events, then one Finished.
 @dataclass(frozen=True, slots=True)
 class Planned:
+    """`answer`: by which it can be taken up again; of an answer over several sessions that of the first."""
+
     plan: PlanView
     session: bytes
+    answer: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +447,12 @@ class NodeApi(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """Closing the iterator early cancels the work everywhere."""
+        ...
+
+    def resume(self, request: ResumeRequest) -> AsyncIterator[Event]:
+        """Go on with an answer that broke off when its reader or this daemon went away, from the token after those given.
+
+        Raises NotFoundError, UsageError where the tokens are not of this answer."""
         ...
 
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]: ...

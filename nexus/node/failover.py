@@ -77,10 +77,11 @@ class PartAudit:
 
 class Course:
     """The way of one answer. `parts`: what stands of the sessions before the one that runs. `shown`: every result that was handed
-    on, in order. `audits`: of the parts, by session."""
+    on, in order. `audits`: of the parts, by session. `answer`: its id, which is its first session's."""
 
-    def __init__(self, job: Job, parts: Sequence[Part] = ()) -> None:
+    def __init__(self, job: Job, parts: Sequence[Part] = (), answer: bytes = b"") -> None:
         self._job = job
+        self.answer = answer
         self.parts = list(parts)
         self.audits: dict[bytes, PartAudit] = {}
         self.shown: list[bytes] = [output for part in parts for output in part.ended.bundle.outputs]

@@ -52,6 +52,7 @@ from nexus.node.api import (
     NodeStatus,
     PeerView,
     PlanView,
+    ResumeRequest,
     SessionSummary,
     SessionView,
     SlashedView,
@@ -84,6 +85,7 @@ from nexus.node.trust import Trust, open_trust
 from nexus.node.witness import Witnesses
 from nexus.proof.audit import StageAudit
 from nexus.proof.evidence import Evidence, verify_evidence
+from nexus.storage.answers import AnswerStore
 from nexus.storage.audit_keys import AuditKeys
 from nexus.storage.blobs import BlobStore
 from nexus.storage.catalog import Catalog, check_name, held_bytes, held_layers
@@ -137,6 +139,7 @@ class Node:
         conduct: Conduct = HONEST,
         environment: Environment = SYSTEM,
         measure: Callable[[], Awaitable[Speeds]] | None = None,
+        answers: AnswerStore | None = None,
     ) -> None:
         self._options = options
         self._identity = identity
@@ -269,6 +272,7 @@ class Node:
             environment,
             self._links.rtt_us,
             self._fragments.versions.current,
+            answers,
             self._health,
         )
         self.fragments = Serving(
@@ -794,6 +798,9 @@ class Node:
         self._check_accepting()
         return self._runner.generate(request)
 
+    def resume(self, request: ResumeRequest) -> AsyncIterator[Event]:
+        return self._runner.resume(request)
+
     def embed(self, request: EmbedRequest) -> AsyncIterator[Event]:
         self._check_accepting()
         return self._runner.embed(request)
@@ -982,6 +989,8 @@ async def compose_node(
         stack.callback(sessions.close)
         fragments = await trio.to_thread.run_sync(open_fragment_store, home.fragments_file)
         stack.callback(fragments.close)
+        answers = AnswerStore(home.answers_file, environment.now_ms)
+        stack.callback(answers.close)
         memory = await trio.to_thread.run_sync(open_memory, home, options.memory) if options.memory.enabled else None
         if memory is not None:
             stack.callback(memory[0].close)
@@ -1000,7 +1009,20 @@ async def compose_node(
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         node = Node(
-            options, identity, transport, book, sessions, trust, nursery, speeds, memory, fragments, conduct, environment, measure
+            options,
+            identity,
+            transport,
+            book,
+            sessions,
+            trust,
+            nursery,
+            speeds,
+            memory,
+            fragments,
+            conduct,
+            environment,
+            measure,
+            answers,
         )
         await nursery.start(node.run)
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ from nexus.node.api import (
     GenerateRequest,
     Planned,
     PlanView,
+    ResumeRequest,
     StageSummary,
     Token,
 )
@@ -56,11 +57,13 @@ from nexus.node.models import Models
 from nexus.node.placing import candidates_of, choose, held_ranges
 from nexus.node.planning import plan_view
 from nexus.node.progress import Notice, Progress
+from nexus.node.resuming import AnswerJournal, course_of, job_of, request_of
 from nexus.proof.arithmetic.plan import ExactPlan, trace_shape
 from nexus.proof.audit import chain_of
 from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
 from nexus.proof.receipts import SPEC, STEPS_MAX, WINDOW, Terms, millionths, tokens_from_bytes, tokens_to_bytes
+from nexus.storage.answers import AnswerStore
 from nexus.swarm.audit_policy import can_audit, other_nodes
 from nexus.swarm.costs import RttUs, rtt_default
 from nexus.swarm.membership import NodeRecord
@@ -141,6 +144,7 @@ class Runner:
         environment: Environment = SYSTEM,
         rtt_us: RttUs = rtt_default,
         current: Callable[[str], Awaitable[bytes | None]] | None = None,
+        answers: AnswerStore | None = None,
         health: Health | None = None,
     ) -> None:
         self._transport = transport
@@ -160,8 +164,10 @@ class Runner:
         self._rng = environment.rng
         self._rtt_us = rtt_us
         self._current = current
+        self._answers = answers
         self._health = health
         self._running: set[Coordinator] = set()
+        self._courses: set[Course] = set()
         self._cut_off: set[bytes] = set()  # sessions that run, of which a node was convicted
         self._prices: dict[bytes, dict[bytes, int]] = {}  # by session that runs: what its nodes asked when it was planned
         # Nodes that did not answer, and until when to plan without them, unless they sign a newer record than of then.
@@ -336,9 +342,45 @@ class Runner:
         )
         self._check_auditable(job)
         answer = _Answer(tokenizer, request.stop)
+        journal = AnswerJournal(self._answers, request_of(job, request.stop)) if self._answers is not None else None
+        async with aclosing(self._tell(job, Course(job), answer, journal, 0)) as events:
+            async for event in events:
+                yield event
+
+    async def resume(self, request: ResumeRequest) -> AsyncGenerator[Event, None]:
+        """Events of an answer that broke off, from the token after those that the reader has."""
+        if self._answers is None:
+            raise NotFoundError("this node writes no answers down", "Ask again")
+        store = self._answers
+        answer, asked = await trio.to_thread.run_sync(store.find, request.answer)
+        if any(course.answer == answer for course in self._courses):
+            raise NotAllowedError("this answer is still on its way to another reader", "Wait until that one is gone")
+        manifest = await self._models.manifest(asked.model_root, self.sources(asked.model_root))
+        job = job_of(asked, manifest)
+        tokenizer = await self._tokenizer(manifest)
+        parts = await trio.to_thread.run_sync(store.parts, answer)
+        course = await trio.to_thread.run_sync(course_of, answer, job, parts, request.tokens)
+        journal = AnswerJournal(store, asked, begun=True)
+        text = _Answer(tokenizer, asked.stop)
+        async with aclosing(self._tell(job, course, text, journal, len(request.tokens))) as events:
+            async for event in events:
+                yield event
+
+    async def _tell(
+        self, job: Job, course: Course, answer: _Answer, journal: AnswerJournal | None, known: int
+    ) -> AsyncGenerator[Event, None]:
+        """An answer as text. `known`: tokens that the reader has already."""
         clock = _Clock()
-        course = Course(job)
-        async with aclosing(self._run(job, course)) as events:
+        prompt_tokens = len(job.inputs[0]) // 4
+        for step, payload in enumerate(course.shown):
+            (token,) = tokens_from_bytes(payload)
+            text = answer.push(token, is_end=token in job.end_tokens)
+            if text is not None and step >= known:
+                yield Token(step, token, text)
+            if answer.stopped:
+                course.want(step + 1)
+                break
+        async with aclosing(self._run(job, course, journal)) as events:
             async for event, coordinator in events:
                 match event:
                     case Result(step, payload):
@@ -347,7 +389,8 @@ class Runner:
                         text = answer.push(token, is_end=token in job.end_tokens)
                         if answer.stopped:
                             course.want(step + 1)
-                            await coordinator.stop()
+                            if coordinator is not None:
+                                await coordinator.stop()
                         if text is not None:
                             yield Token(step, token, text)
                     case Part():
@@ -357,9 +400,11 @@ class Runner:
                         reason = "stop" if answer.stopped or answer.ended else "length"
                         total_s = clock.total_s
                         audit = await self._audit(event)
-                        yield await self._finished(course, event, reason, len(prompt), answer.steps, clock, total_s, audit)
+                        yield await self._finished(course, event, reason, prompt_tokens, answer.steps, clock, total_s, audit)
                     case _:
                         yield event
+        if journal is not None:
+            await journal.end(course)
 
     async def embed(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
         """One vector per text, in order. Texts longer than the model's context are refused, not cut."""
@@ -463,22 +508,28 @@ class Runner:
                 pass
 
     async def _open_model(self, name: str, kind: str) -> tuple[str, Manifest, Tokenizer]:
-        from nexus.engine.tokenizer import Tokenizer
-
         found, manifest = await self.manifest(name)
         if manifest.kind != kind:
             right = "`nexus embed --model`" if manifest.kind == ENCODER else "`nexus run`"
             raise UsageError(f"{found} is a model of kind {manifest.kind!r}", f"Use it with {right}")
+        return found, manifest, await self._tokenizer(manifest)
+
+    async def _tokenizer(self, manifest: Manifest) -> Tokenizer:
+        from nexus.engine.tokenizer import Tokenizer
+
         files = await self._models.files(manifest, self.sources(manifest.root), _ignore_progress)
-        return found, manifest, await trio.to_thread.run_sync(Tokenizer.load, files)
+        return await trio.to_thread.run_sync(Tokenizer.load, files)
 
     async def _run(
-        self, job: Job, course: Course
-    ) -> AsyncGenerator[tuple[Planned | Progress | Notice | Result | Part, Coordinator], None]:
+        self, job: Job, course: Course, journal: AnswerJournal | None = None
+    ) -> AsyncGenerator[tuple[Planned | Progress | Notice | Result | Part, Coordinator | None], None]:
         """One job to its end, which is the last part of its course. Where a node goes away, the answer goes on without it."""
         if self.live.count >= self._sessions_max:
             raise CapacityError(f"{self.live.count} requests are running here, the limit", "Wait, or raise serve.sessions_max")
-        with self.live.one():
+        with self.live.one(), self._under_way(course):
+            if course.is_whole and course.parts:
+                yield course.parts.pop(), None  # all of it was written down
+                return
             commits = job.receipts and job.manifest.profile == EXACT
             exact = await self._models.exact_plan(job.manifest, self.sources(job.manifest.root)) if commits else None
             absent = Absent()
@@ -492,7 +543,8 @@ class Runner:
                 rest = course.begin()
                 coordinator = self._coordinator(rest, placement, exact)
                 self._prices[coordinator.session] = self._prices_of(placement.plan)
-                yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session), coordinator
+                course.answer = course.answer or coordinator.session
+                yield Planned(self.plan_view(job.name, job.manifest, placement), coordinator.session, course.answer), coordinator
                 try:
                     async with aclosing(self._drive(coordinator)) as events:
                         async for event in events:
@@ -500,6 +552,8 @@ class Runner:
                                 case Result(step, payload):
                                     if (result := course.take(step, payload)) is not None:
                                         yield result, coordinator
+                                    if journal is not None:
+                                        await journal.note(course, coordinator)
                                 case Ended():
                                     yield Part(rest, event), coordinator
                                 case StageProgress(stage, phase, done, total):
@@ -523,6 +577,15 @@ class Runner:
                 finally:
                     self._cut_off.discard(coordinator.session)
                     del self._prices[coordinator.session]
+
+    @contextmanager
+    def _under_way(self, course: Course) -> Iterator[None]:
+        """Noted as on its way: nobody else may take it up meanwhile."""
+        self._courses.add(course)
+        try:
+            yield
+        finally:
+            self._courses.discard(course)
 
     def _break_off(self, course: Course, job: Job, coordinator: Coordinator, failed: frozenset[bytes], error: NexusError) -> bool:
         """A session ended before its time: settle what stands of the answer. Whether it is further than before.

@@ -69,6 +69,11 @@ class Home:
         return self.path / "evidence.db"
 
     @property
+    def answers_file(self) -> Path:
+        """Answers under way, to go on with after a crash."""
+        return self.path / "answers.db"
+
+    @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.db"
 

@@ -27,8 +27,10 @@ from nexus.core.errors import CapacityError, MalformedError, PeerError, Verifica
 from nexus.core.hashing import leaf_hash, merkle_root
 from nexus.core.keys import Identity, peer_id_of
 from nexus.core.manifest import CAUSAL, ENCODER, EXACT, Manifest
-from nexus.core.plan import Plan
+from nexus.core.plan import STAGES_MAX, Plan
+from nexus.core.record import Record, many, nested, raw
 from nexus.proof.bundle import (
+    PAYLOAD_MAX,
     Bundle,
     ChainVerifier,
     check_output,
@@ -42,7 +44,7 @@ from nexus.proof.bundle import (
 )
 from nexus.proof.evidence import Evidence
 from nexus.proof.evidence.statements import find_contradiction
-from nexus.proof.receipts import Receipt, SignedReceipt, SignedRequest, Terms, tokens_from_bytes
+from nexus.proof.receipts import WINDOW_MAX, Receipt, SignedReceipt, SignedRequest, Terms, tokens_from_bytes
 from nexus.proof.trace import Sealed, TraceShape, WindowTrace, check_trace
 
 # Receipts of one stage that may wait at the coordinator for those of the other stages: one per window under way.
@@ -469,6 +471,15 @@ class Verified:
 CoordinatorAction: TypeAlias = Feed | Result | AskFinish | Verified
 
 
+@dataclass(frozen=True, slots=True)
+class SignedWindow(Record):
+    """What every stage has signed for, of one window: results of its steps, receipts and the traces behind them in stage order."""
+
+    outputs: tuple[bytes, ...] = many(raw(most=PAYLOAD_MAX), WINDOW_MAX)
+    receipts: tuple[SignedReceipt, ...] = many(nested(SignedReceipt), STAGES_MAX)
+    traces: tuple[WindowTrace, ...] = many(nested(WindowTrace), STAGES_MAX)
+
+
 @dataclass(slots=True)
 class _Shown:
     """What a stage shows of one window."""
@@ -668,6 +679,24 @@ class CoordinatorSession:
         except PeerError:
             return None
         return proof
+
+    @property
+    def header(self) -> Bundle:
+        """The session's proof without what its stages did."""
+        return self._proof(0, 0).bundle
+
+    def windows(self, first: int) -> list[SignedWindow]:
+        """What every stage has signed for and was shown, from window `first` on. Nothing where the session asks for no receipts."""
+        stages, length = len(self._plan.stages), self._terms.window
+        found = []
+        for number in range(first, len(self._receipts) // stages):
+            receipts = self._receipts[number * stages : (number + 1) * stages]
+            outputs = self._outputs[number * length : number * length + receipts[0].receipt.n]
+            if len(outputs) < receipts[0].receipt.n:
+                break
+            traces = tuple(traces[number] for traces in self._traces) if self._shapes else ()
+            found.append(SignedWindow(tuple(outputs), tuple(receipts), traces))
+        return found
 
     def _proof(self, steps: int, receipts: int) -> Verified:
         windows = receipts // len(self._plan.stages)

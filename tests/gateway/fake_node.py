@@ -341,7 +341,7 @@ class FakeNode:
             raise NotFoundError("there is no model 'x'", "See: nexus model list")
         self.running += 1
         try:
-            yield Planned(plan_view(), bundle().terms.session)
+            yield Planned(plan_view(), bundle().terms.session, bundle().terms.session)
             yield Progress(SECOND.peer_id, "fetch layer.1", 10, 1000)
             for index, text in enumerate(ANSWER):
                 if index == 2 and request.prompt == "fail half way":
@@ -362,7 +362,7 @@ class FakeNode:
 
     async def embed(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
-        yield Planned(plan_view(), bundle().terms.session)
+        yield Planned(plan_view(), bundle().terms.session, bundle().terms.session)
         for index in range(len(request.texts)):
             yield Embedding(index, (0.5, -0.25, 1e-9))
         yield finished()

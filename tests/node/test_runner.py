@@ -29,6 +29,7 @@ from nexus.node.runner import Runner
 from nexus.proof.audit import StageAudit
 from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
+from nexus.storage.answers import AnswerStore
 from nexus.storage.sessions import SessionStore
 from nexus.swarm.membership import NodeRecord
 from nexus.swarm.session import Result
@@ -69,8 +70,9 @@ async def home(
     others: int = 2,
     cheats: Mapping[int, Tampered] | None = None,
     auditor: Callable[[AuditedSwarm], Auditor] = AuditedSwarm.auditor,
+    answers: AnswerStore | None = None,
 ) -> AsyncIterator[Home]:
-    """`others`: nodes that serve; this one does not."""
+    """`others`: nodes that serve; this one does not. `answers`: where answers are written down."""
     manifest = model[0]
     async with audited_swarm(model, directory, others, cheats) as nodes, trio.open_nursery() as nursery:
 
@@ -114,6 +116,7 @@ async def home(
             audits,
             convicted,
             settle,
+            answers=answers,
             environment=Environment(lambda: NOW_MS, random.Random(1), SYSTEM.perf_counter),  # the same plans in every run
         )
         try:

@@ -27,7 +27,6 @@ from nexus.node.infer.messages import (
     INFER,
     INFER_MESSAGES,
     LINK_TIMEOUT_S,
-    OPEN_TIMEOUT_S,
     REFUSALS,
     Accepted,
     Alive,
@@ -50,12 +49,16 @@ from nexus.proof.bundle import Bundle
 from nexus.proof.evidence import Evidence
 from nexus.proof.receipts import Terms
 from nexus.proof.trace import TraceShape, WindowTrace
-from nexus.swarm.session import AskFinish, CoordinatorAction, CoordinatorSession, Feed, Result, Verified
+from nexus.swarm.session import AskFinish, CoordinatorAction, CoordinatorSession, Feed, Result, SignedWindow, Verified
 
-SILENCE_MAX_S = 10.0
+# Five signs of life missed: a stopped process is noticed, a busy one is not taken for it.
+SILENCE_MAX_S = 5.0
+# Until a stage is reached and has the request; it then gives signs of life, however long it loads.
+REACH_TIMEOUT_S = 8.0
 # A stage that is alive may read a long prompt for minutes.
 STEP_TIMEOUT_S = 600.0
 REPORT_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 1.0
 SECOND_HAND_WAIT_S = 0.5
 # What a stage refuses with when something that it was given does not hold.
 _SAID_OF_NEIGHBOUR = (VerificationError.code, MalformedError.code)
@@ -145,11 +148,13 @@ class Coordinator:
         except* NexusError as group:
             failure = first_cause(group)
         finally:
-            with trio.move_on_after(REPORT_TIMEOUT_S) as scope:
+            with trio.move_on_after(CLOSE_TIMEOUT_S) as scope:
                 scope.shield = True
-                for stream in self._streams:
-                    if stream:
-                        await (stream.close() if self._bundle else stream.reset())
+                # Side by side: one that is gone keeps neither the others nor whoever waits to go on without it.
+                async with trio.open_nursery() as nursery:
+                    for stream in self._streams:
+                        if stream:
+                            nursery.start_soon(stream.close if self._bundle else stream.reset)
         if failure:
             raise failure
         assert self._bundle is not None
@@ -183,6 +188,15 @@ class Coordinator:
             return None
         return Ended(proof.bundle, len(proof.bundle.receipts), tuple(self._reports), proof.traces)
 
+    def windows(self, first: int) -> list[SignedWindow]:
+        """What every stage has signed for, from that window on."""
+        return self._machine.windows(first)
+
+    @property
+    def header(self) -> Bundle:
+        """The proof of the session without what its stages did."""
+        return self._machine.header
+
     async def _watch_nodes(self) -> None:
         await self._is_unwanted.wait()
         if self._unwanted and not self._bundle:
@@ -208,14 +222,14 @@ class Coordinator:
     async def _run_stage(self, stage: int) -> None:
         peer_id = peer_id_of(self._plan.stages[stage].node)
         try:
-            with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+            with trio.move_on_after(REACH_TIMEOUT_S) as scope:
                 address = self._known.get(self._plan.stages[stage].node)
                 if address:
                     self._transport.learn(address)
                 stream = self._streams[stage] = await self._transport.open_stream(peer_id, INFER)
                 await stream.send(INFER_MESSAGES.pack(self._open(stage)))
             if scope.cancelled_caught:
-                raise TimedOutError(f"stage {stage} ({peer_id}) did not take the session within {OPEN_TIMEOUT_S:.0f} s")
+                raise TimedOutError(f"stage {stage} ({peer_id}) did not take the session within {REACH_TIMEOUT_S:.0f} s")
             while True:
                 with trio.move_on_after(SILENCE_MAX_S) as scope:
                     frame = await stream.receive()

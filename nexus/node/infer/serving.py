@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("nexus.infer")
 
-ALIVE_EVERY_S = 2.0
+ALIVE_EVERY_S = 1.0
 SESSION_IDLE_S = 300.0
 INLINE_STEP_S = 0.002
 # Traces that are closed on the trio thread: those of 16 steps of 12 layers take half a millisecond.
