@@ -32,6 +32,7 @@ from nexus.core.errors import (
     TimedOutError,
     UnreachableError,
     UsageError,
+    VerificationError,
 )
 from nexus.core.hashing import tagged_hash
 from nexus.core.keys import Identity, peer_id_of, public_key_of
@@ -43,7 +44,9 @@ from nexus.swarm.membership import (
     MemberTable,
     NodeRecord,
     SignedNodeRecord,
+    clock_fix,
     fit_record,
+    is_live,
     next_issue_ms,
     next_to_provide,
     provider_key,
@@ -112,6 +115,10 @@ class _Stranger:
 
     addresses: tuple[str, ...]
     tried_s: float | None = None
+
+
+class _WrongClockError(VerificationError):
+    """A record of a time that its own node's clock, or this one's, has wrong."""
 
 
 class Membership:
@@ -266,7 +273,13 @@ class Membership:
 
     async def _handle(self, stream: Stream) -> None:
         with _deadline(stream.peer_id):
-            await self._receive(stream)
+            try:
+                await self._receive(stream)
+            except _WrongClockError as error:
+                # By its clock this record is as wrong as its own is by ours: so it learns why it is alone.
+                log.warning("clocks_differ", peer_id=stream.peer_id, reason=error.cause, fix=error.fix)
+                await stream.send(self.own().to_bytes())
+                return
             await stream.send(self.own().to_bytes())
             await stream.send(self._introductions(stream.peer_id).to_bytes())
 
@@ -274,7 +287,7 @@ class Membership:
         try:
             signed = SignedNodeRecord.from_bytes(await stream.receive())
             is_new = self._table.get(stream.peer_id, self._now_ms()) is None
-            record = self._table.accept(signed, stream.peer_id, self._now_ms())
+            record = self._accept(signed, stream.peer_id)
             introductions = Introductions.from_bytes(await stream.receive())
         except PeerError as error:
             error.peer = error.peer or stream.peer_id
@@ -311,6 +324,17 @@ class Membership:
         self._strangers[peer_id] = _Stranger(introduction.addresses)
         while len(self._strangers) > STRANGERS_MAX:
             self._strangers.popitem(last=False)
+
+    def _accept(self, signed: SignedNodeRecord, peer_id: str) -> NodeRecord:
+        """Raises VerificationError; where clocks are the reason, it says whose it seems to be."""
+        now_ms = self._now_ms()
+        try:
+            return self._table.accept(signed, peer_id, now_ms)
+        except VerificationError as error:
+            if not is_live(signed.record.issued_ms, now_ms):
+                fix = clock_fix(len(self._table.live(now_ms)))
+                raise _WrongClockError(error.cause, fix, peer=peer_id) from error
+            raise
 
     def _note_member(self, record: NodeRecord, is_new: bool) -> None:
         """A node gave its record."""
@@ -443,7 +467,7 @@ class Membership:
         if self._is_slashed(signed.record.node):
             return
         try:
-            record = self._table.accept(signed, peer_id, self._now_ms())
+            record = self._accept(signed, peer_id)
         except PeerError as error:
             log.info("gossip_refused", peer_id=peer_id, reason=error.cause, fix=error.fix)
             return

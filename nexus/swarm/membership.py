@@ -137,6 +137,15 @@ def is_live(issued_ms: int, now_ms: int) -> bool:
     return -CLOCK_SKEW_MS <= now_ms - issued_ms <= RECORD_LIFETIME_MS
 
 
+def clock_fix(agreeing: int) -> str:
+    """What to do about a record that a wrong clock has made too old or too new. `agreeing`: how many other nodes' records hold by
+    the clock of this node, which is what can be told of whose clock is wrong."""
+    if agreeing:
+        nodes = "1 other node agrees" if agreeing == 1 else f"{agreeing} other nodes agree"
+        return f"Set the clock of that node: {nodes} with the one here"
+    return "Set the clocks of both machines, this one first: no other node's record confirms its clock"
+
+
 def should_renew(issued_ms: int, now_ms: int) -> bool:
     """Whether this node's own record wants a new signature; also after the clock was set back."""
     return not 0 <= now_ms - issued_ms < RENEW_AFTER_MS

@@ -198,12 +198,26 @@ class TestExchange:
         await trio.sleep(300)
         assert replace(one.membership.own().record, issued_ms=said.issued_ms) == said
 
-    async def test_a_wrong_clock_is_named(self, swarm: Swarm, autojump_clock: Clock) -> None:
-        one, two = await swarm.node(), await swarm.node(skew_ms=-3_600_000)
-        await one.transport.connect(two.address)
-        with pytest.raises(PeerError):
-            await one.membership.refresh(two.peer_id)
-        assert one.knows() == {}
+    @pytest.mark.parametrize("years", [-30, -1 / 365 / 24, 1 / 365 / 24, 30])
+    async def test_a_wrong_clock_is_named_on_both_sides(self, swarm: Swarm, autojump_clock: Clock, years: float) -> None:
+        one, other, off = await swarm.node(), await swarm.node(), await swarm.node(skew_ms=int(years * 365 * 86_400_000))
+        await one.transport.connect(other.address)
+        await until(lambda: len(one.knows()) == 1, 5)
+        await off.transport.connect(one.address)
+        with pytest.raises(VerificationError) as here:
+            await one.membership.refresh(off.peer_id)
+        assert ("expired" if years < 0 else "from the future") in here.value.cause
+        assert here.value.fix == "Set the clock of that node: 1 other node agrees with the one here"
+        with pytest.raises(VerificationError) as there:
+            await off.membership.refresh(one.peer_id)
+        assert ("from the future" if years < 0 else "expired") in there.value.cause
+        assert "this one first" in there.value.fix
+        assert off.knows() == {}
+        assert one.knows() == {other.peer_id: "node2"}
+        # Set right, it is a member within the minute.
+        off.skew_ms = 0
+        off.membership.announce_soon()
+        await until(lambda: off.peer_id in one.knows() and one.peer_id in off.knows(), 200)
 
 
 class TestConvergence:
