@@ -31,6 +31,7 @@ NIGHT_S = 8 * 3600.0
 @click.option("--faults", default=None, help="Only these, by comma, or none. [default: all]")
 @click.option("--chaos-s", type=click.FloatRange(1, 3600), default=30.0, show_default=True, help="Virtual seconds of faults.")
 @click.option("--cheats", default="", help="Only these ways to cheat, by comma; nexus attacks lists them.")
+@click.option("--questions", type=click.IntRange(1, 9), default=9, show_default=True, help="Different questions that are asked.")
 @click.option("--plant", default="", help="Put a bug in, to see it found.")
 @click.option("--nightly", is_flag=True, help="Fresh seeds for eight hours, or for --for-s.")
 @click.option("--for-s", type=click.FloatRange(min=1), default=None, help="Begin no new seed after so many seconds.")
@@ -46,6 +47,7 @@ def simulate(
     faults: str | None,
     chaos_s: float,
     cheats: str,
+    questions: int,
     plant: str,
     nightly: bool,
     for_s: float | None,
@@ -73,7 +75,7 @@ def simulate(
     ways = tuple(name for name in cheats.split(",") if name)
     for name in ways:
         check_attack(name)
-    options = Options(nodes, chosen, chaos_s, plant, ways, log)
+    options = Options(nodes, chosen, chaos_s, plant, ways, questions, log)
     numbers: Iterator[int] = iter(range(seed, seed + seeds))
     if nightly:
         for_s = for_s or NIGHT_S

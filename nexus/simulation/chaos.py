@@ -10,7 +10,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from nexus.simulation.faults import (
     LEAVE,
     SKEW,
     STANDING,
+    SURVIVED,
     YEAR_MS,
     Injector,
     draw_faults,
@@ -57,13 +58,14 @@ CONVERGE_S = 330.0
 @dataclass(frozen=True, slots=True)
 class Options:
     """`chaos_s`: virtual seconds of faults. `plant`: a bug to put in, see `nexus.simulation.plants`, or "". `cheats`: names of
-    attacks, of which those that cheat have one each; none: any."""
+    attacks, of which those that cheat have one each; none: any. `questions`: how many different ones are asked."""
 
     nodes: int = 50
     faults: tuple[str, ...] = ALL_FAULTS
     chaos_s: float = 30.0
     plant: str = ""
     cheats: tuple[str, ...] = ()
+    questions: int = len(PROMPTS) * len(ANSWERS)
     log: bool = False
 
     def command(self, seed: int) -> str:
@@ -75,6 +77,8 @@ class Options:
             parts.append(f"--chaos-s {self.chaos_s:g}")
         if self.cheats:
             parts.append(f"--cheats {','.join(self.cheats)}")
+        if self.questions != Options().questions:
+            parts.append(f"--questions {self.questions}")
         if self.plant:
             parts.append(f"--plant {self.plant}")
         return " ".join(parts)
@@ -117,22 +121,24 @@ def run_seed(seed: int, options: Options, world: World) -> Verdict:
     """One run of the scenario. The same seed and options give the same verdict and trace in any process."""
     directory = world.nodes
     shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     errors: list[str] = []
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        # Paths are in messages: relative ones are the same in every process.
+        stack.enter_context(chdir(directory))
         stack.enter_context(logged_errors(errors, options.log))
         if options.plant:
             stack.enter_context(PLANTS[options.plant].planted())
-        scenario = _Chaos(seed, options, world, directory, errors)
+        scenario = _Chaos(seed, options, world, errors)
         return simulate(seed, scenario.run)
 
 
 class _Chaos:
-    def __init__(self, seed: int, options: Options, world: World, directory: Path, errors: list[str]) -> None:
+    def __init__(self, seed: int, options: Options, world: World, errors: list[str]) -> None:
         self._seed = seed
         self._options = options
         self._world = world
-        self._directory = directory
         self._errors = errors
         self._rng = random.Random(repr((seed, "chaos")))  # noqa: S311
         self._asked = self._answered = 0
@@ -140,18 +146,24 @@ class _Chaos:
     def _has(self, kind: str) -> bool:
         return kind in self._options.faults
 
+    @property
+    def _survivable(self) -> bool:
+        return not set(self._options.faults) - SURVIVED
+
     async def run(self) -> Verdict:
         rng = self._rng
         network = SimulatedNetwork(self._seed, delay_s=(0.001, rng.choice((0.005, 0.03, 0.1))), break_after_s=10.0, tick_s=0.001)
         if self._has(GOSSIP):
             network.duplication, network.reordering = rng.choice((0.0, 0.2)), rng.choice((0.0, 0.3))
-        async with open_cluster(self._seed, self._directory, self._world.model, network) as cluster:
+        async with open_cluster(self._seed, Path(), self._world.model, network) as cluster:
             askers = self._populate(cluster)
             checker = Checker(cluster, self._world.reference)
             for member in cluster.members:
                 earlier = cluster.members[: member.number]
                 await cluster.start(member, rng.sample(earlier, min(2, len(earlier))))
-            injector = Injector(cluster, frozenset(member.number for member in askers), checker.crashed)
+            # A request that is to get over everything needs others to go on with.
+            at_once = max(1, self._options.nodes // 8) if self._survivable else self._options.nodes
+            injector = Injector(cluster, frozenset(member.number for member in askers), checker.crashed, at_once)
             await trio.sleep(WARM_UP_S)
             faults = draw_faults(
                 rng, self._options.faults, WARM_UP_S, WARM_UP_S + self._options.chaos_s, max(6, self._options.nodes // 2)
@@ -186,8 +198,8 @@ class _Chaos:
         wanted = max(2, min(4, nodes // 8))
         askers = [cluster.add([], serves=False) for _ in range(wanted)]
         servers = nodes - wanted
-        # A seventh; of a few nodes one, now and then.
-        count = servers // 7 or int(self._options.cheats != () or rng.random() < 0.5)
+        # A seventh, half where it is said how; of a few nodes one, now and then.
+        count = servers // 2 if self._options.cheats else servers // 7 or int(rng.random() < 0.5)
         cheaters = set(rng.sample(range(servers), count)) if self._has(BYZANTINE) else set()
         skewed = set(rng.sample(range(servers), servers // 10)) if self._has(SKEW) else set()
         ranges = [(number % (LAYERS - 1), min(LAYERS, number % (LAYERS - 1) + rng.choice((2, 3)))) for number in range(servers)]
@@ -221,20 +233,19 @@ class _Chaos:
         until_s = WARM_UP_S + self._options.chaos_s
         while trio.current_time() < until_s:
             await trio.sleep(rng.uniform(0.2, 6.0))
-            await self._ask(checker, asker, self._request(rng), REQUEST_S)
+            failure = await self._ask(checker, asker, self._request(rng), REQUEST_S)
+            if failure and self._survivable:
+                checker.fail("whoever asks is answered", f"{asker.name}: {failure}")
 
     def _request(self, rng: random.Random) -> GenerateRequest:
+        question = rng.randrange(self._options.questions)
         return GenerateRequest(
             NAME,
-            rng.choice(PROMPTS),
-            max_tokens=rng.choice(ANSWERS),
-            stages=self._stages(rng),
+            PROMPTS[question % len(PROMPTS)],
+            max_tokens=ANSWERS[question // len(PROMPTS)],
+            stages=rng.choice((None, 1, 2, 3)),
             verify=rng.choice((None, "light", "replica", "off")),
         )
-
-    def _stages(self, rng: random.Random) -> int | None:
-        """So many only where a few nodes may be doubted and as many are left."""
-        return rng.choice((None, 2, 3)) if self._options.nodes >= STAGED_NODES else None
 
     async def _ask(self, checker: Checker, asker: Member, request: GenerateRequest, within_s: float) -> str:
         """ "" where it was answered, else why not."""
@@ -273,8 +284,10 @@ class _Chaos:
         await trio.sleep(SETTLE_S)
         request = GenerateRequest(NAME, "at last", max_tokens=6, verify="light")
         # What is not known to be gone yet is planned with, and found to be gone: a request is to get over that by itself.
+        # So many stages only where a few nodes may be doubted, and as many are left.
         for asker in askers:
-            failure = await self._ask(checker, asker, replace(request, stages=self._stages(self._rng)), TAIL_REQUEST_S)
+            stages = self._rng.choice((None, 2, 3)) if self._options.nodes >= STAGED_NODES else None
+            failure = await self._ask(checker, asker, replace(request, stages=stages), TAIL_REQUEST_S)
             if failure:
                 checker.fail("whoever asks is answered", f"{asker.name}: {failure}")
         right = [member for member in cluster.on() if member.sound]

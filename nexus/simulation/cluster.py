@@ -86,7 +86,7 @@ class Member:
 
 
 class Cluster:
-    """`rng` decides everything that the scenario leaves open. Made by `open_cluster`."""
+    """Made by `open_cluster`. `directory`: where the nodes have their homes, relative to the current one."""
 
     def __init__(self, seed: int, directory: Path, model: ModelFiles, network: SimulatedNetwork, nursery: trio.Nursery) -> None:
         self.seed = seed

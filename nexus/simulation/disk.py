@@ -152,7 +152,9 @@ class SimulatedConnection(sqlite3.Connection):
 
 @contextmanager
 def simulated_disks(disks: dict[Path, Disk]) -> Iterator[None]:
-    """Every database and every small file under these directories lies on its simulated disk. `disks`: by directory."""
+    """Every database and every small file under these directories lies on its simulated disk. `disks`: by directory, relative to
+    the one that is current."""
+    here = Path.cwd()
     real_connect, real_sync = database.connect, os.fsync
 
     def connect(path: Path) -> sqlite3.Connection:
@@ -163,9 +165,10 @@ def simulated_disks(disks: dict[Path, Disk]) -> Iterator[None]:
 
     def sync(handle: int) -> None:
         path = Path(f"/proc/self/fd/{handle}").readlink()
-        for parent in path.parents:
-            if parent in disks and disks[parent].on:
-                disks[parent].sync(handle)
+        if path.is_relative_to(here):
+            for parent in path.relative_to(here).parents:
+                if parent in disks and disks[parent].on:
+                    disks[parent].sync(handle)
 
     database.connect, os.fsync = connect, sync  # type: ignore[assignment]
     try:

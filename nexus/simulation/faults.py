@@ -21,6 +21,8 @@ FAULTS = (CRASH, RESTART, STOP, PARTITION, ONE_WAY, SLOW, LINK, LOSS, DISK_FULL,
 # Of the whole run, no single event: cheating nodes, nodes that leave for good, clocks years off, gossip doubled and out of order.
 BYZANTINE, LEAVE, SKEW, GOSSIP = "byzantine", "leave", "skew", "gossip"
 STANDING = (BYZANTINE, LEAVE, SKEW, GOSSIP)
+# Where there is nothing but these, a request gets over it: the answer goes on over other nodes.
+SURVIVED = frozenset({CRASH, RESTART, GOSSIP})
 YEAR_MS = 365 * 86_400_000
 
 
@@ -46,12 +48,14 @@ def draw_faults(rng: random.Random, kinds: tuple[str, ...], begin_s: float, end_
 
 
 class Injector:
-    """Does the faults. `spared`: members that stay on, because somebody must ask. A member is in one fault at a time."""
+    """Does the faults. `spared`: members that stay on, because somebody must ask. A member is in one fault at a time, and
+    so many are in any `at_once`."""
 
-    def __init__(self, cluster: Cluster, spared: frozenset[int], crashed: Callable[[Member], None]) -> None:
+    def __init__(self, cluster: Cluster, spared: frozenset[int], crashed: Callable[[Member], None], at_once: int) -> None:
         self._cluster = cluster
         self._spared = spared
         self._crashed = crashed
+        self._at_once = at_once
         self._busy: set[int] = set()
         self._left: set[int] = set()
         self._scopes: set[trio.CancelScope] = set()
@@ -84,7 +88,7 @@ class Injector:
 
     def _take(self, rng: random.Random) -> Member | None:
         free = [one for one in self._cluster.on() if one.number not in self._busy and one.number not in self._spared]
-        if not free:
+        if not free or len(self._busy) >= self._at_once:
             return None
         member = rng.choice(free)
         self._busy.add(member.number)

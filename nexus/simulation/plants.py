@@ -17,14 +17,17 @@ from nexus.swarm import session
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """`rule`: the invariant that it breaks. `nodes`, `cheats`: of a small scenario that shows it soon."""
+    """`rule`: the invariant that it breaks. The others: of a small scenario that shows it soon; no
+    `faults`: all."""
 
     name: str
     summary: str
     rule: str
     planted: Callable[[], AbstractContextManager[None]]
     nodes: int = 8
+    faults: tuple[str, ...] = ()
     cheats: tuple[str, ...] = ()
+    questions: int = 9
 
 
 @contextmanager
@@ -65,8 +68,16 @@ PLANTS = {
             "a receipt of an earlier session counts",
             "no receipt of another session counts",
             _stale_receipt,
+            faults=("byzantine",),
             cheats=("replayed-receipts",),
+            questions=1,
         ),
-        Plant("missing-retry", "a request whose nodes fail is not planned again", "whoever asks is answered", _missing_retry),
+        Plant(
+            "missing-retry",
+            "a request whose nodes fail is not planned again",
+            "whoever asks is answered",
+            _missing_retry,
+            faults=("crash",),
+        ),
     )
 }

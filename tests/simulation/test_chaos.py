@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nexus.simulation.chaos import Options, World, run_seed
+from nexus.simulation.chaos import ALL_FAULTS, Options, World, run_seed
 from nexus.simulation.plants import PLANTS
 from nexus.simulation.running import failure_text
 
@@ -64,9 +64,10 @@ def test_what_was_found_once_is_not_there_again(case: dict[str, Any], world: Wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plant", ["lost-fsync"])
+@pytest.mark.parametrize("plant", sorted(PLANTS))
 def test_a_planted_bug_is_found(plant: str, world: World) -> None:
-    options = Options(PLANTS[plant].nodes, chaos_s=15.0, plant=plant, cheats=PLANTS[plant].cheats)
+    what = PLANTS[plant]
+    options = Options(what.nodes, what.faults or ALL_FAULTS, 15.0, plant, what.cheats, what.questions)
     for seed in range(100):
         verdict = run_seed(seed, options, world)
         if not verdict.held:
