@@ -13,6 +13,7 @@ from pathlib import Path
 from nexus.core.audits import DUAL, LIGHT, REPLICA
 from nexus.swarm.audit_policy import AuditPolicy
 from nexus_config.settings import default_text
+from scripts.simulations import scale
 from scripts.simulations.byzantine import Options, Swarm
 from scripts.simulations.cheaters import STRATEGIES
 from scripts.simulations.model import STAGES, Model
@@ -44,7 +45,10 @@ def main() -> int:
     one.add_argument("--dual", action="store_true", help="run every request on two sets of nodes and compare")
     one.add_argument("--strategies", default="", help=f"only these, by comma: {', '.join(one.name for one in STRATEGIES)}")
     one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    scale.add_arguments(simulations.add_parser("scale", help="10, 100, 1000 nodes: lookups, churn, traffic, plans and throughput"))
     options = parser.parse_args()
+    if options.simulation == "scale":
+        return scale.run(options)
     if options.light and options.dual:
         parser.error("--light and --dual exclude each other")
     chosen = tuple(name for name in options.strategies.split(",") if name)
