@@ -49,7 +49,7 @@ IHAVE_BYTES, IHAVE_ID_BYTES = 60, 60
 class MembershipFigures:
     """Virtual seconds, None where it took longer than LIMIT_S. `ghosts_gone_s`: from the crash of a fifth of the nodes until none
     of the others counts with any of them. `joined_s`: until each newcomer knows enough others and is known by as many. `healed_s`:
-    from the end of a partition into halves, of CUT_S, until every node knows enough of the other half. Bytes per node and second,
+    from the end of a partition into halves, of CUT_S, until gossip of any node reaches every other. Bytes per node and second,
     sent, while nothing happens: `exchange_bytes` of records and their like as they were sent, `gossip_bytes` with the mesh."""
 
     settled_s: float | None
@@ -60,6 +60,10 @@ class MembershipFigures:
     gossip_bytes: float
     known_mean: float
     trace: str
+
+
+def _now_ms() -> int:
+    return EPOCH_MS + round(trio.current_time() * 1000)
 
 
 class _Counting(SimulatedNetwork):
@@ -99,6 +103,9 @@ class _Node:
     def knows(self) -> set[str]:
         return {record.peer_id for record in self.membership.records()} if self.membership is not None else set()
 
+    def connected(self) -> set[str]:
+        return {connection.peer_id for connection in self.transport.connections()} if self.transport is not None else set()
+
     def address(self) -> PeerAddress:
         assert self.transport is not None
         return PeerAddress(self.peer_id, (self.transport.endpoint,))
@@ -109,9 +116,7 @@ class _Node:
             async with self.network.open(self.identity) as transport, trio.open_nursery() as nursery:
                 self.transport = transport
                 self.bootstraps = bootstraps()
-                self.membership = Membership(
-                    transport, self.identity, self._describe, lambda: EPOCH_MS + round(trio.current_time() * 1000)
-                )
+                self.membership = Membership(transport, self.identity, self._describe, _now_ms)
                 nursery.start_soon(self.membership.run)
                 for peer in self.bootstraps:
                     nursery.start_soon(self._stay_connected, peer)
@@ -195,6 +200,17 @@ class _Swarm:
     def alive(self) -> list[_Node]:
         return [node for node in self.nodes if node.membership is not None]
 
+    def is_one(self) -> bool:
+        """Whether connections lead from every node to every other."""
+        alive = {node.peer_id: node for node in self.alive()}
+        reached = {next(iter(alive))}
+        frontier = list(reached)
+        while frontier:
+            fresh = alive[frontier.pop()].connected() & alive.keys() - reached
+            reached |= fresh
+            frontier += sorted(fresh)
+        return len(reached) == len(alive)
+
     def all_know_enough(self) -> bool:
         alive = self.alive()
         return all(len(node.knows()) >= min(ENOUGH, len(alive) - 1) for node in alive)
@@ -244,10 +260,7 @@ async def _measure(seed: int, count: int) -> MembershipFigures:
         network.partition(halves)
         await trio.sleep(CUT_S)
         network.heal()
-        across = min(ENOUGH // 2, len(alive) // 2 - 1)
-        healed_s = await _until(
-            lambda: all(len(halves[1 - at] & node.knows()) >= across for at in range(2) for node in alive[at::2])
-        )
+        healed_s = await _until(swarm.is_one)
         nursery.cancel_scope.cancel()
         return MembershipFigures(
             settled_s, ghosts_gone_s, joined_s, healed_s, round(exchange, 1), round(gossip, 1), round(known, 1), network.trace

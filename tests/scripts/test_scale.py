@@ -109,8 +109,8 @@ def test_the_real_membership_converges_the_same_way_each_time() -> None:
     assert one.known_mean == 5
     for seconds in (one.settled_s, one.ghosts_gone_s, one.joined_s, one.healed_s):
         assert seconds is not None
-        assert seconds <= 60
-    assert one.exchange_bytes > 0
+        assert seconds <= 120
+    assert one.gossip_bytes > 0
     assert mesh_bytes(60, 600, 60.0, 100) > mesh_bytes(30, 300, 60.0, 100) > mesh_bytes(0, 0, 60.0, 100) == 0
 
 
