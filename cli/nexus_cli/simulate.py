@@ -54,7 +54,7 @@ def simulate(
     jobs: int | None,
     log: bool,
 ) -> None:
-    """Run whole nodes in a simulation, and say whether everything held.
+    """Run whole nodes in a simulation, and say what did not hold.
 
     chaos: a swarm under load in which machines crash, stop, lose what they had not synced, fill their disks and lose their clocks,
     links fail, and some nodes cheat; then nothing goes wrong any more, and everything must come right. The same seed gives the same

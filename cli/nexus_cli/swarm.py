@@ -38,7 +38,7 @@ swarm = NexusGroup(name="swarm", help="Look at the swarm: its nodes, what they h
 @_limit
 @pass_shared
 def status(shared: Shared, limit: int) -> None:
-    """List every node with its fragments, load, link and health, and every model with its replicas."""
+    """List nodes, what they hold, and how many replicas models have."""
     from nexus.gateway.wire import to_json
     from nexus_cli.client import connected
 

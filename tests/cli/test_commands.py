@@ -499,5 +499,5 @@ def test_tables_keep_ids_whole_at_80_columns() -> None:
 
 
 def test_help_fits_a_terminal_without_cutting_sentences(cli: Cli) -> None:
-    for group in ((), ("model",), ("peers",), ("receipts",), ("testnet",), ("config",), ("memory",), ("collection",)):
+    for group in ((), ("model",), ("peers",), ("receipts",), ("testnet",), ("config",), ("memory",), ("collection",), ("swarm",)):
         assert "..." not in cli(*group, "--help").out.partition("Commands:")[2]

@@ -40,6 +40,7 @@ from nexus.node.api import (
     PeerView,
     Planned,
     PlanView,
+    ResumeRequest,
     SessionSummary,
     SessionView,
     SlashedView,
@@ -257,7 +258,7 @@ class FakeNode:
         self.fragments = FakeFragments()
         self.seen = SWARM
         self.idle = trio.Event()
-        self.requests: list[GenerateRequest | EmbedRequest | FidelityRequest] = []
+        self.requests: list[GenerateRequest | EmbedRequest | FidelityRequest | ResumeRequest] = []
 
     def status(self) -> NodeStatus:
         reason = "" if self.ready else "no speed measured yet"
@@ -334,6 +335,15 @@ class FakeNode:
             Proven("norm.squares", "the sums of 64 squares stay below 2^53", 2**44, 2**53, 2.5),
         )
         return JudgementView(plan_view(), proofs if nodes is None else proofs[:1])
+
+    async def resume(self, request: ResumeRequest) -> AsyncGenerator[Event, None]:
+        self.requests.append(request)
+        if not bundle().terms.session.hex().startswith(request.answer):
+            raise NotFoundError(f"no answer {request.answer!r} is kept here", "Ask again")
+        yield Planned(plan_view(), bundle().terms.session, bundle().terms.session)
+        for index, text in enumerate(ANSWER[len(request.tokens) :], len(request.tokens)):
+            yield Token(index, index, text)
+        yield finished(2, None)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
