@@ -24,6 +24,7 @@ from nexus.network.libp2p.hardening import HardenedHost, HardenedSwarm
 from nexus.network.libp2p.yamux import YamuxConnection
 from nexus.network.reachability import (
     LOOPBACK,
+    UNKNOWN,
     UNREACHABLE,
     AddressCheck,
     DialBack,
@@ -177,9 +178,11 @@ class Traversal:
             return sum(sight.at_s >= now_s for sight in self._sights.values()) - before
 
     def _wants_relays(self) -> bool:
-        """Where others cannot dial this node; not where its owner has it listen on this machine only."""
+        """Where others cannot dial this node; not where its owner has it listen on this machine only. While nobody says anything,
+        what holds goes on."""
         listens_here_only = all(scope_of(endpoint.host) == LOOPBACK for endpoint in self._listen())
-        return self._judged()[0] == UNREACHABLE and not listens_here_only
+        verdict, _ = self._judged()
+        return (self.relays.wanted if verdict == UNKNOWN else verdict == UNREACHABLE) and not listens_here_only
 
     async def _ask(self, conn: YamuxConnection) -> None:
         peer_id, remote = str(conn.peer_id), conn.get_remote_address()
@@ -192,6 +195,8 @@ class Traversal:
         wanted = [Endpoint(seen.kind, seen.host, port) for port in self._ports(seen.kind)]
         wanted += [one for one in self._announce if same_host(one.host, seen.host) and one not in wanted]
         dial_backs = [await self.mirror.dial_back(conn, endpoint) for endpoint in wanted[:3]]
+        if peer_id in self._sights and all(one.result == "refused" for one in dial_backs):
+            return  # asked too often, say: what it said before still holds, until it is too old
         self._sights[peer_id] = _Sight(trio.current_time(), Observation(peer_id, remote[0], local, seen), dial_backs)
         self._sights.move_to_end(peer_id)
         while len(self._sights) > SIGHTS_MAX:

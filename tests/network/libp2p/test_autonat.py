@@ -144,3 +144,29 @@ async def test_a_peer_that_says_nothing_holds_up_no_check(open_node: OpenNode, m
             report = await node.netcheck()
         mock_clock.rate = 1
     assert report.verdict == UNKNOWN
+
+
+async def test_a_peer_that_has_been_asked_enough_takes_nothing_back(open_node: OpenNode) -> None:
+    """Checks in a row used up its patience: the node then knew nothing, and gave up its relays."""
+    async with open_node() as node, open_node() as peer:
+        await node.connect(peer.addresses[0])
+        with trio.fail_after(DEADLINE_S):
+            while (await node.netcheck()).verdict == UNKNOWN:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        conn = await node._connection(peer.peer_id)
+        own = node._listening()[0]
+        for _ in range(REQUESTS_BURST + 1):
+            last = await node._traversal.mirror.dial_back(conn, own)
+        assert (last.result, last.detail) == ("refused", "asked too often")
+        await node._traversal._ask(conn)
+        assert (await node.netcheck()).verdict == LOCAL_ONLY
+
+
+async def test_while_nobody_says_anything_relays_are_kept(open_node: OpenNode) -> None:
+    async with open_node() as node:
+        traversal = node._traversal
+        traversal._listen = lambda: [Endpoint("ip4", "192.168.1.4", 4510)]
+        traversal.relays.wanted = True
+        assert traversal._wants_relays()
+        traversal.relays.wanted = False
+        assert not traversal._wants_relays()
