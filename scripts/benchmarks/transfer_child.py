@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import structlog
 import trio
 
 from nexus.core.keys import Identity
@@ -150,6 +151,8 @@ def take(context: ssl.SSLContext, port: int, into: str, size: int) -> float:
 
 
 if __name__ == "__main__":
+    # Standard output is for the answers.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     if sys.argv[1] == "node":
         trio.run(node, *sys.argv[2:])
     else:
