@@ -19,7 +19,7 @@ from nexus.network.transport import ProtocolSpec, Stream, Transport
 
 log = structlog.get_logger("nexus.netcheck")
 
-CLOCK = ProtocolSpec("/nexus/clock/1", frame_max=64, read_timeout_s=5.0, streams_per_peer_max=2, bytes_per_peer_s=1024)
+CLOCK = ProtocolSpec("/nexus/clock/1", frame_max=64, read_timeout_s=5.0, streams_per_peer_max=2, frames_per_peer_s=2)
 CLOCK_TIMEOUT_S = 5.0
 CLOCKS_ASKED_MAX = 8
 CLOCK_OFF_MS = 30_000
