@@ -368,7 +368,7 @@ class Node:
 
     @property
     def running(self) -> int:
-        return self._infer.live.count + self._runner.live.count
+        return self._infer.seats + self._runner.live.count
 
     def _workers(self) -> list[NodeRecord]:
         """The nodes that may be planned with: neither convicted nor suspended, neither stuck nor gone."""

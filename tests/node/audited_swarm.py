@@ -106,6 +106,7 @@ class AuditedSwarm:
     answers: list[AuditAnswers]
     stores: list[SessionStore]
     transports: list[Transport]
+    services: list[InferService]
 
     def auditor(
         self, mode: str = LIGHT, *, rate: float = 1.0, probation: int = 0, cells: int = 3, timeout_s: float = 60.0
@@ -193,6 +194,7 @@ async def audited_swarm(
     ).check(manifest)
     async with AsyncExitStack() as stack:
         sources, answers, stores, transports = [], [], [], []
+        services: list[InferService] = []
         for number in range(stages):
             transport = await stack.enter_async_context(network.open(identity(number + 1)))
             models = _models_of(transport, model, directory / f"stage-{number}", pieces=True)
@@ -200,9 +202,11 @@ async def audited_swarm(
             stack.callback(store.close)
             own = identity(number + 1)
             cheat = (cheats or {}).get(number)
-            InferService(
+            service = InferService(
                 transport, own, models, DurableSigner(own, store), serve=True, sessions_max=8, conduct=cheat or HONEST
-            ).start()
+            )
+            service.start()
+            services.append(service)
             show = (shows or {}).get(number) or (cheat.show if cheat else None)
             answering = AuditAnswers(transport, own, models, store, show)
             answering.start()
@@ -213,7 +217,8 @@ async def audited_swarm(
         transport = await stack.enter_async_context(network.open(identity(0)))
         models = _models_of(transport, model, directory / "auditor", pieces=holds_weights)
         keys = AuditKeys(directory / "audit-keys")
-        yield AuditedSwarm(network, manifest, plan, transport, models, keys, Heard(), sources, answers, stores, transports)
+        heard = Heard()
+        yield AuditedSwarm(network, manifest, plan, transport, models, keys, heard, sources, answers, stores, transports, services)
 
 
 def _models_of(transport: Transport, model: tuple[Manifest, Folder], path: Path, *, pieces: bool) -> Models:

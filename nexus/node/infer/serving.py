@@ -188,6 +188,11 @@ class InferService:
             served.fail(error)
         return len(ended)
 
+    @property
+    def seats(self) -> int:
+        """Sessions that have a place here, from the moment that they are asked for."""
+        return len(self._seats)
+
     def hand_over(self) -> int:
         """End the sessions that others coordinate because this node leaves: they go on over other nodes, from the last window that
         was signed. How many. Those in floating point run to their end here: on another node they may come out otherwise."""
