@@ -278,8 +278,9 @@ async def test_a_receipt_that_the_disk_has_not_taken_leaves_no_node(monkeypatch:
     async with swarm(3, profile=EXACT) as nodes:
         full = LocalError("the disk is full", "Free some space")
         monkeypatch.setattr(nodes.stores[1], "sign_all", lambda windows: [full] * len(windows))
-        with pytest.raises(RefusedError, match=r"stage 1 .*the disk is full"):
+        with pytest.raises(RefusedError, match=r"stage 1 .*this node failed inside") as refused:
             await nodes.run(40)
+        assert "disk" not in f"{refused.value.cause} {refused.value.fix}", "strangers learn nothing of this machine"
         monkeypatch.undo()
         with trio.fail_after(5):
             while any(service.live.count for service in nodes.services):

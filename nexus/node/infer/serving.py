@@ -324,15 +324,11 @@ class InferService:
             yield stage
 
     async def _refuse(self, control: Stream, message: Open, step: int, error: NexusError) -> None:
-        refusal = Refusal(
-            message.terms.session,
-            self._identity.public_key,
-            message.stage,
-            step,
-            error.code,
-            error.cause[:500],
-            error.fix[:500],
-        )
+        cause, fix = error.cause[:500], error.fix[:500]
+        if isinstance(error, LocalError) and control.peer_id != self._transport.peer_id:
+            # Of this machine's disk and paths the log tells its owner, and nobody else.
+            cause, fix = "this node failed inside", "Plan without it; its owner's log says more"
+        refusal = Refusal(message.terms.session, self._identity.public_key, message.stage, step, error.code, cause, fix)
         with trio.move_on_after(LINK_TIMEOUT_S) as scope:
             scope.shield = True
             try:
