@@ -30,6 +30,8 @@ BOOTSTRAPS = 3
 RETRY_S = (1.0, 60.0)  # as the adapter's BOOTSTRAP_RETRY_S
 START_WITHIN_S = 10.0
 QUIET_S = 60.0
+# Connected nodes ask each other this often, and each tells of itself as often: a shorter look would miss it.
+TRAFFIC_S = 150.0
 CUT_S = 60.0
 LIMIT_S = 600.0
 LOOK_EVERY_S = 0.5
@@ -226,9 +228,9 @@ async def _measure(seed: int, count: int) -> MembershipFigures:
         # Introductions go on for a while; the quiet after them is what is measured.
         await trio.sleep(QUIET_S)
         network.frames = network.frame_bytes = network.published = network.published_bytes = 0
-        await trio.sleep(QUIET_S)
-        exchange = (network.frame_bytes + network.frames * FRAME_OVERHEAD_BYTES) / QUIET_S / count
-        gossip = mesh_bytes(network.published, network.published_bytes, QUIET_S, count)
+        await trio.sleep(TRAFFIC_S)
+        exchange = (network.frame_bytes + network.frames * FRAME_OVERHEAD_BYTES) / TRAFFIC_S / count
+        gossip = mesh_bytes(network.published, network.published_bytes, TRAFFIC_S, count)
         known = sum(len(node.knows()) for node in swarm.alive()) / count
 
         crashed = swarm.rng.sample(swarm.nodes, math.ceil(count * CRASHED))
