@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,9 @@ async def open_arena(
 
 
 def _choose(manifest: Manifest, candidates: Sequence[Candidate], *, seed: bytes, **options: Any) -> Placement:
-    """The placement, which takes the first of equals, and not a route, which leaves it to chance."""
-    return place(manifest, candidates, **options)
+    """The placement, which takes the first of equals, and not a route, which leaves it to chance. All count as idle: news of a load
+    comes when it comes."""
+    return place(manifest, [replace(candidate, load=0) for candidate in candidates], **options)
 
 
 def _options(home: Home, number: int, policy: str, burn_max: int) -> NodeOptions:
