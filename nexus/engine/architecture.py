@@ -6,6 +6,7 @@ Importing this module is cheap; reading a config imports transformers, which tak
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -43,6 +44,10 @@ _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 # Those whose values depend on the position alone, and "dynamic". "longrope" is missing: past its first length it wants the
 # whole session computed again.
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
+
+# While it loads a model, transformers puts empty functions in place of its own (`no_tie_weights`), and then puts back what it
+# found: two threads at once can leave the process with the empty ones, and no head is tied to its embedding any more.
+ONE_AT_A_TIME = threading.Lock()
 
 
 def read_json(path: Path, size_max: int = CONFIG_BYTES_MAX) -> dict[str, object]:
@@ -221,7 +226,7 @@ def layout_of(config: Config) -> Layout:
 
     cls = model_class(config)
     try:
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             model = cls(copy.deepcopy(config.settings), **model_arguments(config))
     # The config is the model author's: whatever its values break in transformers' constructors is a bad model.
     except Exception as error:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from nexus.core.errors import ModelFormatError
 from nexus.core.manifest import CAUSAL
-from nexus.engine.architecture import Config, find_layers, model_arguments, model_class
+from nexus.engine.architecture import ONE_AT_A_TIME, Config, find_layers, model_arguments, model_class
 from nexus.engine.decoder_step import DecoderStep
 from nexus.engine.kv import KVCache, StepCache, windows_of
 
@@ -117,14 +117,15 @@ class Fragment:
         self.context = config.context
         try:
             loader: Any = _fragment_class(config, start, end)
-            model, info = loader.from_pretrained(
-                None,
-                config=copy.deepcopy(config.settings),
-                state_dict=dict(tensors),
-                dtype=dtype,
-                output_loading_info=True,
-                **model_arguments(config),
-            )
+            with ONE_AT_A_TIME:
+                model, info = loader.from_pretrained(
+                    None,
+                    config=copy.deepcopy(config.settings),
+                    state_dict=dict(tensors),
+                    dtype=dtype,
+                    output_loading_info=True,
+                    **model_arguments(config),
+                )
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFormatError(f"transformers cannot load layers {start} to {end}: {error}", "Add the model again") from error
         wrong = {key: value for key, value in info.items() if value}

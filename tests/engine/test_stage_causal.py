@@ -94,6 +94,20 @@ def generate(chain: list[Stage], session: bytes, steps: int, sampling: Sampling 
     return tokens
 
 
+def test_stages_that_load_side_by_side_leave_transformers_as_it_was(imported: Imported) -> None:
+    """It swaps functions of its own while it loads: once two loads in two threads had ended in the wrong order, no model of that
+    process had its head tied any more."""
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.tie_weights
+    _, manifest, folder = imported("llama")
+    files = folder.stage_files(manifest, 0, 1)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load_stage(manifest, 0, 1, files), range(24)))
+    assert len(loaded) == 24
+    assert PreTrainedModel.tie_weights is before
+
+
 def test_bfloat16_is_the_whole_model_too(imported: Imported) -> None:
     directory, manifest, folder = imported("llama")
     tokens, _ = reference(directory, torch.bfloat16)

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 NEXUS = [sys.executable, "-m", "nexus_cli.main"]
 TIMEOUT_S = 180
 SPREAD_TIMEOUT_S = 60.0
-CPU_MAX_S = 1.0
+# It takes half a second on a quiet machine. What this is to find is a second of imports: torch, transformers, z3.
+CPU_MAX_S = 2.0
 QUESTION = "Why is the sky blue?"
 
 
