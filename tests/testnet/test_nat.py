@@ -133,11 +133,11 @@ def test_they_find_each_other_without_being_told(nodes: Daemons) -> None:
 
     def met() -> bool:
         return all(
-            nodes.peer_ids[other] in {peer["peer_id"] for peer in nodes.nexus(one, "peers")["peers"]}
+            nodes.peer_ids[other] in {node["peer_id"] for node in nodes.nexus(one, "swarm", "status")["swarm"]["nodes"]}
             for one, other in (("ann", "bob"), ("bob", "ann"))
         )
 
-    until(met, MEET_TIMEOUT_S, "Ann and Bob are connected")
+    until(met, MEET_TIMEOUT_S, "Ann and Bob know each other")
     assert nodes.nexus("ann", "ping", "bob")["rtt_s"][0] > 0
 
 
