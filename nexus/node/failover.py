@@ -95,7 +95,9 @@ class Course:
         shown stands."""
         if self._job.receipts or self._is_long:
             return sum(part.steps for part in self.parts)
-        return len(self.shown)
+        # The last token of all is computed again: there is no signed part that could stand for the end of the answer.
+        shown = min(len(self.shown), self._wanted)
+        return shown - 1 if shown and (shown == self._wanted or self._ends(self.shown[shown - 1])) else shown
 
     @property
     def is_whole(self) -> bool:

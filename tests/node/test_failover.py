@@ -129,6 +129,17 @@ async def test_an_answer_without_receipts_goes_on_from_what_was_shown(tiny: tupl
         assert not seen.done.earlier
 
 
+async def test_without_receipts_the_end_of_an_answer_is_computed_again(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
+    """All was shown when a node went away, and nothing is signed: the last token alone is made anew."""
+    request = GenerateRequest("tiny", "abc def ghi", max_tokens=30, stages=2, receipts=False)
+    async with home(tiny, tmp_path / "once", others=4) as here:
+        expected = await watch(here, request)
+    async with home(tiny, tmp_path / "twice", others=4) as here:
+        seen = await watch(here, request, (30, 1))
+        assert seen.shown == expected.shown
+        assert seen.done.completion_tokens == 30
+
+
 async def test_an_answer_that_was_to_stop_stops_there_on_the_new_nodes(tiny: tuple[Manifest, Folder], tmp_path: Path) -> None:
     request = GenerateRequest("tiny", "abc def", max_tokens=100, stages=2, temperature=0.7, seed=9)
     async with home(tiny, tmp_path / "once", others=4) as here:
