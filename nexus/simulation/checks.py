@@ -299,7 +299,3 @@ def logged_errors(checker: list[str], show: bool) -> Iterator[None]:
         root.setLevel(was[0])
         root.propagate = was[1]
         structlog.configure(**before)
-
-
-def peer_names(cluster: Cluster) -> dict[str, str]:
-    return {peer_id_of(member.identity.public_key): member.name for member in cluster.members}
