@@ -17,7 +17,7 @@ import trio
 
 from nexus.core.audits import CONVICTED, LIGHT, OK, OWN
 from nexus.core.errors import NexusError
-from nexus.core.keys import peer_id_of, public_key_of
+from nexus.core.keys import public_key_of
 from nexus.engine.stage import Stage, load_stage
 from nexus.node.api import AuditView, Finished, Planned
 from nexus.node.membership import STRANGERS_MAX
